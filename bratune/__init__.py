@@ -1,0 +1,36 @@
+"""bratune: which region factor, top-k and backend should a BiFormer run, on this GPU, for this task?
+
+Public names are loaded when they are first used, so that ``import bratune`` and ``bratune --help``
+do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["BiLevelRoutingAttention", "Plan", "__version__", "create_model", "load_plan"]
+
+if TYPE_CHECKING:
+    from bratune.kernels.layer import BiLevelRoutingAttention
+    from bratune.tune.create import create_model
+    from bratune.tune.plan import Plan, load_plan
+
+_HOMES = {
+    "BiLevelRoutingAttention": "bratune.kernels.layer",
+    "Plan": "bratune.tune.plan",
+    "create_model": "bratune.tune.create",
+    "load_plan": "bratune.tune.plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bratune' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,136 @@
+"""Cell: the unit that is measured once and reused.
+
+A cell says *what* is run (a part of a block, a whole block or a model, with its problem and backend)
+and *how* (regime, cache state, routes, seed). It is plain data: it can be rebuilt in another process or
+on another machine, and its `cell_id` is the same there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bratune.errors import ProblemError, UnknownNameError
+from bratune.problem import Problem
+
+__all__ = ["L2_STATES", "PARTS", "REGIMES", "ROUTE_KINDS", "Cell"]
+
+# What a cell times. The first seven add up to `block`; `model` is the whole network.
+PARTS = (
+    "pos_embed",
+    "norm",
+    "qkv",
+    "routing",
+    "attention",
+    "lepe",
+    "proj",
+    "mlp",
+    "block",
+    "model",
+)
+REGIMES = ("eager", "graph", "compile")
+L2_STATES = ("cold", "warm")
+ROUTE_KINDS = ("recorded", "random", "local", "same")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is measured, and how.
+
+    Attributes:
+        part: One of `PARTS`.
+        problem: The attention call of the stage; for ``model``, that of the first routed stage.
+        backend: Backend name; for ``model``, one name or one per stage joined by ``,``. Empty for parts
+            that no backend computes.
+        config: Settings of the backend as canonical JSON; ``{}`` is its default.
+        model: Variant name; empty for a bare attention call.
+        task: Task name; empty for a bare attention call.
+        image: Image size ``(height, width)`` in pixels; (0, 0) for a bare attention call.
+        stage: 1 to 4; 0 for a whole model.
+        block_count: How often the model repeats this part.
+        n_win: S of the stage; for ``model``, the S of every stage joined by ``,``.
+        topk: Top-k of the stage; for ``model``, of every stage joined by ``,``.
+        regime: ``eager``, ``graph`` (CUDA graph) or ``compile`` (torch.compile).
+        l2: ``cold`` (the last-level cache is flushed before every sample) or ``warm``.
+        route_distribution: Where routes come from, one of `ROUTE_KINDS`.
+        layout: ``nhwc`` or ``nchw`` memory order of the inputs.
+        amp: Run under autocast in the problem's dtype, with float32 weights.
+        deterministic: ``torch.use_deterministic_algorithms`` is on.
+        seed: Seed of inputs and routes.
+    """
+
+    part: str
+    problem: Problem
+    backend: str = ""
+    config: str = "{}"
+    model: str = ""
+    task: str = ""
+    image: tuple[int, int] = (0, 0)
+    stage: int = 0
+    block_count: int = 1
+    n_win: str = ""
+    topk: str = ""
+    regime: str = "eager"
+    l2: str = "cold"
+    route_distribution: str = "recorded"
+    layout: str = "nhwc"
+    amp: bool = False
+    deterministic: bool = False
+    seed: int = 0
+    extra: str = field(default="{}")
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("part", PARTS),
+            ("regime", REGIMES),
+            ("l2", L2_STATES),
+            ("route_distribution", ROUTE_KINDS),
+        ):
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name.replace("_", " "), str(getattr(self, name)), known)
+        for name in ("config", "extra"):
+            try:
+                canonical = json.dumps(json.loads(getattr(self, name)), sort_keys=True, separators=(",", ":"))
+            except ValueError:
+                raise ProblemError(f"{name} must be JSON, not {getattr(self, name)!r}") from None
+            object.__setattr__(self, name, canonical)
+        object.__setattr__(self, "image", (int(self.image[0]), int(self.image[1])))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The backend's settings as a dictionary."""
+        return dict(json.loads(self.config))
+
+    @property
+    def cell_id(self) -> str:
+        """Sixteen hexadecimal digits that name this content; the same in every process."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data["problem"] = self.problem.to_dict()
+        data["image"] = list(self.image)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Cell:
+        """The inverse of `to_dict`."""
+        fields = dict(data)
+        fields["problem"] = Problem.from_dict(fields["problem"])
+        fields["image"] = tuple(fields.get("image") or (0, 0))
+        return cls(**fields)
+
+    def replace(self, **changes: Any) -> Cell:
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def __str__(self) -> str:
+        where = f"{self.model} stage {self.stage}" if self.stage else self.model or "call"
+        what = f"{self.part} by {self.backend}" if self.backend else self.part
+        return f"{where} {what}"

@@ -1,0 +1,88 @@
+"""The command line: one module per verb, loaded when the verb is used.
+
+A verb's module has a click command called ``command``. Modules parse, call and show; what they call
+lives below. Expected errors (`bratune.errors`) are shown as one sentence, without a traceback, and decide
+the exit code: 0 ok, 1 error, 2 usage, 3 regression found, 4 finished with failed cells (``--strict``),
+5 target cannot be measured here, 130 interrupted with results saved.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+import bratune
+from bratune.errors import BratuneError
+
+__all__ = ["main"]
+
+# verb -> one line for --help; the module is bratune.cli.<verb>, with _ for -.
+VERBS = {
+    "profile": "Measure every backend at every stage of a model, then the whole model.",
+    "tune": "Search S, top-k and backend per stage; write the best plan.",
+    "export": "Write a plan as a config that training code loads.",
+    "compare": "Say which of several sets of records is faster, and how sure that is.",
+    "report": "Draw records as one self-contained HTML page.",
+    "predict": "Estimate times on a GPU that is not here.",
+    "explain": "Show what a model asks of each backend, and which backends accept.",
+    "visualize": "Draw where a query position attends to.",
+    "list": "List backends, models, tasks, suites or GPUs.",
+    "doctor": "Check whether this machine can measure soundly.",
+    "cache": "Look at, merge and prune stored records.",
+    "validate-proxy": "Check how well the fidelity score ranks settings.",
+}
+
+
+class _Verbs(click.Group):
+    """A group whose commands are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"bratune.cli.{cmd_name.replace('-', '_')}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(bratune.__version__, prog_name="bratune")
+def cli() -> None:
+    """Which region factor, top-k and backend should a BiFormer run, on this GPU, for this task?"""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        result: Any = cli.main(args=arguments, prog_name="bratune", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except BratuneError as error:
+        click.echo(f"bratune: {error}", err=True)
+        return error.exit_code
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("bratune: interrupted; what was measured so far is saved", err=True)
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:  # the reader of stdout went away, e.g. `| head`
+        sys.stderr.close()
+        return 0
+
+
+def main() -> NoReturn:
+    """The ``bratune`` program."""
+    sys.exit(run())

@@ -1,0 +1,1 @@
+"""Exports: one module per training code base that can load a plan."""

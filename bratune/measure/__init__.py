@@ -1,0 +1,1 @@
+"""Measuring: timing, memory, telemetry, statistics, the correctness gate and the worker process."""

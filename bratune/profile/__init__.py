@@ -1,0 +1,1 @@
+"""Profiling: cells of a model at a resolution, run through an engine."""

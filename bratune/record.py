@@ -1,0 +1,253 @@
+"""Record: one line of results, a cell with its outcome and everything needed to trust it.
+
+Long format: one row per cell or whole-model measurement. Units are in the field names. An absent number
+is None (empty), never 0; a failure is a row with a reason, never a missing row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from bratune.cell import Cell
+from bratune.errors import StoreError
+from bratune.machine import Machine
+
+__all__ = ["EVIDENCE", "OUTCOMES", "SCHEMA", "Record", "utc_now"]
+
+SCHEMA = 1
+# In order of trust. `published` is somebody else's number, read from their files.
+EVIDENCE = ("measured", "replayed", "interpolated", "modelled", "bound", "published")
+OUTCOMES = (
+    "measured",
+    "modelled",
+    "unsupported",
+    "incorrect",
+    "oom",
+    "timeout",
+    "crashed",
+    "error",
+    "started",
+)
+
+
+def utc_now() -> str:
+    """The time, to the second, in UTC: ``2026-01-31T12:00:00Z``."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One row. Field order is column order."""
+
+    # identity
+    schema: int = SCHEMA
+    run_id: str = ""
+    cell_id: str = ""
+    timestamp_utc: str = ""
+    evidence: str = "measured"
+    outcome: str = "measured"
+    reason: str = ""
+    # machine
+    gpu_key: str = ""
+    gpu_name: str = ""
+    gpu_uuid: str = ""
+    compute_capability: str = ""
+    sm_count: int | None = None
+    memory_gib: float | None = None
+    threads: int | None = None
+    driver: str = ""
+    cuda: str = ""
+    torch: str = ""
+    triton: str = ""
+    python: str = ""
+    bratune: str = ""
+    git_sha: str = ""
+    git_dirty: bool | None = None
+    # what
+    task: str = ""
+    model: str = ""
+    part: str = ""
+    stage: int | None = None
+    block_count: int | None = None
+    backend: str = ""
+    config: str = ""
+    n_win: str = ""
+    topk: str = ""
+    # how
+    batch: int | None = None
+    image_height: int | None = None
+    image_width: int | None = None
+    height: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    head_dim: int | None = None
+    region: str = ""
+    padding: str = ""
+    dtype: str = ""
+    amp: bool | None = None
+    layout: str = ""
+    direction: str = ""
+    regime: str = ""
+    l2: str = ""
+    deterministic: bool | None = None
+    route_distribution: str = ""
+    seed: int | None = None
+    # time
+    n_samples: int | None = None
+    n_discarded: int | None = None
+    n_processes: int | None = None
+    median_ms: float | None = None
+    ci_lo_ms: float | None = None
+    ci_hi_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    min_ms: float | None = None
+    noise_pct: float | None = None
+    stop_reason: str = ""
+    compile_s: float | None = None
+    host_ms: float | None = None
+    launch_bound: bool | None = None
+    # derived
+    images_per_s: float | None = None
+    tflops_s: float | None = None
+    gb_s: float | None = None
+    roofline_pct: float | None = None
+    bound: str = ""
+    speedup: float | None = None
+    baseline: str = ""
+    # memory
+    peak_alloc_mb: float | None = None
+    peak_reserved_mb: float | None = None
+    workspace_mb: float | None = None
+    # energy
+    joules_per_image: float | None = None
+    power_w: float | None = None
+    energy_method: str = ""
+    # state
+    sm_clock_mhz: float | None = None
+    temp_c: float | None = None
+    throttle_reasons: str = ""
+    foreign_processes: int | None = None
+    # fidelity
+    max_rel_err: float | None = None
+    grad_rel_err: float | None = None
+    tolerance: float | None = None
+    # again
+    repro: str = ""
+    # the cell itself, as canonical JSON, so that it can be run again without guessing
+    cell: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        if self.outcome not in OUTCOMES:
+            raise StoreError(f"outcome {self.outcome!r} is not known; these are: {', '.join(OUTCOMES)}")
+        if self.evidence not in EVIDENCE:
+            raise StoreError(f"evidence {self.evidence!r} is not known; these are: {', '.join(EVIDENCE)}")
+        if self.outcome not in ("measured", "modelled", "started") and not self.reason:
+            raise StoreError(f"a row with outcome {self.outcome!r} needs a reason")
+
+    @property
+    def ok(self) -> bool:
+        """Whether the row holds a time."""
+        return self.median_ms is not None and self.outcome in ("measured", "modelled")
+
+    @classmethod
+    def of(cls, cell: Cell, machine: Machine, **values: Any) -> Record:
+        """The row of a cell on a machine; ``values`` are the outcome and the numbers."""
+        p = cell.problem
+        base: dict[str, Any] = {
+            "cell_id": cell.cell_id,
+            "timestamp_utc": utc_now(),
+            "gpu_key": machine.gpu_key,
+            "gpu_name": machine.gpu_name,
+            "gpu_uuid": machine.gpu_uuid,
+            "compute_capability": machine.compute_capability,
+            "sm_count": machine.sm_count,
+            "memory_gib": machine.memory_gib,
+            "threads": machine.threads or None,
+            "driver": machine.driver,
+            "cuda": machine.cuda,
+            "torch": machine.torch,
+            "triton": machine.triton,
+            "python": machine.python,
+            "bratune": machine.bratune,
+            "git_sha": machine.git_sha,
+            "git_dirty": machine.git_dirty,
+            "task": cell.task,
+            "model": cell.model,
+            "part": cell.part,
+            "stage": cell.stage or None,
+            "block_count": cell.block_count,
+            "backend": cell.backend,
+            "config": cell.config,
+            "n_win": cell.n_win,
+            "topk": cell.topk,
+            "batch": p.batch,
+            "image_height": cell.image[0] or None,
+            "image_width": cell.image[1] or None,
+            "height": p.height,
+            "width": p.width,
+            "heads": p.heads,
+            "head_dim": p.head_dim,
+            "region": f"{p.region[0]}x{p.region[1]}",
+            "padding": p.padding,
+            "dtype": p.dtype,
+            "amp": cell.amp,
+            "layout": cell.layout,
+            "direction": p.direction,
+            "regime": cell.regime,
+            "l2": cell.l2,
+            "deterministic": cell.deterministic,
+            "route_distribution": cell.route_distribution,
+            "seed": cell.seed,
+            "cell": json.dumps(cell.to_dict(), sort_keys=True, separators=(",", ":")),
+        }
+        return cls(**(base | values))
+
+    def replace(self, **changes: Any) -> Record:
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, in column order."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def to_json(self) -> str:
+        """One line; fields that are empty are left out."""
+        data = {k: v for k, v in self.to_dict().items() if v is not None and v != ""}
+        return json.dumps(data, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Record:
+        """A row from its fields; fields that a newer version added are ignored.
+
+        Raises:
+            StoreError: the schema is newer than this version can read.
+        """
+        schema = data.get("schema", SCHEMA)
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise StoreError(
+                f"the records have schema {schema!r} and this version reads up to {SCHEMA}; "
+                "a newer bratune would read them"
+            )
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in data.items() if k in known})
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """The inverse of `to_json`.
+
+        Raises:
+            StoreError: the line is not a record.
+        """
+        try:
+            data = json.loads(line)
+        except ValueError as error:
+            raise StoreError(f"a line of the records is not JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise StoreError("a line of the records is not a JSON object")
+        return cls.from_dict(data)

@@ -1,0 +1,1 @@
+"""Reporting: records as tables, figures and one HTML page; comparison verdicts."""

@@ -1,0 +1,1 @@
+"""Tuning: search space, study, fidelity and plans."""
