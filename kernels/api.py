@@ -1,0 +1,218 @@
+"""Routed attention as one function: give it tensors, name a backend or let one be chosen."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bratune import machine as machines
+from bratune.backend import Backend, Config
+from bratune.errors import ConfigError, ProblemError, UnsupportedError
+from bratune.kernels import registry
+from bratune.kernels.routing import route
+from bratune.machine import Machine
+from bratune.problem import Problem
+
+__all__ = ["route", "routed_attention"]
+
+
+def routed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    *,
+    heads: int,
+    region: tuple[int, int],
+    kv_region: tuple[int, int] | None = None,
+    scale: float | None = None,
+    padding: str = "zeros",
+    backend: str = "auto",
+    config: Config | None = None,
+) -> Tensor:
+    """Attend from the tokens of every query region to the tokens of its routed key regions.
+
+    For one image, one head and one query region, with maps that regions tile, it equals::
+
+        keys = torch.cat([k_regions[i] for i in routes[r]])      # [topk * krh * krw, head_dim]
+        values = torch.cat([v_regions[i] for i in routes[r]])
+        out_regions[r] = ((q_regions[r] * scale) @ keys.T).softmax(-1) @ values
+
+    Args:
+        q: Queries ``[B, Hq, Wq, C]`` with ``C = heads * head_dim``, head-major; any strides, so slices of
+            one qkv tensor are fine.
+        k: Keys ``[B, Hk, Wk, C]``.
+        v: Values ``[B, Hk, Wk, Cv]``; ``Cv`` is a multiple of ``heads``.
+        routes: Indices of key regions, ``[B, R, topk]`` for all heads or ``[B, heads, R, topk]``, int32 or
+            int64; an index that occurs twice counts twice. They are not checked: one that is out of
+            range is an error of the device.
+        heads: Attention heads.
+        region: Query region ``(rh, rw)`` in tokens.
+        kv_region: Key region in tokens; by default that of the queries.
+        scale: Factor of the logits; by default ``C ** -0.5``, as the released weights expect.
+        padding: What fills maps that regions do not tile. ``zeros``: keys like any other, with logit 0 and
+            value 0 (the official behaviour). ``masked``: keys without weight.
+        backend: A name of `bratune.kernels.registry.names`, or ``auto``: the first that accepts.
+        config: Settings of the backend, one of its ``configs``; by default its first.
+
+    Returns:
+        ``[B, Hq, Wq, Cv]`` in the dtype of q, differentiable in q, k and v. Under autocast, inputs are first
+        cast to the dtype of autocast, as for the attention of PyTorch.
+
+    Raises:
+        ProblemError: shapes, dtypes or devices contradict each other.
+        UnknownNameError: no backend has this name.
+        UnsupportedError: the backend cannot do this here; the message has every reason.
+        ConfigError: the backend has no such setting.
+
+    Source: BiFormer, arXiv 2303.08810, equations 5 and 6, without the local term.
+    """
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind):
+        return _attend(q, k, v, routes, heads, region, kv_region, scale, padding, backend, config)
+    if q.dtype != torch.float64:
+        lower = torch.get_autocast_dtype(kind)
+        q, k, v = q.to(lower), k.to(lower), v.to(lower)
+    with torch.autocast(kind, enabled=False):
+        return _attend(q, k, v, routes, heads, region, kv_region, scale, padding, backend, config)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    heads: int,
+    region: tuple[int, int],
+    kv_region: tuple[int, int] | None,
+    scale: float | None,
+    padding: str,
+    backend: str,
+    config: Config | None,
+) -> Tensor:
+    _check_alike(q, k, v, routes)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    call = _resolve(
+        tuple(q.shape),
+        tuple(k.shape),
+        tuple(v.shape),
+        tuple(routes.shape),
+        str(q.dtype),
+        str(q.device),
+        needs_grad,
+        heads,
+        tuple(region),
+        None if kv_region is None else tuple(kv_region),
+        scale,
+        padding,
+        backend,
+        () if config is None else tuple(sorted(config)),
+    )
+    problem, chosen = _RESOLVED[call]
+    return chosen.forward(q, k, v, routes, problem, config)
+
+
+def _check_alike(q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> None:
+    if not q.dtype == k.dtype == v.dtype:
+        raise ProblemError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if not q.device == k.device == v.device == routes.device:
+        raise ProblemError(
+            f"q, k, v and routes must be on one device, not {q.device}, {k.device}, {v.device} "
+            f"and {routes.device}"
+        )
+    if routes.dtype not in (torch.int32, torch.int64):
+        raise ProblemError(f"routes must be int32 or int64, not {routes.dtype}")
+
+
+# The problem and the backend of every call seen so far. They are kept here and not returned by `_resolve`
+# because torch.compile can take a number as a constant of its graph, but not an object.
+_RESOLVED: dict[int, tuple[Problem, Backend]] = {}
+_PLACES = itertools.count()
+
+
+@torch.compiler.assume_constant_result
+def _resolve(*call: Any) -> int:
+    return _resolve_once(*call)
+
+
+@functools.cache
+def _resolve_once(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    routes: tuple[int, ...],
+    dtype: str,
+    device: str,
+    needs_grad: bool,
+    heads: int,
+    region: tuple[int, int],
+    kv_region: tuple[int, int] | None,
+    scale: float | None,
+    padding: str,
+    backend: str,
+    settings: tuple[str, ...],
+) -> int:
+    """The place in `_RESOLVED` of the problem that tensors of these shapes state and of its backend."""
+    _check_shapes(q, k, v, heads)
+    if len(routes) not in (3, 4):
+        raise ProblemError(f"routes must be [B, R, topk] or [B, heads, R, topk], not {list(routes)}")
+    problem = Problem(
+        batch=q[0],
+        height=q[1],
+        width=q[2],
+        heads=heads,
+        head_dim=q[3] // heads,
+        region=region,
+        topk=routes[-1],
+        dtype=dtype.removeprefix("torch."),
+        direction="fwd-bwd" if needs_grad else "fwd",
+        padding=padding,
+        kv_height=k[1],
+        kv_width=k[2],
+        kv_region=kv_region or region,
+        v_head_dim=v[3] // heads,
+        per_head=len(routes) == 4,
+        scale=q[3] ** -0.5 if scale is None else scale,
+    )
+    rows = (q[0], heads, problem.regions) if problem.per_head else (q[0], problem.regions)
+    if routes[:-1] != rows:
+        raise ProblemError(
+            f"routes of shape {list(routes)} do not fit {problem}; {[*rows, problem.topk]} would"
+        )
+    here = _machine(device)
+    if backend == "auto":
+        chosen = registry.choose(problem, here)
+    else:
+        chosen = registry.get(backend)
+        reasons = chosen.why_not(problem, here)
+        if reasons:
+            raise UnsupportedError(chosen.name, reasons, str(problem))
+    known = sorted({key for choice in chosen.configs(problem, here) for key in choice})
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        these = f"these are: {', '.join(known)}" if known else "it has none"
+        raise ConfigError(f"backend {chosen.name!r} has no setting {unknown[0]!r}; {these}")
+    place = next(_PLACES)
+    _RESOLVED[place] = problem, chosen
+    return place
+
+
+def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], heads: int) -> None:
+    if not len(q) == len(k) == len(v) == 4:
+        raise ProblemError(f"q, k and v must be [B, H, W, C], not {list(q)}, {list(k)} and {list(v)}")
+    if k[:3] != v[:3] or q[0] != k[0] or q[3] != k[3]:
+        raise ProblemError(
+            f"k and v must have one map, q and k the same batch and channels, "
+            f"not q {list(q)}, k {list(k)} and v {list(v)}"
+        )
+    if heads < 1 or q[3] % heads or v[3] % heads:
+        raise ProblemError(f"{heads} heads do not divide the {q[3]} channels of q and the {v[3]} of v")
+
+
+@functools.cache
+def _machine(device: str) -> Machine:
+    return machines.detect(device)

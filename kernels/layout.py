@@ -1,0 +1,84 @@
+"""Maps and regions: the only place where tokens change their order.
+
+A *map* is ``[B, H, W, C]``, as a network has it; its channels are head-major, head ``h`` owns
+``[h * D, (h + 1) * D)``. *Regions* are ``[B, R, T, C]``: the ``R`` regions of the padded map row by row and
+in each its ``T = rh * rw`` tokens row by row. *Head regions* are ``[B, heads, R, T, D]``.
+
+A map that regions do not tile is padded with zeros at the bottom and on the right. The grid of regions is
+the smallest that covers the map, so every region holds at least one real token.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, arange, device
+
+from bratune.problem import ceil_div
+
+__all__ = [
+    "crop_tokens",
+    "from_head_regions",
+    "from_regions",
+    "tiles",
+    "to_head_regions",
+    "to_regions",
+    "valid_tokens",
+]
+
+
+def tiles(x: Tensor, region: tuple[int, int]) -> Tensor:
+    """A map as a view ``[B, rows, rh, cols, rw, C]``, padded where regions do not tile it."""
+    batch, height, width, channels = x.shape
+    rh, rw = region
+    rows, cols = ceil_div(height, rh), ceil_div(width, rw)
+    bottom, right = rows * rh - height, cols * rw - width
+    if bottom or right:
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
+    return x.view(batch, rows, rh, cols, rw, channels)
+
+
+def to_regions(x: Tensor, region: tuple[int, int]) -> Tensor:
+    """A map ``[B, H, W, C]`` as regions ``[B, R, T, C]``.
+
+    Args:
+        x: The map, any strides.
+        region: Tokens of a region from top to bottom and from left to right.
+    """
+    return tiles(x, region).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+
+
+def from_regions(x: Tensor, height: int, width: int, region: tuple[int, int]) -> Tensor:
+    """The inverse of `to_regions`: the map ``[B, height, width, C]``, padding cut off."""
+    return from_head_regions(x[:, None], height, width, region)
+
+
+def to_head_regions(x: Tensor, region: tuple[int, int], heads: int) -> Tensor:
+    """A map ``[B, H, W, heads * D]`` as head regions ``[B, heads, R, T, D]``."""
+    split = tiles(x, region)
+    split = split.view(*split.shape[:-1], heads, x.shape[-1] // heads)
+    return split.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(2, 3)
+
+
+def from_head_regions(x: Tensor, height: int, width: int, region: tuple[int, int]) -> Tensor:
+    """The inverse of `to_head_regions`: the map ``[B, height, width, heads * D]``, padding cut off."""
+    batch, heads, _, _, channels = x.shape
+    rh, rw = region
+    split = x.view(batch, heads, ceil_div(height, rh), ceil_div(width, rw), rh, rw, channels)
+    padded = split.permute(0, 2, 4, 3, 5, 1, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    return crop_tokens(padded, height, width)
+
+
+def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:
+    """The top left ``height x width`` tokens of a map ``[B, H, W, C]``; the map itself where it fits."""
+    if x.shape[1] == height and x.shape[2] == width:
+        return x
+    return x[:, :height, :width]
+
+
+def valid_tokens(height: int, width: int, region: tuple[int, int], where: device) -> Tensor:
+    """Which tokens of the regions of a map are real and which are padding, ``[R, T]`` of bool."""
+    rh, rw = region
+    rows = arange(ceil_div(height, rh) * rh, device=where) < height
+    cols = arange(ceil_div(width, rw) * rw, device=where) < width
+    real = rows[:, None] & cols[None, :]
+    return to_regions(real[None, :, :, None], region)[0, :, :, 0]

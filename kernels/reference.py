@@ -1,0 +1,74 @@
+"""The backend ``reference``: slow, and right in a way that can be read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bratune.backend import Config
+from bratune.kernels import layout
+from bratune.machine import Machine
+from bratune.problem import Problem
+
+__all__ = ["ReferenceBackend"]
+
+
+class ReferenceBackend:
+    """One query region after the other, in float64 whatever the inputs are, rounded once at the end.
+
+    It does everything that a problem can ask for and is what every other backend is compared with.
+    """
+
+    name = "reference"
+
+    def why_not(self, problem: Problem, machine: Machine) -> tuple[str, ...]:
+        """Nothing stands in its way."""
+        return ()
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        problem: Problem,
+        config: Config | None = None,
+    ) -> Tensor:
+        """Attend from every query region to its routed key regions; see `bratune.backend.Backend`."""
+        heads = problem.heads
+        queries = layout.to_head_regions(q.double(), problem.region, heads)  # [B, heads, R, T, D]
+        keys = layout.to_head_regions(k.double(), problem.kv_region, heads)  # [B, heads, Rk, Tk, D]
+        values = layout.to_head_regions(v.double(), problem.kv_region, heads)
+        valid = layout.valid_tokens(problem.kv_height, problem.kv_width, problem.kv_region, q.device)
+        if not problem.per_head:
+            routes = routes[:, None].expand(-1, heads, -1, -1)
+        image = torch.arange(problem.batch, device=q.device)[:, None, None]
+        head = torch.arange(heads, device=q.device)[None, :, None]
+
+        outputs = []
+        for region in range(problem.regions):
+            routed = routes[:, :, region].long()  # [B, heads, topk]
+            k_routed = keys[image, head, routed].flatten(2, 3)  # [B, heads, topk * Tk, D]
+            v_routed = values[image, head, routed].flatten(2, 3)
+            logits = queries[:, :, region] @ k_routed.transpose(-2, -1) * problem.scale
+            if problem.padding == "masked":
+                # No region is all padding, so every row keeps a key and its softmax is finite.
+                real = valid[routed].flatten(2, 3)  # [B, heads, topk * Tk]
+                logits = logits.masked_fill(~real[:, :, None, :], -torch.inf)
+            outputs.append(logits.softmax(-1) @ v_routed)
+        attended = torch.stack(outputs, dim=2)  # [B, heads, R, T, Dv]
+        return layout.from_head_regions(attended, problem.height, problem.width, problem.region).to(q.dtype)
+
+    def configs(self, problem: Problem, machine: Machine) -> tuple[Config, ...]:
+        """There is nothing to set."""
+        return ({},)
+
+    def workspace_bytes(self, problem: Problem) -> int:
+        """The maps in float64, three times over, and one region's keys, values and scores."""
+        maps = problem.io_bytes // problem.item_bytes * 3
+        region = (problem.gathered_bytes + 3 * problem.score_bytes) // (problem.regions * problem.item_bytes)
+        return (maps + region) * 8
+
+    def flops(self, problem: Problem) -> int:
+        """Two operations per multiply-add of both products."""
+        return 2 * problem.attention_macs

@@ -1,0 +1,141 @@
+"""The backends by name, in order of preference.
+
+A backend is loaded when it is first asked for. Other packages add theirs through the entry-point group
+``bratune.backends`` (name = what the command line calls it, value = ``module:Class``); how:
+``kernels/README.md``. What cannot be loaded keeps its place in the list, and says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from bratune.backend import Backend, Config
+from bratune.errors import UnknownNameError, UnsupportedError
+from bratune.machine import Machine
+from bratune.problem import Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["BACKENDS", "GROUP", "Unavailable", "choose", "get", "names"]
+
+GROUP = "bratune.backends"
+
+# Most preferred first: where `choose` finds several that accept, the first one runs.
+_BUILT_IN = {
+    "reference": "bratune.kernels.reference:ReferenceBackend",
+}
+
+BACKENDS: tuple[str, ...] = tuple(_BUILT_IN)
+
+
+class Unavailable:
+    """A backend that is listed and cannot be loaded: it refuses every problem with one reason."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+
+    def why_not(self, problem: Problem, machine: Machine) -> tuple[str, ...]:
+        """The reason."""
+        return (self.reason,)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        problem: Problem,
+        config: Config | None = None,
+    ) -> Tensor:
+        """Raises `UnsupportedError` with the reason."""
+        raise UnsupportedError(self.name, (self.reason,), str(problem))
+
+    def configs(self, problem: Problem, machine: Machine) -> tuple[Config, ...]:
+        """There is nothing to set."""
+        return ({},)
+
+    def workspace_bytes(self, problem: Problem) -> int:
+        """It never runs."""
+        return 0
+
+    def flops(self, problem: Problem) -> int:
+        """It never runs."""
+        return 0
+
+
+def names() -> tuple[str, ...]:
+    """Every backend's name: the built-in ones in order of preference, then those of other packages."""
+    added = sorted({point.name for point in _entry_points()} - set(BACKENDS))
+    return (*BACKENDS, *added)
+
+
+@functools.cache
+def get(name: str) -> Backend:
+    """The backend with this name; an `Unavailable` one where it is listed and cannot be loaded.
+
+    Raises:
+        UnknownNameError: no backend has this name.
+    """
+    sources = [(_BUILT_IN[name], "bratune")] if name in _BUILT_IN else []
+    sources += [(point.value, _distribution(point)) for point in _entry_points() if point.name == name]
+    if not sources:
+        raise UnknownNameError("backend", name, ("auto", *names()))
+    if len(sources) > 1:
+        owners = ", ".join(f"{owner} ({value})" for value, owner in sources)
+        return Unavailable(
+            name, f"the name {name!r} is taken more than once: {owners}; uninstall all but one"
+        )
+    value, owner = sources[0]
+    return _load(name, value, owner)
+
+
+def choose(problem: Problem, machine: Machine) -> Backend:
+    """The first backend, in order of preference, that accepts this problem on this machine.
+
+    Raises:
+        UnsupportedError: every backend refuses; the message has every reason.
+    """
+    return get(_chosen_name(problem, machine))
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen_name(problem: Problem, machine: Machine) -> str:
+    refusals = []
+    for name in names():
+        reasons = get(name).why_not(problem, machine)
+        if not reasons:
+            return name
+        refusals += [f"{name}: {reason}" for reason in reasons]
+    raise UnsupportedError("auto", refusals, str(problem))
+
+
+@functools.cache
+def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
+    return tuple(importlib.metadata.entry_points(group=GROUP))
+
+
+def _distribution(point: importlib.metadata.EntryPoint) -> str:
+    return point.dist.name if point.dist else "an unknown package"
+
+
+def _load(name: str, value: str, owner: str) -> Backend:
+    module, _, attribute = value.partition(":")
+    try:
+        made: Any = getattr(importlib.import_module(module), attribute)()
+    except ImportError as error:
+        return Unavailable(name, f"{value} of {owner} cannot be imported here: {error}")
+    except Exception as error:  # someone else's code: whatever it raises is the reason
+        return Unavailable(name, f"{value} of {owner} fails to load: {type(error).__name__}: {error}")
+    if not isinstance(made, Backend):
+        return Unavailable(
+            name, f"{value} of {owner} is no backend: it lacks a part of bratune.backend.Backend"
+        )
+    if made.name != name:
+        return Unavailable(
+            name, f"{value} of {owner} calls itself {made.name!r}; both names must be the same"
+        )
+    return made
