@@ -1,0 +1,116 @@
+"""Kernels are compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from bratune.errors import UnknownNameError, UnsupportedError, UsageError
+from bratune.predict.compile import Launch, compile_for
+from bratune.predict.targets import TARGETS, get_target
+
+
+@triton.jit
+def product_kernel(x_ptr, y_ptr, rows, stride, block: tl.constexpr, width: tl.constexpr = 64):
+    i, j = tl.arange(0, block), tl.arange(0, width)
+    total = tl.zeros((block, block), tl.float32)
+    for start in range(0, rows, block):
+        x = tl.load(x_ptr + (start + i)[:, None] * stride + j[None, :])
+        total += tl.dot(x, tl.trans(x))
+    tl.store(y_ptr + i[:, None] * block + i[None, :], total)
+
+
+def launch_product(
+    block: int = 64, width: int = 64, device: str = "meta", stride: int = 64, **options: Any
+) -> None:
+    x = torch.empty(256, stride, dtype=torch.float16, device=device)
+    y = torch.empty(block, block, device=device)
+    product_kernel[(3, 2)](x, y, 256, stride, block=block, width=width, **options)
+
+
+def compiled(target: str, **options: Any) -> Launch:
+    (launch,) = compile_for(target, lambda: launch_product(**options))
+    return launch
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_gives_matrix_instructions_and_resources(target: str) -> None:
+    launch = compiled(target)
+    assert launch.kernel == "product_kernel"
+    assert (launch.grid, launch.programs) == ((3, 2, 1), 6)
+    assert launch.settings == {"block": 64, "width": 64}
+    found = launch.resources
+    assert 16 < found.registers < 256
+    assert found.stack_bytes == 0
+    assert found.resident_warps % found.num_warps == 0
+    assert found.resident_warps > 0
+    assert launch.listing.classes()["mma"] > 0
+    assert launch.listing.loops
+
+
+@pytest.mark.compile
+def test_meta_and_cpu_tensors_give_the_same_machine_code() -> None:
+    on_cpu, on_meta = compiled("sm90", device="cpu"), compiled("sm90", device="meta")
+    assert on_cpu.asm["cubin"] == on_meta.asm["cubin"]
+
+
+@pytest.mark.compile
+def test_strides_are_specialised_as_at_a_launch() -> None:
+    aligned, odd = compiled("sm90", stride=64).listing, compiled("sm90", stride=67).listing
+    assert 2 * aligned.count() < odd.count()  # whole rows of 16 bytes against single numbers
+
+
+@pytest.mark.compile
+def test_launch_options_reach_the_compiler() -> None:
+    assert compiled("sm80", num_warps=8).resources.num_warps == 8
+
+
+@pytest.mark.compile
+def test_too_much_shared_memory_is_refused_with_the_limit() -> None:
+    large = {"block": 128, "width": 256, "num_stages": 3}
+    with pytest.raises(UnsupportedError, match=r"shared memory; sm120 has 101376"):
+        compiled("sm120", **large)
+    assert compiled("sm100", **large).resources.shared_bytes > 101376
+
+
+@pytest.mark.compile
+def test_what_does_not_compile_is_named_with_its_target() -> None:
+    with pytest.raises(UnsupportedError, match=r"product_kernel.*does not compile for sm89"):
+        compiled("sm89", block=48)
+
+
+@pytest.mark.compile
+def test_launches_run_again_after_the_block() -> None:
+    run = triton.runtime.jit.JITFunction.run
+    compiled("sm80")
+    assert triton.runtime.jit.JITFunction.run is run
+
+
+@pytest.mark.interpreter
+def test_the_interpreter_cannot_compile() -> None:
+    with pytest.raises(UsageError, match="TRITON_INTERPRET"):
+        compile_for("sm90", launch_product)
+    assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [(62, 12 * 1024, 4, 32), (255, 0, 4, 8), (32, 100 * 1024, 4, 8), (32, 0, 1, 32), (32, 228 * 1024, 4, 0)],
+    ids=["registers", "most registers", "shared memory", "blocks", "nothing fits"],
+)
+def test_resident_warps_are_what_the_scarcest_resource_allows(
+    registers: int, shared: int, warps: int, expected: int
+) -> None:
+    sm90 = get_target("sm90")
+    assert sm90.resident_warps(registers=registers, shared_bytes=shared, num_warps=warps) == expected
+
+
+def test_unknown_target_lists_the_targets() -> None:
+    with pytest.raises(UnknownNameError, match="sm80, sm86"):
+        get_target("sm70")
