@@ -132,6 +132,7 @@ class Record:
     sm_clock_mhz: float | None = None
     temp_c: float | None = None
     throttle_reasons: str = ""
+    flush_mb: float | None = None
     foreign_processes: int | None = None
     # fidelity
     max_rel_err: float | None = None

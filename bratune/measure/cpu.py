@@ -1,0 +1,73 @@
+"""The CPU as a device: wall clock, and a cache made cold by streaming through a buffer of its size."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from bratune.errors import MeasureError
+from bratune.machine import Machine
+from bratune.measure.compiling import compile_call
+from bratune.measure.device import Call, Memory, Prepared, Sample
+from bratune.measure.memory import cpu_memory
+from bratune.measure.telemetry import Reading
+
+__all__ = ["CpuDevice"]
+
+# Replacement is not strictly least-recently-used: one pass over the cache's own size leaves lines behind.
+FLUSH_FACTOR = 2
+
+
+class CpuDevice:
+    """This machine's CPU; see `bratune.measure.device.Device`.
+
+    The number of threads is torch's own setting and is recorded with the machine.
+    """
+
+    launch_floor_ms = None
+
+    def __init__(self, machine: Machine) -> None:
+        self.flush_bytes = FLUSH_FACTOR * machine.l2_bytes
+        self._buffer = torch.zeros(self.flush_bytes // 8, dtype=torch.int64)
+
+    def now(self) -> float:
+        """See `Device.now`."""
+        return time.perf_counter()
+
+    def sleep(self, seconds: float) -> None:
+        """See `Device.sleep`."""
+        time.sleep(seconds)
+
+    def prepare(self, call: Call, regime: str) -> Prepared:
+        """See `Device.prepare`; there are no CUDA graphs on a CPU."""
+        if regime == "graph":
+            raise MeasureError(
+                "regime graph was asked for on a CPU, which has no CUDA graphs; eager would work"
+            )
+        if regime == "compile":
+            run, seconds = compile_call(call)
+            return Prepared(run, seconds, run)
+        return Prepared(call, None, call)
+
+    def flush(self) -> None:
+        """Read and write every line of a buffer that is larger than the last-level cache."""
+        self._buffer.add_(1)
+
+    def time(self, run: Call) -> Sample:
+        """See `Device.time`: the wall time of the call."""
+        start = time.perf_counter_ns()
+        run()
+        return Sample((time.perf_counter_ns() - start) / 1e6)
+
+    def memory(self, probe: Call) -> Memory:
+        """See `Device.memory`; the flush buffer is not counted."""
+        return cpu_memory(probe, ignore_bytes=self._buffer.nbytes)
+
+    def read(self) -> Reading:
+        """Nothing: a CPU's sensors are not read."""
+        return Reading()
+
+    def foreign_processes(self) -> int | None:
+        """None: a CPU is always shared."""
+        return None
