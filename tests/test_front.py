@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 
 import pytest
 
@@ -20,7 +21,7 @@ def random_options(rng: random.Random, count: int) -> list[Point[int]]:
     return [Point((float(rng.randint(1, 9)), float(rng.randint(0, 9))), i) for i in range(count)]
 
 
-def brute_levels(points: list[tuple[float, ...]], depth: int) -> set[tuple[float, ...]]:
+def brute_levels(points: Iterable[tuple[float, ...]], depth: int) -> set[tuple[float, ...]]:
     left, kept = set(points), set()
     for _ in range(depth):
         front = {p for p in left if not any(dominates(q, p) for q in left)}

@@ -1,0 +1,111 @@
+"""Evidence: what is known about a setting's accuracy, in a label and one sentence with its interval.
+
+``E0`` nothing was measured, only floors hold · ``E1`` one weight-shared training run · ``E2`` agreement
+of outputs with a reference, and the bound that follows · ``E3`` top-1 measured on labelled images. A bare
+score is never called accuracy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["LEVELS", "Evidence", "agreement", "measured_top1", "prior_only", "shared_run"]
+
+LEVELS = ("E0", "E1", "E2", "E3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A label, the sentence that is printed with it and the numbers behind the sentence."""
+
+    level: str
+    text: str
+    values: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Evidence:
+        """The inverse of `to_dict`."""
+        return cls(**data)
+
+    def __str__(self) -> str:
+        return f"{self.level} {self.text}"
+
+
+def prior_only(*, unchanged: bool, omega: float = 1.0) -> Evidence:
+    """E0: no accuracy was looked at.
+
+    Args:
+        unchanged: S and top-k are the reference's own.
+        omega: Share of the reference's keys per query that every stage keeps.
+    """
+    if unchanged:
+        text = "same S and top-k as the reference: the function is the same, only its cost differs"
+    else:
+        share = "at least as many keys" if omega == 1.0 else f"at least {omega:.0%} of the keys"
+        text = (
+            f"prior only, no accuracy evidence: {share} per query as the reference in every stage, "
+            "regions not larger"
+        )
+    return Evidence(level="E0", text=text, values={"omega": omega, "unchanged": unchanged})
+
+
+def shared_run(*, gain: float, error: float, seeds: int) -> Evidence:
+    """E1: difference to the reference in a weight-shared run, in points, with twice its standard error."""
+    distinct = "" if abs(gain) > 2 * error else ": not distinguishable"
+    text = (
+        f"weight-shared short run, {gain:+.1f} +- {2 * error:.1f} points against the reference{distinct} "
+        f"({seeds} seeds)"
+    )
+    return Evidence(level="E1", text=text, values={"gain": gain, "standard_error": error, "seeds": seeds})
+
+
+def agreement(
+    *,
+    images: int,
+    agree: int,
+    bound: tuple[float, float],
+    kl: float,
+    kl_interval: tuple[float, float],
+    top: str = "the checkpoint's own setting",
+) -> Evidence:
+    """E2: share of images with the same top class, which bounds the change of top-1 on them.
+
+    Args:
+        images: Images compared.
+        agree: Of these, with the same top class.
+        bound: Exact 95 % interval of that share for other images.
+        kl: Mean divergence of the outputs, in nats.
+        kl_interval: Its bootstrap interval.
+        top: What was compared with.
+    """
+    share = agree / images
+    text = (
+        f"outputs agree with {top} on {share:.1%} of {images} images (accuracy on them cannot change by more "
+        f"than {100 * (1 - share):.1f} points, on others by {100 * (1 - bound[0]):.1f} at 95 %); "
+        f"KL {kl:.4f} [{kl_interval[0]:.4f}, {kl_interval[1]:.4f}]"
+    )
+    values = {
+        "images": images,
+        "agree": agree,
+        "agreement_interval": list(bound),
+        "kl": kl,
+        "kl_interval": list(kl_interval),
+    }
+    return Evidence(level="E2", text=text, values=values)
+
+
+def measured_top1(*, images: int, change: float, interval: tuple[float, float], top1: float) -> Evidence:
+    """E3: paired change of top-1 on labelled images, in points, with its 95 % interval."""
+    text = (
+        f"top-1 {100 * top1:.1f} % measured on {images} labelled images: {100 * change:+.2f} points "
+        f"[{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}] against the reference"
+    )
+    values = {"images": images, "change": change, "interval": list(interval), "top1": top1}
+    return Evidence(level="E3", text=text, values=values)

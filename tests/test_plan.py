@@ -1,0 +1,105 @@
+"""Plan files: what they hold, what is refused, and what they say on another machine."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sample_plans import H200, make_plan
+
+from bratune.errors import PlanError
+from bratune.machine import Machine
+from bratune.tune.plan import Plan, install, load_plan
+from bratune.tune.plan_schema import PLAN_SCHEMA, violations
+
+
+def test_plan_reads_back_what_was_saved(tmp_path: Path) -> None:
+    plan = make_plan(config='{"block": 64}')
+    assert load_plan(plan.save(tmp_path / "deep" / "plan.json")) == plan
+
+
+def test_saved_plan_keeps_the_published_schema(tmp_path: Path) -> None:
+    data = json.loads(make_plan().save(tmp_path / "plan.json").read_text())
+    assert violations(data, PLAN_SCHEMA) == []
+    known = set(PLAN_SCHEMA["properties"])
+    assert set(data) == known
+
+
+def test_plan_tells_model_knobs_from_cost_knobs() -> None:
+    knobs = make_plan().to_dict()["knobs"]
+    assert knobs["model"] == ["n_win", "topks", "padding"]
+    assert set(knobs["cost"]) == {"backend", "config", "regime", "layout"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("kind",), "other", "has no kind 'bratune-plan'"),
+        (("schema",), 99, "a newer bratune would read it"),
+        (("batch",), 0, "batch must be at least 1, not 0"),
+        (("batch",), True, "batch must be a whole number, not True"),
+        (("dtype",), "int8", "dtype must be one of float16"),
+        (("resolution",), [224], r"resolution must have 2 values, not 1"),
+        (("stages", 0, "backend"), 3, r"stages\[0\].backend must be text, not 3"),
+        (("model",), "resnet", "is for 'resnet'"),
+        (("stages", 0, "problem", "topk"), 999, "top-k 999 is more than the 49 key regions"),
+        (("evidence", "level"), "E9", "evidence.level must be one of E0"),
+    ],
+)
+def test_broken_plans_are_refused_with_the_place(path: tuple[Any, ...], value: Any, words: str) -> None:
+    data = copy.deepcopy(make_plan().to_dict())
+    inner: Any = data
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    with pytest.raises(PlanError, match=words):
+        Plan.from_dict(data, source="plan.json")
+
+
+def test_missing_part_is_named() -> None:
+    data = make_plan().to_dict()
+    del data["machine"]
+    with pytest.raises(PlanError, match="lacks 'machine'"):
+        Plan.from_dict(data)
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "No such file"), ("{", "not JSON"), ("[]", "no kind")])
+def test_files_that_are_no_plans_are_one_sentence(tmp_path: Path, content: str | None, words: str) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(PlanError, match=words):
+        load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, []),
+        ({"gpu_name": "NVIDIA H200 NVL"}, []),  # a name alone decides nothing
+        ({"compute_capability": "8.0", "sm_count": 108}, ["sm90"]),
+        ({"sm_count": 66}, ["sm90-66sm-140gib"]),
+        ({"torch": "2.11.0+cu130"}, ["torch 2.13.0"]),
+    ],
+)
+def test_plan_says_where_it_may_not_hold(changes: dict[str, Any], words: list[str]) -> None:
+    here = Machine(**(H200.to_dict() | changes))
+    found = make_plan().obstacles(here)
+    assert len(found) == len(words)
+    for reason, word in zip(found, words, strict=True):
+        assert word in reason
+
+
+def test_plan_knows_whether_official_models_must_pad() -> None:
+    assert not make_plan().pads
+    assert make_plan(n_win=5).pads
+
+
+def test_installed_plan_lies_under_architecture_not_marketing_name(tmp_path: Path) -> None:
+    path = install(make_plan(), tmp_path)
+    assert path.relative_to(tmp_path).as_posix() == (
+        "sm90-132sm-140gib/biformer_tiny-classification-224x224-bfloat16-fwd-eager-b1.json"
+    )
