@@ -12,7 +12,7 @@ from torch import Tensor
 from bratune import machine as machines
 from bratune.backend import Backend, Config
 from bratune.errors import ConfigError, ProblemError, UnsupportedError
-from bratune.kernels import registry
+from bratune.kernels import registry, tuned
 from bratune.kernels.routing import route
 from bratune.machine import Machine
 from bratune.problem import Problem
@@ -56,7 +56,8 @@ def routed_attention(
         scale: Factor of the logits; by default ``C ** -0.5``, as the released weights expect.
         padding: What fills maps that regions do not tile. ``zeros``: keys like any other, with logit 0 and
             value 0 (the official behaviour). ``masked``: keys without weight.
-        backend: A name of `bratune.kernels.registry.names`, or ``auto``: the first that accepts.
+        backend: A name of `bratune.kernels.registry.names`, or ``auto``: what a plan recommends for this
+            call (`bratune.kernels.tuned`), else the first that accepts.
         config: Settings of the backend, one of its ``configs``; by default its first.
 
     Returns:
@@ -112,8 +113,8 @@ def _attend(
         backend,
         () if config is None else tuple(sorted(config)),
     )
-    problem, chosen = _RESOLVED[call]
-    return chosen.forward(q, k, v, routes, problem, config)
+    problem, chosen, planned = _RESOLVED[call]
+    return chosen.forward(q, k, v, routes, problem, planned if config is None else config)
 
 
 def _check_alike(q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> None:
@@ -128,9 +129,10 @@ def _check_alike(q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> None:
         raise ProblemError(f"routes must be int32 or int64, not {routes.dtype}")
 
 
-# The problem and the backend of every call seen so far. They are kept here and not returned by `_resolve`
-# because torch.compile can take a number as a constant of its graph, but not an object.
-_RESOLVED: dict[int, tuple[Problem, Backend]] = {}
+# The problem, the backend and a plan's settings for it, of every call seen so far. They are kept here and
+# not returned by `_resolve` because torch.compile can take a number as a constant of its graph, but not an
+# object.
+_RESOLVED: dict[int, tuple[Problem, Backend, Config | None]] = {}
 _PLACES = itertools.count()
 
 
@@ -185,8 +187,9 @@ def _resolve_once(
         )
     here = _machine(device)
     if backend == "auto":
-        chosen = registry.choose(problem, here)
+        chosen, planned = tuned.choose(problem, here)
     else:
+        planned = None
         chosen = registry.get(backend)
         reasons = chosen.why_not(problem, here)
         if reasons:
@@ -197,7 +200,7 @@ def _resolve_once(
         these = f"these are: {', '.join(known)}" if known else "it has none"
         raise ConfigError(f"backend {chosen.name!r} has no setting {unknown[0]!r}; {these}")
     place = next(_PLACES)
-    _RESOLVED[place] = problem, chosen
+    _RESOLVED[place] = problem, chosen, planned
     return place
 
 

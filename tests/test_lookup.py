@@ -10,7 +10,7 @@ import pytest
 from sample_plans import H200, make_plan
 
 from bratune.errors import ConfigError
-from bratune.kernels import tuned
+from bratune.kernels import registry, tuned
 from bratune.machine import Machine
 from bratune.problem import Problem
 from bratune.tune.plan import Plan, install
@@ -133,3 +133,54 @@ def test_rewritten_plan_is_read_again() -> None:
     assert getattr(quiet(problem, H200), "backend", "") == "gather"
     install(make_plan(backend="gather-sdpa"))
     assert getattr(quiet(problem, H200), "backend", "") == "gather-sdpa"
+
+
+def attend(plan: Plan, **more: Any) -> Any:
+    import torch
+
+    from bratune.kernels.api import routed_attention
+
+    problem = call(plan, 3)
+    q, k, v = torch.randn(3, 1, 14, 14, problem.channels)
+    routes = torch.arange(16).expand(1, 49, 16)
+    return routed_attention(q, k, v, routes, heads=problem.heads, region=(2, 2), **more)
+
+
+def test_auto_runs_what_the_plan_of_this_machine_recommends(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bratune.kernels import api
+    from bratune.machine import detect
+
+    asked: list[Any] = []
+    reference = registry.get("reference")
+
+    class Spy:
+        name = "spy"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(reference, name)
+
+        def why_not(self, problem: Problem, machine: Machine) -> tuple[str, ...]:
+            return ()
+
+        def configs(self, problem: Problem, machine: Machine) -> Any:
+            return ({"block": 32},)
+
+        def forward(self, *args: Any) -> Any:
+            asked.append(args[-1])
+            return reference.forward(*args[:-1])
+
+    install(make_plan(detect("cpu"), backend="spy", config='{"block": 32}', dtype="float32"))
+    monkeypatch.setattr(registry, "names", lambda: ("reference", "spy"))
+    monkeypatch.setattr(registry, "get", lambda name: Spy() if name == "spy" else reference)
+    api._resolve_once.cache_clear()
+    attend(make_plan())
+    api._resolve_once.cache_clear()
+    assert asked == [{"block": 32}]
+
+
+def test_plan_cannot_make_a_backend_run_that_refuses() -> None:
+    plan = make_plan(backend="no-such-backend")
+    install(plan)
+    backend, config = tuned.choose(call(plan), H200)
+    assert backend.name in registry.names()
+    assert config is None

@@ -74,7 +74,8 @@ class Setting:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Setting:
         """The inverse of `to_dict`."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
     def __str__(self) -> str:
         routed = [i for i, k in enumerate(self.topks) if k > 0]

@@ -16,7 +16,6 @@ __all__ = [
     "clopper_pearson",
     "kendall",
     "mape",
-    "median_interval",
     "spearman",
 ]
 
@@ -96,25 +95,6 @@ def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     low = 0.0 if successes == 0 else solve(lambda p: _binomial_tail(successes, n, p) < alpha)
     high = 1.0 if successes == n else solve(lambda p: 1.0 - _binomial_tail(successes + 1, n, p) > alpha)
     return low, high
-
-
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """The distribution-free interval of the median, from two order statistics.
-
-    With fewer than six values no pair of them reaches 95 %; the whole range is returned then, so that
-    callers who need the coverage must ask for six or more.
-    """
-    if not values:
-        raise ValueError("an interval of no values is not defined")
-    x = sorted(values)
-    n = len(x)
-    best = 0
-    for drop in range(n // 2):
-        outside = 2.0 * sum(math.comb(n, i) for i in range(drop + 1)) / 2.0**n
-        if 1.0 - outside < confidence:
-            break
-        best = drop
-    return x[best], x[n - 1 - best]
 
 
 def bootstrap_interval(
