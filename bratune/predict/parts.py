@@ -1,0 +1,281 @@
+"""Parts: the kernels of every part of a block, of a whole block and of a whole model.
+
+Part names are those of `bratune.cell.PARTS`. Sizes come from the published layouts
+(`bratune.variant`): attention, projections and LePE see the padded map, the rest the map itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bratune import variant as variants
+from bratune.cell import Cell
+from bratune.errors import UnsupportedError
+from bratune.predict import work
+from bratune.predict.work import Op
+from bratune.problem import Problem
+from bratune.variant import Stage, Variant
+
+__all__ = ["Block", "Group", "block_of", "groups", "model_blocks", "part_ops"]
+
+# Parts that a block consists of, in order, with how often each occurs.
+BLOCK_PARTS = (
+    ("pos_embed", 1),
+    ("norm", 2),
+    ("qkv", 1),
+    ("routing", 1),
+    ("attention", 1),
+    ("lepe", 1),
+    ("proj", 1),
+    ("mlp", 1),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Kernels that share a calibration: one part, or one backend's attention.
+
+    Attributes:
+        name: The part, or the backend's name for attention.
+        ops: Its kernels, forward.
+        times: How often the cell runs them.
+    """
+
+    name: str
+    ops: tuple[Op, ...]
+    times: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One block in numbers.
+
+    Attributes:
+        problem: Its attention call; None for a block without attention.
+        backend: Who computes that call.
+        rows: Tokens of the batch, unpadded.
+        padded_rows: Tokens that attention, projections and LePE see.
+        dim: Channels.
+        mlp_ratio: Hidden over outer channels of the MLP.
+        side: Side of the LePE convolution.
+        item: Bytes of a number.
+        kind: ``routed``, ``full`` or ``conv``.
+        pos_embed: Whether it adds a position embedding.
+    """
+
+    problem: Problem | None
+    backend: str
+    rows: int
+    padded_rows: int
+    dim: int
+    mlp_ratio: int
+    side: int
+    item: int
+    kind: str = "routed"
+    pos_embed: bool = True
+
+
+def block_of(cell: Cell) -> Block:
+    """The block that a part's cell belongs to; a bare call gets a block of its own sizes."""
+    p = cell.problem
+    plain = Block(
+        problem=p,
+        backend=cell.backend,
+        rows=p.batch * p.tokens,
+        padded_rows=p.batch * p.padded[0] * p.padded[1],
+        dim=p.channels,
+        mlp_ratio=3,
+        side=5,
+        item=p.item_bytes,
+    )
+    if cell.model not in variants.VARIANTS or not cell.stage:
+        return plain
+    variant = variants.get_variant(cell.model)
+    height, width = variant.maps(*cell.image)[cell.stage - 1] if cell.image[0] else (p.height, p.width)
+    full = p.regions == 1 and variant.topks[cell.stage - 1] < 0
+    return Block(
+        problem=p,
+        backend=cell.backend,
+        rows=p.batch * height * width,
+        padded_rows=plain.padded_rows,
+        dim=variant.dims[cell.stage - 1],
+        mlp_ratio=variant.mlp_ratio,
+        side=variant.side_dwconv,
+        item=p.item_bytes,
+        kind="full" if full else "routed",
+        pos_embed=variant.layout == "biformer",
+    )
+
+
+def part_ops(block: Block, part: str) -> tuple[Op, ...]:
+    """The kernels of one part of a block, forward.
+
+    Raises:
+        UnsupportedError: the backend is not one whose work is counted.
+    """
+    p, item, dim = block.problem, block.item, block.dim
+    map_bytes = float(block.rows * dim * item)
+    padded_bytes = float(block.padded_rows * dim * item)
+    if part == "attention":
+        return _attention(block)
+    if part == "routing":
+        return work.routing_ops(p) if p is not None and block.kind == "routed" else ()
+    if part == "pos_embed":
+        return (*_depthwise(block.rows * dim, 9, item), _add("add position", map_bytes, item))
+    if part == "norm":
+        return (work.elementwise("layer norm", map_bytes, map_bytes, cold=map_bytes, item=item, slots=8),)
+    if part == "qkv":
+        return (work.matmul("q, k, v", block.padded_rows, dim, 3 * dim, item, cold=True),)
+    if part == "lepe":
+        taps = block.side**2
+        return (*_depthwise(block.padded_rows * dim, taps, item), _add("add LePE", padded_bytes, item))
+    if part == "proj":
+        return (work.matmul("projection", block.padded_rows, dim, dim, item, cold=True),)
+    hidden = dim * block.mlp_ratio
+    hidden_bytes = float(block.rows * hidden * item)
+    return (
+        work.matmul("first linear", block.rows, dim, hidden, item, cold=True),
+        work.elementwise("GELU", hidden_bytes, hidden_bytes, item=item, slots=12),
+        work.matmul("second linear", block.rows, hidden, dim, item),
+    )
+
+
+def _depthwise(elements: float, taps: int, item: int) -> tuple[Op, ...]:
+    return (work.conv_op(f"depthwise, {taps} taps", elements, elements, taps, item, depthwise=True),)
+
+
+def _add(name: str, size: float, item: int) -> Op:
+    return work.elementwise(name, 2 * size, size, item=item)
+
+
+def _attention(block: Block) -> tuple[Op, ...]:
+    if block.problem is None:
+        return ()
+    backend = block.backend
+    if block.kind == "full" and backend not in work.ATTENTION:
+        backend = "dense"
+    try:
+        return work.attention_ops(block.problem, backend)
+    except KeyError:
+        known = ", ".join(work.ATTENTION)
+        raise UnsupportedError(
+            backend, [f"what it moves and multiplies is not counted; these backends are: {known}"]
+        ) from None
+
+
+def _block_groups(block: Block, times: int) -> list[Group]:
+    skipped = {"pos_embed"} if not block.pos_embed else set()
+    if block.kind == "conv":
+        skipped |= {"qkv", "routing", "attention", "proj"}
+    found = [
+        Group(block.backend if part == "attention" else part, part_ops(block, part), each * times)
+        for part, each in BLOCK_PARTS
+        if part not in skipped
+    ]
+    residual = _add("residual", float(block.rows * block.dim * block.item), block.item)
+    return [*found, Group("residual", (residual,), 2 * times)]
+
+
+def groups(cell: Cell) -> tuple[Group, ...]:
+    """The kernels of a cell, forward, by what they are calibrated with.
+
+    Raises:
+        UnsupportedError: see `part_ops`.
+    """
+    if cell.part == "model":
+        return _model_groups(cell)
+    block = block_of(cell)
+    if cell.part == "block":
+        return tuple(_block_groups(block, 1))
+    name = cell.backend if cell.part == "attention" else cell.part
+    return (Group(name, part_ops(block, cell.part)),)
+
+
+# --- whole models ------------------------------------------------------------------------------------
+
+
+def model_stages(cell: Cell) -> tuple[Variant, tuple[Stage, ...]]:
+    """The stages of a ``model`` cell, rebuilt from its S and top-k per stage."""
+    variant, p = variants.get_variant(cell.model), cell.problem
+    count = len(variant.dims)
+    windows = [int(n) for n in cell.n_win.split(",") if n]
+    topks = [int(k) for k in cell.topk.split(",") if k]
+    found = variants.stages(
+        variant,
+        *cell.image,
+        batch=p.batch,
+        n_win=(windows * count)[:count] if len(windows) == 1 else windows or 7,
+        topks=topks or None,
+        dtype=p.dtype,
+        direction=p.direction,
+    )
+    return variant, found
+
+
+def model_blocks(cell: Cell) -> tuple[tuple[Block, int], ...]:
+    """One block per stage of a model, with how often it is repeated."""
+    variant, found = model_stages(cell)
+    names = [name.strip() for name in cell.backend.split(",")]
+    names = names * len(found) if len(names) == 1 else names
+    item = cell.problem.item_bytes
+    blocks = []
+    for stage, backend in zip(found, names + names[-1:] * (len(found) - len(names)), strict=True):
+        block = Block(
+            problem=stage.problem,
+            backend="dense" if stage.kind == "full" else backend,
+            rows=cell.problem.batch * stage.height * stage.width,
+            padded_rows=cell.problem.batch * stage.padded_tokens,
+            dim=stage.dim,
+            mlp_ratio=variant.mlp_ratio,
+            side=variant.side_dwconv,
+            item=item,
+            kind=stage.kind,
+            pos_embed=variant.layout == "biformer",
+        )
+        blocks.append((block, stage.blocks))
+    return tuple(blocks)
+
+
+def _model_groups(cell: Cell) -> tuple[Group, ...]:
+    """Stem, blocks, downsampling and head."""
+    variant, found = model_stages(cell)
+    batch, item = cell.problem.batch, cell.problem.item_bytes
+    parts = [Group("stem", _stem(variant, cell, found[0]))]
+    for i, (block, repeats) in enumerate(model_blocks(cell)):
+        if i:
+            parts.append(Group("downsample", _downsample(found[i - 1], found[i], batch, item)))
+        parts += _block_groups(block, repeats)
+    last = found[-1]
+    features = float(batch * last.height * last.width * last.dim * item)
+    head = (
+        work.elementwise("final norm", features, features, item=item),
+        work.matmul("head", batch, last.dim, 1000, item),
+    )
+    return (*parts, Group("head", head))
+
+
+def _norm(stage_elements: float, item: int) -> Op:
+    return work.elementwise("batch norm", stage_elements * item, stage_elements * item, item=item, slots=4)
+
+
+def _stem(variant: Variant, cell: Cell, first: Stage) -> tuple[Op, ...]:
+    batch, item = cell.problem.batch, cell.problem.item_bytes
+    image = float(batch * 3 * cell.image[0] * cell.image[1])
+    out = float(batch * first.height * first.width * first.dim)
+    if variant.layout != "biformer":
+        return (work.conv_op("patches", image, out, 48, item, depthwise=False), _norm(out, item))
+    middle = out * 2  # half the channels on four times the positions
+    return (
+        work.conv_op("stem 1", image, middle, 27, item, depthwise=False),
+        _norm(middle, item),
+        work.elementwise("GELU", middle * item, middle * item, item=item, slots=12),
+        work.conv_op("stem 2", middle, out, 9 * first.dim // 2, item, depthwise=False),
+        _norm(out, item),
+    )
+
+
+def _downsample(before: Stage, after: Stage, batch: int, item: int) -> tuple[Op, ...]:
+    elements_in = float(batch * before.height * before.width * before.dim)
+    elements_out = float(batch * after.height * after.width * after.dim)
+    conv = work.conv_op("downsample", elements_in, elements_out, 9 * before.dim, item, depthwise=False)
+    return conv, _norm(elements_out, item)
