@@ -238,26 +238,33 @@ def _floor_ms(cell: Cell, gpu: GPU) -> float:
 def _floor_terms(cell: Cell, gpu: GPU) -> tuple[float, float]:
     """Milliseconds that the least bytes and the least arithmetic of a cell take at the published peaks."""
     peak = rates(gpu, cell.problem.dtype)
-    least_bytes, least_macs = _least(cell)
-    return least_bytes / peak.memory * 1e3, 2 * least_macs / peak.matrix * 1e3
+    read, written, macs = _least(cell)
+    cache = (gpu.l2_mib or 0.0) * 2**20
+    # What is written may stay in the cache as far as it fits; so may what is read, when it is warm.
+    moved = max(0.0, read + written - cache) if cell.l2 == "warm" else read + max(0.0, written - cache)
+    return moved / peak.memory * 1e3, 2 * macs / peak.matrix * 1e3
 
 
-def _least(cell: Cell) -> tuple[float, float]:
-    """Bytes and multiply-adds that any implementation of a cell needs."""
+def _least(cell: Cell) -> tuple[float, float, float]:
+    """Bytes read, bytes written and multiply-adds that any implementation of a cell needs."""
     p = cell.problem
     passes = 3 if p.backward else 1
     if cell.part == "attention":
-        return p.io_bytes * (2.5 if p.backward else 1), p.attention_macs * passes
+        out = p.batch * p.tokens * p.v_channels * p.item_bytes
+        inputs = p.io_bytes - out
+        # Backward reads the inputs and two output-sized tensors, and writes a gradient per input.
+        read, written = (inputs + 2 * out, out + inputs) if p.backward else (inputs, out)
+        return read, written, p.attention_macs * passes
     if cell.part == "model":
         return _least_of_model(cell, passes)
     every = parts.groups(cell)
-    # A single kernel would read the first input and write the last output; what is between could stay on chip.
+    # One kernel would read the first input and write the last output, and keep the rest on chip.
     first, last = every[0].ops[0], every[-1].ops[-1]
     macs = sum(op.macs * group.times for group in every for op in group.ops if op.kind == "matmul")
-    return (first.cold or first.read) + last.written, macs * passes
+    return first.cold or first.read, last.written, macs * passes
 
 
-def _least_of_model(cell: Cell, passes: int) -> tuple[float, float]:
+def _least_of_model(cell: Cell, passes: int) -> tuple[float, float, float]:
     variant, found = parts.model_stages(cell)
     p = cell.problem
     image = p.batch * 3 * cell.image[0] * cell.image[1]
@@ -265,7 +272,8 @@ def _least_of_model(cell: Cell, passes: int) -> tuple[float, float]:
         s.blocks * p.batch * s.height * s.width * s.dim**2 * (4 + 2 * variant.mlp_ratio) for s in found
     )
     attention = sum(s.blocks * s.problem.attention_macs for s in found if s.problem is not None)
-    return float(image + variant.parameters) * p.item_bytes, float(linear + attention) * passes
+    weights = variant.parameters * p.item_bytes
+    return image * p.item_bytes + weights, weights if p.backward else 0.0, float(linear + attention) * passes
 
 
 def _derived(cell: Cell, ms: float) -> dict[str, Any]:
@@ -307,7 +315,7 @@ def _why_not(cell: Cell, gpu: GPU, machine: Machine) -> tuple[str, ...]:
         needed = problem.io_bytes + _backend_workspace(problem, name)
         if machine.memory_bytes and needed > machine.memory_bytes:
             reasons.append(
-                f"{name} needs {needed / 2**30:.1f} GiB for one call and {gpu.name} has {gpu.memory_gib:g} GiB"
+                f"{name} needs {needed / 2**30:.1f} GiB for one call; {gpu.name} has {gpu.memory_gib:g}"
             )
     return tuple(dict.fromkeys(reasons))
 
@@ -353,10 +361,9 @@ class ModelEngine:
     @property
     def notice(self) -> str:
         """One sentence for the first line on stderr: the GPU is not here, and what the rows are."""
-        return (
-            f"{self.gpu.name} is not here: rows are modelled, not measured "
-            f"({self.coefficients.describe('', self.gpu.key) if self.coefficients.records else 'uncalibrated'})"
-        )
+        c = self.coefficients
+        basis = c.describe("", self.gpu.key) if c.records else "uncalibrated"
+        return f"{self.gpu.name} is not here: rows are modelled, not measured ({basis})"
 
     def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
         """One modelled row per cell, in the order of the cells."""

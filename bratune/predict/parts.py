@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bratune import variant as variants
 from bratune.cell import Cell
 from bratune.errors import UnsupportedError
-from bratune.predict import work
+from bratune.predict import attention, work
 from bratune.predict.work import Op
 from bratune.problem import Problem
 from bratune.variant import Stage, Variant
@@ -119,7 +119,7 @@ def part_ops(block: Block, part: str) -> tuple[Op, ...]:
     if part == "attention":
         return _attention(block)
     if part == "routing":
-        return work.routing_ops(p) if p is not None and block.kind == "routed" else ()
+        return attention.routing_ops(p) if p is not None and block.kind == "routed" else ()
     if part == "pos_embed":
         return (*_depthwise(block.rows * dim, 9, item), _add("add position", map_bytes, item))
     if part == "norm":
@@ -152,12 +152,12 @@ def _attention(block: Block) -> tuple[Op, ...]:
     if block.problem is None:
         return ()
     backend = block.backend
-    if block.kind == "full" and backend not in work.ATTENTION:
+    if block.kind == "full" and backend not in attention.ATTENTION:
         backend = "dense"
     try:
-        return work.attention_ops(block.problem, backend)
+        return attention.attention_ops(block.problem, backend)
     except KeyError:
-        known = ", ".join(work.ATTENTION)
+        known = ", ".join(attention.ATTENTION)
         raise UnsupportedError(
             backend, [f"what it moves and multiplies is not counted; these backends are: {known}"]
         ) from None

@@ -24,6 +24,8 @@ _CACHE_BYTES_PER_CLOCK_OTHER = 15.0
 # Part of the cache that is reached at full speed: two partitions on A100 and H100 (24 of 40 MiB, 37 of 50).
 _CACHE_SHARE = {"8.0": 0.6, "9.0": 0.72, "10.0": 0.72}
 _CACHE_SHARE_OTHER = 0.9
+# Instructions that a multiprocessor issues per clock, in lanes: four schedulers of 32 threads since Volta.
+_LANES_PER_CLOCK = 128
 # Multiprocessors that must be busy to saturate the memory.
 _SATURATING_SHARE = 0.5
 
@@ -50,16 +52,18 @@ def rates(board: GPU, dtype: str) -> Rates:
     needed = {
         "memory bandwidth": board.memory_gbps,
         f"{dtype} peak": matrix,
-        "float32 peak": board.fp32_tflops,
         "SM count": board.sm_count,
         "clock": board.boost_mhz,
     }
     if missing := [name for name, value in needed.items() if not value]:
         raise UsageError(
-            f"no published {' or '.join(missing)} of {board.name} is known, so nothing can be predicted for it; "
-            "a description of the board with --gpu-spec FILE would give it"
+            f"no published {' or '.join(missing)} of {board.name} is known, so nothing can be predicted "
+            "for it; a description of the board with --gpu-spec FILE would give it"
         )
-    assert board.memory_gbps and matrix and board.fp32_tflops and board.sm_count and board.boost_mhz
+    assert board.memory_gbps is not None
+    assert board.sm_count is not None
+    assert board.boost_mhz is not None
+    assert matrix is not None
     capability = board.compute_capability
     per_clock = _CACHE_BYTES_PER_CLOCK.get(capability, _CACHE_BYTES_PER_CLOCK_OTHER)
     share = _CACHE_SHARE.get(capability, _CACHE_SHARE_OTHER)
@@ -67,7 +71,9 @@ def rates(board: GPU, dtype: str) -> Rates:
         memory=board.memory_gbps * 1e9,
         cache=max(per_clock * board.sm_count * board.boost_mhz * 1e6, board.memory_gbps * 1e9),
         matrix=matrix * 1e12,
-        cores=board.fp32_tflops * 1e12 / 2,
+        cores=matrix * 1e12 / 2
+        if board.architecture == "CPU"
+        else _LANES_PER_CLOCK * board.sm_count * board.boost_mhz * 1e6,
         cache_bytes=(board.l2_mib or 0.0) * 2**20 * share,
         sm_count=board.sm_count,
     )

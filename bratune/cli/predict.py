@@ -1,0 +1,205 @@
+"""``bratune predict``: estimate times on a GPU that is not here, or check the estimates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bratune.errors import UsageError
+
+if TYPE_CHECKING:
+    from bratune.cell import Cell
+    from bratune.gpus import GPU
+    from bratune.record import Record
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+BACKENDS = ("gather", "gather-sdpa", "dense", "triton")
+
+
+@click.command("predict")
+@click.option("--gpu", "keys", multiple=True, help="Short key of a GPU, e.g. a100; repeatable.")
+@click.option("--gpu-spec", "specs", multiple=True, type=click.Path(path_type=Path), help="YAML of a board.")
+@click.option("--model", "name", default="biformer_small", show_default=True, help="Model.")
+@click.option("--task", default="classification", show_default=True, help="Task; gives S and the resolution.")
+@click.option("--res", "--img-size", "resolution", help="Image size: 512 or 800x1333.")
+@click.option("-b", "--batch-size", "batches", multiple=True, type=click.IntRange(1), help="Repeatable.")
+@click.option("--dtype", default="bf16", show_default=True, help="fp16, bf16, fp32 or fp64.")
+@click.option("--direction", type=click.Choice(["fwd", "fwd-bwd"]), default="fwd", show_default=True)
+@click.option(
+    "--regime", type=click.Choice(["eager", "graph", "compile"]), default="eager", show_default=True
+)
+@click.option("--backend", "backends", multiple=True, help="Repeatable; by default the common ones.")
+@click.option("--calibrate", "paths", multiple=True, type=click.Path(path_type=Path), help="More records.")
+@click.option(
+    "--validate",
+    "checked",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Print the model's error on the measured records at PATH instead.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also append the rows to this .jsonl.")
+@click.option("--format", "style", type=click.Choice(["table", "json"]), default="table", show_default=True)
+def command(
+    keys: tuple[str, ...],
+    specs: tuple[Path, ...],
+    name: str,
+    task: str,
+    resolution: str | None,
+    batches: tuple[int, ...],
+    dtype: str,
+    direction: str,
+    regime: str,
+    backends: tuple[str, ...],
+    paths: tuple[Path, ...],
+    checked: tuple[Path, ...],
+    output: Path | None,
+    style: str,
+) -> None:
+    """Estimate times on a GPU that is not here, with an interval and a bound beside every row.
+
+    bratune predict --gpu a100 --gpu rtx4090 --res 512 -b 1 -b 64
+
+    bratune predict --validate results/
+    """
+    if checked:
+        _validate(checked, style)
+        return
+    from bratune.predict import fit
+    from bratune.predict.model import bound_cell, predict_cell
+
+    boards = _boards(keys, specs)
+    full = DTYPES.get(dtype, dtype)
+    cells = _cells(name, task, resolution, batches or (1, 64), full, direction, regime, backends or BACKENDS)
+    coefficients = fit.stored_coefficients(*paths)
+    rows: list[Record] = []
+    for board in boards:
+        for cell in cells:
+            rows += [predict_cell(cell, board, coefficients), bound_cell(cell, board)]
+    if output:
+        from bratune.store import Store
+
+        target = Store(output)
+        for row in rows:
+            target.append(row)
+    _show(rows, style)
+    if output:
+        click.echo(f"results: {output}", err=True)
+
+
+def _boards(keys: Sequence[str], specs: Sequence[Path]) -> list[GPU]:
+    from bratune import gpus
+
+    if not keys and not specs:
+        raise UsageError("predict needs a GPU: --gpu a100 (repeatable) or --gpu-spec FILE; see list gpus")
+    for key in keys:
+        click.echo(gpus.describe_choice(key), err=True)
+    return [*map(gpus.resolve, keys), *map(gpus.load_spec, specs)]
+
+
+def _cells(
+    name: str,
+    task: str,
+    resolution: str | None,
+    batches: Sequence[int],
+    dtype: str,
+    direction: str,
+    regime: str,
+    backends: Sequence[str],
+) -> list[Cell]:
+    """Attention of every routed stage and the whole model, for every batch and backend."""
+    from bratune import variant as variants
+    from bratune.cell import Cell
+
+    variant, job = variants.get_variant(name), variants.get_task(task)
+    image = variants.parse_resolution(resolution) if resolution else (job.height, job.width)
+    found = []
+    for batch in batches:
+        stages = variants.stages(
+            variant, *image, batch=batch, n_win=job.n_win, dtype=dtype, direction=direction
+        )
+        first = next(s.problem for s in stages if s.problem is not None)
+        for backend in backends:
+            whole = Cell(
+                part="model",
+                problem=first,
+                backend=backend,
+                model=name,
+                task=task,
+                image=image,
+                n_win=",".join(str(job.n_win) for _ in stages),
+                topk=",".join(str(s.topk) for s in stages),
+                regime=regime,
+            )
+            for stage in stages:
+                if stage.kind == "routed" and stage.problem is not None:
+                    found.append(
+                        whole.replace(
+                            part="attention",
+                            problem=stage.problem,
+                            stage=stage.index,
+                            block_count=stage.blocks,
+                            n_win=str(stage.n_win),
+                            topk=str(stage.topk),
+                        )
+                    )
+            found.append(whole)
+    return found
+
+
+def _show(rows: Sequence[Record], style: str) -> None:
+    if style == "json":
+        for row in rows:
+            click.echo(row.to_json())
+        return
+    header = f"{'gpu':<14}{'batch':>6}  {'what':<10}{'backend':<13}{'ms':>10}   {'95 % interval':<19}" + (
+        f"{'img/s':>9}  {'of bound':>8}  limited by"
+    )
+    click.echo(header)
+    for row in rows:
+        if row.evidence == "bound" and row.ok:
+            continue
+        what = f"stage {row.stage}" if row.stage else row.part
+        start = f"{row.gpu_key:<14}{row.batch:>6}  {what:<10}{row.backend:<13}"
+        if not row.ok or row.median_ms is None:
+            click.echo(f"{start}  not there: {row.reason}")
+            continue
+        interval = f"{row.ci_lo_ms:.3g} to {row.ci_hi_ms:.3g}"
+        speed = f"{row.images_per_s:.0f}" if row.images_per_s else ""
+        click.echo(
+            f"{start}{row.median_ms:>10.3f}   {interval:<19}{speed:>9}"
+            f"  {row.roofline_pct:>6.0f} %  {row.bound}"
+        )
+    notes = sorted(
+        {f"{row.backend or row.part}: {row.reason}" for row in rows if row.ok and row.evidence == "modelled"}
+    )
+    click.echo("\nmodelled, not measured; " + "; ".join(notes))
+
+
+def _validate(paths: Sequence[Path], style: str) -> None:
+    from bratune import store
+    from bratune.predict import validate
+
+    checked = validate.check(store.read_records(paths))
+    rows = validate.error_rows(checked)
+    if style == "json":
+        for row in rows:
+            click.echo(json.dumps(row._asdict()))
+        return
+    click.echo(validate.verdict(checked))
+    if not rows:
+        return
+    click.echo(
+        f"\n{'machine':<14}{'backend or part':<18}{'records':>8}{'median error':>14}{'worst':>9}{'bias':>8}"
+        f"{'in interval':>13}{'rank':>7}"
+    )
+    for r in rows:
+        rank = "" if r.rank is None else f"{r.rank:.2f}"
+        click.echo(
+            f"{r.gpu_key:<14}{r.name or 'all':<18}{r.records:>8}{r.median_pct:>12.0f} %"
+            f"{r.worst_factor:>8.1f}x{r.bias_factor:>7.2f}x{r.covered_pct:>11.0f} %{rank:>7}"
+        )

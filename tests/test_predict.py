@@ -1,0 +1,395 @@
+"""The model of absent GPUs: counts, shapes that must hold, refusals, fits and their check."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from bratune import gpus, variant
+from bratune.cell import Cell
+from bratune.cli import run
+from bratune.engine import Engine
+from bratune.errors import UsageError
+from bratune.gpus import GPU
+from bratune.machine import Machine
+from bratune.predict import fit, validate
+from bratune.predict.attention import ATTENTION, attention_ops
+from bratune.predict.coefficients import UNCALIBRATED
+from bratune.predict.model import ModelEngine, bound_cell, estimate, predict_cell
+from bratune.predict.work import backward_ops, fuse
+from bratune.problem import Problem
+from bratune.record import Record
+from bratune.store import Store
+
+
+def stages(
+    batch: int = 1, res: int = 224, n_win: int = 7, dtype: str = "bfloat16"
+) -> tuple[variant.Stage, ...]:
+    return variant.stages(
+        variant.get_variant("biformer_small"), res, res, batch=batch, n_win=n_win, dtype=dtype
+    )
+
+
+def attention(stage: int = 1, backend: str = "gather", regime: str = "eager", **where: int | str) -> Cell:
+    found = stages(**where)[stage - 1]  # type: ignore[arg-type]
+    assert found.problem is not None
+    return Cell(
+        part="attention",
+        problem=found.problem,
+        backend=backend,
+        model="biformer_small",
+        image=(int(where.get("res", 224)),) * 2,
+        stage=stage,
+        regime=regime,
+    )
+
+
+def whole(
+    name: str = "biformer_small", batch: int = 1, backend: str = "gather", regime: str = "eager"
+) -> Cell:
+    v = variant.get_variant(name)
+    first = variant.stages(v, 224, 224, batch=batch, dtype="bfloat16")[0].problem
+    assert first is not None
+    return Cell(
+        part="model",
+        problem=first,
+        backend=backend,
+        model=name,
+        task="classification",
+        image=(224, 224),
+        n_win="7",
+        topk=",".join(map(str, v.topks)),
+        regime=regime,
+    )
+
+
+A100, H200, T4 = (gpus.resolve(key) for key in ("a100", "h200", "t4"))
+
+
+def with_(board: GPU, **changes: float) -> GPU:
+    return dataclasses.replace(board, **changes)  # type: ignore[arg-type]
+
+
+# --- counts -------------------------------------------------------------------------------------------
+
+
+def test_gather_moves_twenty_passes_and_ten_per_route_over_the_map() -> None:
+    """The official composition, counted on its code: about 22 + 10 k passes of N x C."""
+    for stage, k in ((1, 1), (2, 4), (3, 16)):
+        p = attention(stage, batch=128).problem
+        one_pass = p.batch * p.tokens * p.channels * p.item_bytes
+        moved = sum(op.read + op.written + op.reread for op in attention_ops(p, "gather"))
+        assert moved / one_pass == pytest.approx(20 + 10 * k, rel=0.1)
+
+
+def test_a_fused_kernel_moves_the_minimum_and_rereads_keys_through_the_cache() -> None:
+    p = attention(3, batch=8).problem
+    (kernel,) = attention_ops(p, "triton")
+    assert kernel.read + kernel.written == p.io_bytes
+    assert kernel.reread == p.gathered_bytes - p.io_bytes / 2
+
+
+def test_a_region_of_four_queries_occupies_a_tile_of_sixteen_rows() -> None:
+    p = attention(3, batch=8).problem
+    assert p.region_tokens == 4
+    (kernel,) = attention_ops(p, "triton")
+    assert kernel.macs == 4 * p.attention_macs
+    full = attention(1, batch=8).problem
+    assert attention_ops(full, "triton")[0].macs == full.attention_macs
+
+
+def test_the_official_model_launches_as_many_kernels_as_were_counted_on_it() -> None:
+    assert estimate(whole(), H200).launches == pytest.approx(868, rel=0.05)
+
+
+@pytest.mark.parametrize("backend", sorted(ATTENTION))
+def test_backward_costs_more_than_forward(backend: str) -> None:
+    forward = attention(2, backend, batch=32)
+    both = forward.replace(problem=forward.problem.replace(direction="fwd-bwd"))
+    assert estimate(both, A100).ms > 1.8 * estimate(forward, A100).ms
+    assert len(backward_ops(attention_ops(forward.problem, backend))) >= 1
+
+
+def test_a_compiler_merges_runs_of_copies_and_keeps_products() -> None:
+    ops = attention_ops(attention(1).problem, "gather")
+    merged = fuse(ops)
+    assert len(merged) < len(ops)
+    assert sum(op.macs for op in merged) == sum(op.macs for op in ops)
+    assert sum(op.read + op.written for op in merged) < sum(op.read + op.written for op in ops)
+
+
+# --- shapes that must hold ----------------------------------------------------------------------------
+
+
+def test_a_launch_bound_model_costs_the_same_for_one_image_and_for_four() -> None:
+    one, four = (estimate(whole(batch=b), H200) for b in (1, 4))
+    assert one.launch_bound
+    assert four.launch_bound
+    assert one.ms == pytest.approx(four.ms)
+    assert estimate(whole(batch=128), H200).ms > 2 * one.ms
+
+
+def test_a_cuda_graph_removes_the_host_and_nothing_else() -> None:
+    eager, graph = (estimate(whole(regime=r), H200) for r in ("eager", "graph"))
+    assert graph.ms < 0.6 * eager.ms
+    big_eager, big_graph = (estimate(whole(batch=256, regime=r), H200) for r in ("eager", "graph"))
+    assert big_graph.ms == pytest.approx(big_eager.ms, rel=0.05)
+
+
+def test_models_of_equal_flops_differ_in_throughput() -> None:
+    small, stl = variant.get_variant("biformer_small"), variant.get_variant("biformer_stl")
+    assert small.gmacs_224 == pytest.approx(stl.gmacs_224, rel=0.03)
+    for board in (A100, H200, gpus.resolve("rtx4090")):
+        ratio = estimate(whole(batch=64), board).ms / estimate(whole("biformer_stl", batch=64), board).ms
+        assert ratio > 1.2, board.key
+
+
+@pytest.mark.parametrize("backend", sorted(ATTENTION))
+@pytest.mark.parametrize("field", ["memory_gbps", "bf16_tensor_tflops", "sm_count", "boost_mhz", "l2_mib"])
+def test_more_of_a_resource_never_makes_a_kernel_slower(backend: str, field: str) -> None:
+    value = getattr(A100, field)
+    for stage in (1, 2, 3):
+        cell = attention(stage, backend, batch=64)
+        times = [estimate(cell, with_(A100, **{field: f * value})).ms for f in (0.5, 1, 2, 4)]
+        # A last wave of blocks that is not full makes the number of multiprocessors lumpy.
+        slack = 1.1 if field == "sm_count" else 1 + 1e-9
+        assert all(b <= a * slack for a, b in itertools.pairwise(times)), times
+
+
+def test_double_bandwidth_halves_a_memory_bound_part() -> None:
+    cell = attention(1, "gather", batch=512)
+    before, after = (estimate(cell, with_(A100, memory_gbps=2039 * f, l2_mib=0.001)).ms for f in (1, 2))
+    assert before / after == pytest.approx(2, rel=0.15)
+
+
+def test_no_prediction_beats_its_bound() -> None:
+    for board in gpus.table():
+        if board.key in ("rtxpro6000-maxq",):
+            continue
+        dtype = "bfloat16" if not gpus.why_not_dtype(board, "bfloat16") else "float16"
+        if board.peak_tflops(dtype) is None:
+            continue
+        for batch in (1, 128):
+            cells = [attention(s, "triton", batch=batch, dtype=dtype) for s in (1, 2, 3)]
+            model = whole(batch=batch, backend="triton", regime="graph")
+            cells.append(model.replace(problem=model.problem.replace(dtype=dtype)))
+            for cell in cells:
+                floor = bound_cell(cell, board).median_ms
+                assert floor is not None
+                assert estimate(cell, board).ms >= floor, (board.key, str(cell))
+
+
+def test_data_that_fits_the_cache_is_not_fetched_from_memory_twice() -> None:
+    cell = attention(3, "gather", batch=2)
+    small, large = (with_(H200, l2_mib=mib) for mib in (0.01, 500.0))
+    assert estimate(cell, large).memory_bytes < 0.2 * estimate(cell, small).memory_bytes
+
+
+@pytest.mark.parametrize("part", ["pos_embed", "norm", "qkv", "routing", "lepe", "proj", "mlp", "block"])
+def test_every_part_of_a_block_has_a_time(part: str) -> None:
+    cell = attention(2, batch=16).replace(part=part, backend="gather" if part == "block" else "")
+    assert estimate(cell, A100).ms > 0
+
+
+def test_a_block_is_the_sum_of_its_parts_and_two_residual_additions() -> None:
+    cell = attention(2, "gather", batch=256, regime="graph")
+    names = ("pos_embed", "norm", "norm", "qkv", "routing", "attention", "lepe", "proj", "mlp")
+    parts = [estimate(cell.replace(part=name), A100).device_ms for name in names]
+    block = estimate(cell.replace(part="block"), A100).device_ms
+    assert sum(parts) < block < 1.15 * sum(parts)
+
+
+# --- rows and refusals --------------------------------------------------------------------------------
+
+
+def test_a_modelled_row_says_so_and_has_an_interval_and_a_bound() -> None:
+    row, floor = predict_cell(whole(batch=8), A100), bound_cell(whole(batch=8), A100)
+    assert (row.evidence, row.outcome, row.gpu_key) == ("modelled", "modelled", "a100")
+    assert row.ci_lo_ms is not None
+    assert row.median_ms is not None
+    assert row.ci_hi_ms is not None
+    assert row.ci_lo_ms < row.median_ms < row.ci_hi_ms
+    assert row.images_per_s == pytest.approx(8e3 / row.median_ms)
+    assert "uncalibrated" in row.reason
+    assert floor.evidence == "bound"
+    assert floor.median_ms is not None
+    assert row.roofline_pct == pytest.approx(100 * floor.median_ms / row.median_ms)
+    assert Record.from_json(row.to_json()) == row
+
+
+def test_an_unsupported_dtype_is_a_row_with_the_reason() -> None:
+    for row in (predict_cell(attention(1), T4), bound_cell(attention(1), T4)):
+        assert row.outcome == "unsupported"
+        assert row.median_ms is None
+        assert "no bfloat16 arithmetic" in row.reason
+
+
+def test_a_backend_whose_work_is_not_counted_is_a_row_with_the_reason() -> None:
+    row = predict_cell(attention(1, "somebody-elses"), A100)
+    assert row.outcome == "unsupported"
+    assert "not counted" in row.reason
+
+
+def test_a_call_that_does_not_fit_the_memory_is_a_row_with_the_reason() -> None:
+    row = predict_cell(attention(1, "gather", batch=100_000), A100)
+    assert row.outcome == "unsupported"
+    assert "GiB" in row.reason
+
+
+def test_a_board_without_published_rates_is_refused_with_what_is_missing() -> None:
+    with pytest.raises(UsageError, match="no published bfloat16 peak or clock"):
+        estimate(attention(1), gpus.resolve("rtxpro6000-maxq"))
+
+
+def test_the_engine_is_an_engine_and_says_first_that_the_gpu_is_absent() -> None:
+    engine = ModelEngine(A100)
+    assert isinstance(engine, Engine)
+    assert engine.machine.gpu_key == "a100"
+    assert engine.notice.startswith("A100-SXM4-80GB is not here: rows are modelled, not measured")
+    rows = list(engine.run([attention(1), attention(2)]))
+    assert [row.evidence for row in rows] == ["modelled", "modelled"]
+
+
+# --- fit and check ------------------------------------------------------------------------------------
+
+
+def measured(cell: Cell, board: GPU, slower: float = 1.0) -> Record:
+    """A record as a meter would write it, on a board where everything takes ``slower`` times the model."""
+    machine = Machine(
+        kind="cuda",
+        device="cuda:0",
+        gpu_key=board.key,
+        gpu_name=f"NVIDIA {board.name}",
+        sm_count=board.sm_count or 0,
+        memory_gib=board.memory_gib or 0.0,
+    )
+    found = estimate(cell, board)
+    return Record.of(cell, machine, median_ms=found.device_ms * slower, launch_bound=False)
+
+
+def big_cells(backend: str = "gather") -> list[Cell]:
+    return [attention(s, backend, batch=b, regime="graph") for s in (1, 2, 3) for b in (32, 64, 128, 256)]
+
+
+def test_a_factor_found_on_one_gpu_is_carried_to_another() -> None:
+    records = [measured(cell, H200, 1.7) for cell in big_cells()]
+    c = fit.calibrate(fit.samples_of(records))
+    assert c.factor("gather") == pytest.approx(1.7, rel=1e-6)
+    cell = big_cells()[0]
+    assert estimate(cell, A100, c).ms == pytest.approx(1.7 * estimate(cell, A100).ms, rel=1e-6)
+    here, there = predict_cell(cell, H200, c), predict_cell(cell, A100, c)
+    assert here.ci_hi_ms is not None
+    assert here.median_ms is not None
+    assert there.ci_hi_ms is not None
+    assert there.median_ms is not None
+    plain = predict_cell(cell, A100)
+    assert plain.ci_hi_ms is not None
+    assert plain.median_ms is not None
+    widths = [r.ci_hi_ms / r.median_ms for r in (here, there, plain)]  # type: ignore[operator]
+    assert widths == sorted(widths)
+    assert "carried over" in there.reason
+
+
+def test_host_time_per_launch_comes_from_records_that_the_host_limits() -> None:
+    records = []
+    for batch in (1, 2, 3, 4):
+        cell = whole(batch=batch)
+        launches = estimate(cell, H200).launches
+        row = measured(cell, H200)
+        records.append(row.replace(median_ms=launches * 0.012, launch_bound=True))
+    c = fit.calibrate(fit.samples_of(records))
+    assert c.host_fitted
+    assert c.host_us == pytest.approx(12)
+
+
+def test_a_cpu_never_informs_the_model_of_a_gpu() -> None:
+    cpu = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="some CPU", sm_count=2, threads=2)
+    rows = [Record.of(cell, cpu, median_ms=50.0 + i) for i, cell in enumerate(big_cells())]
+    assert fit.calibrate(fit.samples_of(rows)) is UNCALIBRATED
+    assert fit.calibrate(fit.samples_of(rows), cpu=True).sources == ("cpu",)
+
+
+def test_rows_that_are_not_measured_are_never_fitted() -> None:
+    rows = [predict_cell(cell, H200) for cell in big_cells()]
+    assert fit.samples_of(rows) == []
+
+
+def test_each_gpu_is_predicted_from_the_others_alone() -> None:
+    """Boards that are 2x and 1x the model: each predicts the other wrongly by exactly that factor."""
+    records = [measured(cell, H200, 2.0) for cell in big_cells()]
+    records += [measured(cell, A100, 1.0) for cell in big_cells()]
+    checked = validate.check(records)
+    ratios = {c.gpu_key: c.predicted_ms / c.measured_ms for c in checked}
+    assert ratios["a100"] == pytest.approx(2.0, rel=1e-6)
+    assert ratios["h200"] == pytest.approx(0.5, rel=1e-6)
+    assert validate.verdict(checked) == "2 GPUs were measured; each was predicted from the others alone"
+    rows = validate.error_rows(checked)
+    assert [(r.gpu_key, r.name, r.records) for r in rows][:2] == [("a100", "", 12), ("a100", "gather", 12)]
+    assert rows[0].median_pct == pytest.approx(100)
+    assert rows[0].rank == pytest.approx(1)
+
+
+def test_intervals_cover_what_they_promise_under_the_spread_they_were_fitted_to() -> None:
+    rng = random.Random(0)
+    cells = [attention(s, "gather", batch=b, regime="graph") for s in (1, 2, 3) for b in range(32, 512, 8)]
+    records = [measured(cell, H200, math.exp(rng.gauss(0.4, 0.2))) for cell in cells]
+    checked = validate.check(records)
+    assert len(checked) == len(cells)
+    assert 0.90 <= sum(c.covered for c in checked) / len(checked) <= 1.0
+
+
+def test_one_gpu_and_none_are_called_what_they_are() -> None:
+    assert "says nothing about carrying over" in validate.verdict(
+        validate.check([measured(cell, H200) for cell in big_cells()])
+    )
+    assert "unchecked" in validate.verdict([])
+
+
+# --- command line -------------------------------------------------------------------------------------
+
+
+def test_predict_prints_rows_and_what_they_are(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    target = tmp_path / "rows.jsonl"
+    assert run(["predict", "--gpu", "a100", "-b", "1", "--backend", "gather", "-o", str(target)]) == 0
+    out, err = capsys.readouterr()
+    assert "a100 -> A100-SXM4-80GB (documented default" in err
+    assert "modelled, not measured" in out
+    assert {r.evidence for r in Store(target).records()} == {"modelled", "bound"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "predict needs a GPU"),
+        (["--gpu", "a1000"], "no GPU is called 'a1000'"),
+        (["--gpu", "a100", "--res", "5x"], "is not a size"),
+        (["--gpu-spec", "missing.yaml"], "cannot be read"),
+    ],
+)
+def test_what_cannot_be_predicted_is_a_usage_error(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["predict", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_validate_prints_the_error_of_every_machine(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    target = Store(tmp_path / "rows.jsonl")
+    for cell in big_cells():
+        target.append(measured(cell, H200, 1.5))
+    assert run(["predict", "--validate", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "only one GPU was measured (h200)" in out
+    assert "gather" in out
+
+
+def test_problem_sizes_of_a_bare_call_are_enough() -> None:
+    p = Problem(batch=2, height=32, width=32, heads=4, head_dim=32, region=(8, 8), topk=4, dtype="float16")
+    assert predict_cell(Cell(part="attention", problem=p, backend="triton"), T4).ok
