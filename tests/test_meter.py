@@ -1,0 +1,297 @@
+"""The sampling loop on a fake clock and a fake device: every discard, interval and reason is exact."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from bratune import machine, record
+from bratune.errors import MeasureError
+from bratune.measure.device import Call, Memory, Prepared, Sample
+from bratune.measure.meter import DeviceMeter, Measurement, MeterSettings, meter_for
+from bratune.measure.telemetry import Reading
+
+COOL = Reading(sm_clock_mhz=1800, top_clock_mhz=1980, temp_c=50, power_w=300)
+HOT = Reading(sm_clock_mhz=900, top_clock_mhz=1980, temp_c=92, power_w=200, throttle_reasons=("hw_thermal",))
+
+
+@dataclasses.dataclass
+class FakeDevice:
+    """Device times come from a list (the last one repeats); time passes only here."""
+
+    times_ms: Sequence[float] = (1.0,)
+    host_ms: float | None = None
+    readings: Sequence[Reading] = (Reading(),)
+    flush_bytes: int = 64
+    launch_floor_ms: float | None = None
+    foreign: Sequence[int | None] = (None,)
+    flush_s: float = 0.0
+    prepare_s: float | None = None
+    clock: float = 100.0
+    log: list[str] = dataclasses.field(default_factory=list)
+
+    @staticmethod
+    def _turn(values: Sequence[object], done: int) -> object:
+        return values[min(done, len(values) - 1)]
+
+    def now(self) -> float:
+        return self.clock
+
+    def sleep(self, seconds: float) -> None:
+        self.log.append(f"sleep {seconds:g}")
+        self.clock += seconds
+
+    def prepare(self, call: Call, regime: str) -> Prepared:
+        self.log.append(f"prepare {regime}")
+        return Prepared(call, self.prepare_s, call)
+
+    def flush(self) -> None:
+        self.log.append("flush")
+        self.clock += self.flush_s
+
+    def time(self, run: Callable[[], object]) -> Sample:
+        run()
+        value = self._turn(self.times_ms, self.log.count("time"))
+        assert isinstance(value, float)
+        self.log.append("time")
+        self.clock += value / 1e3
+        return Sample(value, self.host_ms)
+
+    def memory(self, probe: Call) -> Memory:
+        self.log.append("memory")
+        return Memory(30.0, 40.0, 10.0)
+
+    def read(self) -> Reading:
+        reading = self._turn(self.readings, self.log.count("read"))
+        self.log.append("read")
+        assert isinstance(reading, Reading)
+        return reading
+
+    def foreign_processes(self) -> int | None:
+        value = self._turn(self.foreign, self.log.count("foreign"))
+        self.log.append("foreign")
+        assert value is None or isinstance(value, int)
+        return value
+
+
+WARM = MeterSettings(
+    min_time_s=0.0,
+    max_noise_pct=1.0,
+    timeout_s=10.0,
+    min_samples=6,
+    max_samples=1000,
+    warmup_s=0.0,
+    l2="warm",
+)
+
+
+def measure(device: FakeDevice, settings: MeterSettings = WARM) -> Measurement:
+    return DeviceMeter(device).measure(lambda: None, settings)
+
+
+def test_a_steady_call_stops_at_the_least_number_of_samples() -> None:
+    m = measure(FakeDevice(times_ms=(2.0,)))
+    assert m.samples_ms == (2.0,) * 6
+    assert (m.stop_reason, m.n_discarded, m.median_ms, m.noise_pct) == ("noise", 0, 2.0, 0.0)
+
+
+def test_order_of_work_is_prepare_warm_up_memory_then_samples() -> None:
+    device = FakeDevice(flush_s=0.001)
+    measure(device, WARM.replace(l2="cold", warmup_s=0.002, min_samples=2))
+    assert device.log == [
+        "prepare eager",
+        *["time"] * 2,
+        "memory",
+        "foreign",
+        *["flush", "time"] * 2,
+        "read",
+        "foreign",
+    ]
+
+
+def test_warm_up_is_not_among_the_samples() -> None:
+    m = measure(FakeDevice(times_ms=(50.0, 40.0, 1.0)), WARM.replace(warmup_s=0.09))
+    assert m.samples_ms == (1.0,) * 6
+
+
+def test_a_warm_cache_is_never_flushed() -> None:
+    device = FakeDevice()
+    assert measure(device).flush_mb == 0.0
+    assert "flush" not in device.log
+
+
+def test_a_cold_cache_is_flushed_before_every_sample_and_the_bytes_are_kept() -> None:
+    device = FakeDevice(flush_bytes=100_000_000)
+    m = measure(device, WARM.replace(l2="cold"))
+    assert device.log.count("flush") == m.n_samples == 6
+    assert m.flush_mb == 100.0
+
+
+def test_a_cold_cache_of_unknown_size_is_said_and_not_hidden() -> None:
+    m = measure(FakeDevice(flush_bytes=0), WARM.replace(l2="cold"))
+    assert m.stop_reason == "noise; the last-level cache is unknown and was not flushed"
+
+
+def test_flushes_count_towards_the_time_of_sampling() -> None:
+    m = measure(FakeDevice(flush_s=0.009), WARM.replace(l2="cold", min_time_s=0.2))
+    assert m.n_samples == 20
+
+
+def test_the_timeout_leaves_at_least_one_sample() -> None:
+    m = measure(FakeDevice(times_ms=(20_000.0,)))
+    assert m.samples_ms == (20_000.0,)
+    assert m.stop_reason == "timeout: 1 of 6 samples in 10 s"
+    assert m.noise_pct is None
+
+
+def test_throttled_windows_are_discarded_and_waited_out_longer_each_time() -> None:
+    # Windows of 50 ms hold five calls of 10 ms; the first two windows are throttled.
+    device = FakeDevice(times_ms=(10.0,), readings=(HOT, HOT, COOL), foreign=(0,))
+    m = measure(device, WARM.replace(min_samples=20))
+    assert (m.n_samples, m.n_discarded) == (20, 10)
+    assert [entry for entry in device.log if entry.startswith("sleep")] == ["sleep 0.1", "sleep 0.2"]
+    assert m.throttle_reasons == ("hw_thermal",)
+    assert (m.sm_clock_mhz, m.temp_c, m.power_w) == (1800, 50, 300)  # of what was kept
+
+
+def test_slow_throttled_samples_do_not_shift_the_median() -> None:
+    device = FakeDevice(times_ms=(1.0, *(25.0,) * 2, 10.0), readings=(HOT, COOL))
+    m = measure(device)
+    assert set(m.samples_ms) == {10.0}
+
+
+def test_all_throttled_samples_are_kept_and_the_reason_says_so() -> None:
+    device = FakeDevice(times_ms=(10.0,), readings=(HOT,))
+    m = measure(device, WARM.replace(timeout_s=1.0))
+    assert m.n_discarded == 0
+    assert m.n_samples > 0
+    assert m.stop_reason == "timeout: 0 of 6 samples in 1 s; every sample was throttled, all kept"
+    assert m.throttle_reasons == ("hw_thermal",)
+
+
+def test_pauses_never_outlast_the_timeout() -> None:
+    device = FakeDevice(times_ms=(10.0,), readings=(HOT,))
+    start = device.clock
+    measure(device, WARM.replace(timeout_s=60.0))
+    assert device.clock - start <= 60.1
+
+
+def test_readings_are_summarised_over_windows() -> None:
+    readings = [
+        Reading(sm_clock_mhz=clock, top_clock_mhz=1980, temp_c=temp, power_w=power)
+        for clock, temp, power in ((1500, 40, 100), (1700, 60, 300), (1900, 50, 200))
+    ]
+    m = measure(FakeDevice(times_ms=(10.0,), readings=readings), WARM.replace(min_samples=15))
+    assert (m.sm_clock_mhz, m.temp_c, m.power_w) == (1700, 60, 200)
+
+
+def test_absent_sensors_stay_empty() -> None:
+    m = measure(FakeDevice())
+    assert (m.sm_clock_mhz, m.temp_c, m.power_w, m.foreign_processes) == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    ("foreign", "expected"), [((None, None), None), ((0, 2), 2), ((1, 0), 1), ((None, 1), 1), ((0, 0), 0)]
+)
+def test_foreign_processes_are_those_seen_before_or_after(
+    foreign: tuple[int | None, ...], expected: int | None
+) -> None:
+    assert measure(FakeDevice(foreign=foreign)).foreign_processes == expected
+
+
+@pytest.mark.parametrize(
+    ("device_ms", "host_ms", "floor_ms", "expected"),
+    [
+        pytest.param(0.016, 0.008, 0.012, True, id="one kernel of 5 us behind a launch of 8 us"),
+        pytest.param(0.031, 0.008, 0.012, False, id="one kernel of 20 us behind a launch of 8 us"),
+        pytest.param(1.010, 1.000, 0.012, True, id="a hundred small kernels"),
+        pytest.param(5.000, 1.000, 0.012, False, id="a hundred large kernels"),
+        pytest.param(5.000, None, None, None, id="the host computes"),
+    ],
+)
+def test_launch_bound_means_that_the_device_waits_for_the_host(
+    device_ms: float, host_ms: float | None, floor_ms: float | None, expected: bool | None
+) -> None:
+    m = measure(FakeDevice(times_ms=(device_ms,), host_ms=host_ms, launch_floor_ms=floor_ms))
+    assert m.launch_bound is expected
+    assert m.host_ms == host_ms
+
+
+def test_the_time_to_compile_is_kept_apart() -> None:
+    m = measure(FakeDevice(prepare_s=12.5), WARM.replace(regime="compile"))
+    assert (m.compile_s, m.median_ms) == (12.5, 1.0)
+
+
+def test_summary_of_known_samples() -> None:
+    m = Measurement(samples_ms=tuple(float(i) for i in (10, 1, 9, 2, 8, 3, 7, 4, 6, 5)))
+    assert (m.median_ms, m.min_ms, m.ci_lo_ms, m.ci_hi_ms) == (5.5, 1.0, 2.0, 9.0)
+    assert (m.p10_ms, m.p90_ms) == pytest.approx((1.9, 9.1))
+    assert m.noise_pct == pytest.approx(100 * 3.5 / 5.5)
+
+
+def test_every_field_for_a_record_is_a_field_of_it() -> None:
+    known = {field.name for field in dataclasses.fields(record.Record)}
+    fields = measure(FakeDevice(foreign=(1,), host_ms=1.0)).to_record_fields()
+    assert set(fields) <= known
+    row = record.Record(cell_id="0", **fields)
+    assert record.Record.from_json(row.to_json()) == row
+
+
+def test_the_cpu_is_measured_for_real() -> None:
+    import torch
+
+    a = torch.ones(64, 1000)
+    calls = []
+    meter = meter_for(machine.detect("cpu"))
+    m = meter.measure(
+        lambda: (calls.append(1), a * 2, a + 1),
+        MeterSettings(min_time_s=0.0, min_samples=5, max_samples=5, max_noise_pct=0.0, warmup_s=0.0),
+    )
+    assert m.n_samples == 5
+    assert len(calls) == 5 + 1 + 1  # samples, one warm-up call, one call for memory
+    assert m.min_ms > 0
+    assert m.flush_mb > 0
+    assert m.workspace_mb == pytest.approx(2 * 0.256, rel=0.01)  # two results of 64 x 1000 float32
+    assert m.peak_alloc_mb is not None
+    assert m.peak_alloc_mb >= m.workspace_mb + 0.256  # and the input
+
+
+def test_memory_that_an_operator_takes_and_gives_back_inside_is_seen() -> None:
+    import torch
+
+    a = torch.ones(1000, 250)
+    meter = meter_for(machine.detect("cpu"))
+    m = meter.measure(lambda: (a * 2 + 1).sum(), WARM.replace(max_samples=6))
+    # Two temporaries of 1 MB live at once; the result is one number.
+    assert m.workspace_mb == pytest.approx(2.0, rel=0.01)
+
+
+def test_a_cpu_has_no_cuda_graphs_and_says_so() -> None:
+    with pytest.raises(MeasureError, match="eager would work"):
+        meter_for(machine.detect("cpu")).measure(lambda: None, WARM.replace(regime="graph"))
+
+
+def test_a_call_that_raises_is_not_swallowed() -> None:
+    def broken() -> None:
+        raise ValueError("from the call")
+
+    with pytest.raises(ValueError, match="from the call"):
+        meter_for(machine.detect("cpu")).measure(broken, WARM)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("l2", ["cold", "warm"])
+@pytest.mark.parametrize("regime", ["eager", "graph"])
+def test_a_gpu_is_measured_for_real(regime: str, l2: str) -> None:
+    import torch
+
+    here = machine.detect("cuda")
+    a = torch.ones(1024, 1024, device=here.device)
+    m = meter_for(here).measure(lambda: a @ a, MeterSettings.for_effort("quick", regime=regime, l2=l2))
+    assert m.min_ms > 0
+    assert m.host_ms is not None
+    assert m.workspace_mb == pytest.approx(4.19, rel=0.01)
+    assert (m.flush_mb > 0) is (l2 == "cold")
+    assert (m.compile_s is not None) is (regime == "graph")
