@@ -243,18 +243,25 @@ def test_the_cpu_is_measured_for_real() -> None:
     import torch
 
     a = torch.ones(64, 1000)
-    calls = []
+    calls = 0
+
+    def call() -> object:
+        nonlocal calls
+        calls += 1
+        return a * 2, a + 1
+
     meter = meter_for(machine.detect("cpu"))
     m = meter.measure(
-        lambda: (calls.append(1), a * 2, a + 1),
+        call,
         MeterSettings(min_time_s=0.0, min_samples=5, max_samples=5, max_noise_pct=0.0, warmup_s=0.0),
     )
     assert m.n_samples == 5
-    assert len(calls) == 5 + 1 + 1  # samples, one warm-up call, one call for memory
+    assert calls == 5 + 1 + 1  # samples, one warm-up call, one call for memory
     assert m.min_ms > 0
     assert m.flush_mb > 0
     assert m.workspace_mb == pytest.approx(2 * 0.256, rel=0.01)  # two results of 64 x 1000 float32
     assert m.peak_alloc_mb is not None
+    assert m.workspace_mb is not None
     assert m.peak_alloc_mb >= m.workspace_mb + 0.256  # and the input
 
 

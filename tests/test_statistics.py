@@ -41,7 +41,8 @@ def test_the_median_needs_no_sorting_by_the_caller() -> None:
 
 def coverage(n: int, low: int, high: int) -> float:
     """Chance that the true median lies between two order statistics of n samples."""
-    return sum(math.comb(n, i) for i in range(low + 1, high + 1)) / 2**n
+    ways: int = sum(math.comb(n, i) for i in range(low + 1, high + 1))
+    return float(ways / 2**n)
 
 
 @pytest.mark.parametrize("n", [6, 7, 8, 9, 10, 11, 20, 33, 100, 200, 201, 250, 500, 1001])

@@ -1,0 +1,216 @@
+"""Gate: the correctness check that a call must pass before it is timed.
+
+The same call on the same data is compared with the ``reference`` backend in float64, image by image, so that
+the reference never needs more memory than one image asks for. An error is relative to the largest value of
+what is compared: ``max |a - b| / max |b|``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bratune.backend import Backend, Config
+from bratune.problem import Problem
+
+__all__ = ["TOLERANCES", "GateResult", "Tolerance", "check", "images_to_check", "max_rel_err"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest relative error of a result and of its gradients."""
+
+    forward: float
+    gradient: float
+
+
+# The one table of tolerances, by dtype of the inputs; the same on every device. float32 means float32
+# products (no TF32): the official code itself is within 5e-7 of float64 there. For the half types it is
+# a few units in the last place of the largest value: scores and weights are rounded once each.
+TOLERANCES = {
+    "float64": Tolerance(1e-12, 1e-11),
+    "float32": Tolerance(1e-5, 1e-4),
+    "float16": Tolerance(3e-3, 6e-3),
+    "bfloat16": Tolerance(2e-2, 4e-2),
+}
+
+# Multiply-adds that the reference may spend: about a second on one core. A larger batch is sampled.
+_REFERENCE_MACS = 2 * 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """Whether a call may be timed.
+
+    Attributes:
+        ok: It agrees with the reference.
+        reason: What is wrong, one sentence; empty when ok.
+        max_rel_err: Largest error of the output; None when it could not be compared.
+        grad_rel_err: Largest error of the gradients of q, k and v; None for a forward problem.
+        tolerance: Bound of ``max_rel_err``.
+        images: Images that were compared; all others were checked for NaN and infinity.
+    """
+
+    ok: bool
+    reason: str = ""
+    max_rel_err: float | None = None
+    grad_rel_err: float | None = None
+    tolerance: float
+    images: tuple[int, ...] = ()
+
+
+def check(
+    backend: Backend,
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    *,
+    config: Config | None = None,
+    reference: Backend | None = None,
+) -> GateResult:
+    """Whether a backend computes what the reference computes, on this very data.
+
+    Args:
+        backend: Who is checked; what it raises is not caught.
+        problem: The call; with direction ``fwd-bwd`` gradients of q, k and v are compared too.
+        q: See `Backend.forward`, as are k, v and routes. Strides are kept.
+        k: Keys.
+        v: Values.
+        routes: Routes.
+        config: Settings of the backend.
+        reference: Who is right; by default the backend ``reference``.
+    """
+    if reference is None:
+        from bratune.kernels import registry
+
+        reference = registry.get("reference")
+    bound = TOLERANCES[problem.dtype]
+    out, grads, cotangent, wrong = _candidate(backend, problem, (q, k, v), routes, config)
+    if wrong:
+        return GateResult(ok=False, reason=wrong, tolerance=bound.forward)
+    worst_out, worst_grad = 0.0, 0.0
+    images = images_to_check(problem)
+    for image in images:
+        true_out, true_grads = _truth(reference, problem, (q, k, v), routes, cotangent, image)
+        worst_out = max(worst_out, max_rel_err(out[image : image + 1], true_out))
+        for mine, true in zip(grads, true_grads, strict=True):
+            worst_grad = max(worst_grad, max_rel_err(mine[image : image + 1], true))
+    reason = _verdict(worst_out, worst_grad, bound, problem.dtype)
+    return GateResult(
+        ok=not reason,
+        reason=reason,
+        max_rel_err=worst_out,
+        grad_rel_err=worst_grad if problem.backward else None,
+        tolerance=bound.forward,
+        images=images,
+    )
+
+
+def max_rel_err(mine: Tensor, true: Tensor) -> float:
+    """``max |mine - true| / max |true|`` in float64; infinity for a wrong shape, NaN or infinity.
+
+    A truth of zero everywhere turns it into the absolute error.
+    """
+    if mine.shape != true.shape:
+        return math.inf
+    if not true.numel():
+        return 0.0
+    error = float((mine.detach().double() - true.detach().double()).abs().max())
+    scale = float(true.detach().abs().max())
+    return error / (scale or 1.0) if math.isfinite(error) else math.inf
+
+
+def images_to_check(problem: Problem) -> tuple[int, ...]:
+    """The images of the batch that are compared: all, or as many as the reference's budget allows.
+
+    They are spread over the batch and always hold the first and the last, where wrong offsets show.
+    """
+    per_image = max(1, problem.attention_macs // problem.batch)
+    count = min(problem.batch, max(2, _REFERENCE_MACS // per_image))
+    if count == 1:
+        return (0,)
+    return tuple(sorted({round(i * (problem.batch - 1) / (count - 1)) for i in range(count)}))
+
+
+def _candidate(
+    backend: Backend,
+    problem: Problem,
+    inputs: Sequence[Tensor],
+    routes: Tensor,
+    config: Config | None,
+) -> tuple[Tensor, Sequence[Tensor], Tensor | None, str]:
+    """Output, gradients, the cotangent that they belong to, and what is wrong with their form."""
+    leaves = [x.detach().requires_grad_(problem.backward) for x in inputs]
+    with torch.set_grad_enabled(problem.backward):
+        out = backend.forward(leaves[0], leaves[1], leaves[2], routes, problem, config)
+    shape = (problem.batch, problem.height, problem.width, problem.v_channels)
+    wrong = _wrong_form(out, shape, inputs[0].dtype, differentiable=problem.backward)
+    if wrong or not problem.backward:
+        return out, (), None, wrong or _not_finite({"output": out})
+    cotangent = _cotangent(out)
+    grads = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+    absent = [name for name, grad in zip("qkv", grads, strict=True) if grad is None]
+    if absent:
+        return out, (), None, f"the output does not depend on {' and '.join(absent)} for autograd"
+    named = {"output": out} | {f"gradient of {name}": g for name, g in zip("qkv", grads, strict=True)}
+    return out, grads, cotangent, _not_finite(named)
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str:
+    for name, tensor in tensors.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            return f"the {name} has {bad} of {tensor.numel()} values that are NaN or infinite"
+    return ""
+
+
+def _truth(
+    reference: Backend,
+    problem: Problem,
+    inputs: Sequence[Tensor],
+    routes: Tensor,
+    cotangent: Tensor | None,
+    image: int,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The reference's output and gradients of one image, in float64."""
+    one = slice(image, image + 1)
+    exact = [x[one].detach().double().requires_grad_(cotangent is not None) for x in inputs]
+    small = problem.replace(batch=1, dtype="float64")
+    with torch.set_grad_enabled(cotangent is not None):
+        out = reference.forward(exact[0], exact[1], exact[2], routes[one], small)
+    if cotangent is None:
+        return out, ()
+    return out, torch.autograd.grad(out, exact, cotangent[one].double())
+
+
+def _wrong_form(out: object, shape: tuple[int, ...], dtype: torch.dtype, *, differentiable: bool) -> str:
+    if not isinstance(out, Tensor):
+        return f"the output is a {type(out).__name__}, not a tensor"
+    if tuple(out.shape) != shape:
+        return f"the output has shape {tuple(out.shape)}, not {shape}"
+    if out.dtype != dtype:
+        return f"the output is {out.dtype}, not {dtype} as the queries are"
+    if differentiable and not out.requires_grad:
+        return "the output carries no gradient, and gradients were asked for"
+    return ""
+
+
+def _cotangent(out: Tensor) -> Tensor:
+    """Plus and minus one, the same for every backend: exact in every dtype."""
+    draw = torch.Generator().manual_seed(out.numel())
+    signs = torch.randint(0, 2, out.shape, generator=draw, dtype=torch.int8) * 2 - 1
+    return signs.to(device=out.device, dtype=out.dtype)
+
+
+def _verdict(out: float, grad: float, bound: Tolerance, dtype: str) -> str:
+    if not out <= bound.forward:
+        return f"the output differs from the reference by {out:.2g}; {bound.forward:g} is allowed in {dtype}"
+    if not grad <= bound.gradient:
+        return f"gradients differ from the reference by {grad:.2g}; {bound.gradient:g} is allowed in {dtype}"
+    return ""
