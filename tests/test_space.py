@@ -60,8 +60,10 @@ def test_topks_end_with_all_regions_and_keep_the_published_one() -> None:
 @pytest.mark.parametrize(
     ("bounds", "s", "expected"),
     [
-        (Bounds(max_topks=(1, 4, 16, 0)), 7, (1, 2, 3, 4, 6, 8, 12, 16)),
-        (Bounds(max_topks=(1, 4, 5, 0)), 7, (1, 2, 3, 4, 5)),
+        (Bounds(max_keys=(64, 64, 64, 0)), 7, (1, 2, 3, 4, 6, 8, 12, 16)),
+        (Bounds(max_keys=(64, 64, 20, 0)), 7, (1, 2, 3, 4, 5)),
+        (Bounds(max_keys=(64, 64, 64, 0)), 2, (1,)),
+        (Bounds(min_keys=(0, 0, 64, 0), floor_only=True), 7, (16,)),
         (Bounds(min_keys=(0, 0, 64, 0)), 7, (16, 24, 32, 48, 49)),
         (Bounds(min_keys=(0, 0, 64, 0)), 14, (64, 196)),
         (Bounds(max_region_px=(32.0, 32.0, 32.0, 0.0)), 5, ()),
@@ -131,8 +133,7 @@ def test_prior_floors_keep_keys_and_region_size_of_the_reference() -> None:
     assert bounds.min_keys == (64, 64, 64, 0)
     held = space(bounds=bounds)
     assert held.windows(0) == (7, 14)
-    assert held.topks(0, 14)[0] == 4
-    assert held.topks(2, 14) == (64, 196)
+    assert [held.topks(i, 14) for i in (0, 1, 2)] == [(4,), (16,), (64,)]
 
 
 @pytest.mark.parametrize(("side", "k", "optimum"), [(56, 1, 13.0), (28, 4, 10.4), (14, 16, 8.2)])
@@ -142,4 +143,4 @@ def test_formula_optimum_counts_tokens(side: int, k: int, optimum: float) -> Non
 
 def test_fingerprint_names_the_content() -> None:
     assert space().fingerprint == space().fingerprint
-    assert space().fingerprint != space(bounds=Bounds(max_topks=(1, 1, 1, 1))).fingerprint
+    assert space().fingerprint != space(bounds=Bounds(max_keys=(1, 1, 1, 1))).fingerprint

@@ -15,7 +15,7 @@ __all__ = ["formula_optimum", "prior_bounds"]
 
 
 def prior_bounds(space: Space, reference: Setting, *, omega: float = 1.0) -> Bounds:
-    """Floors that keep a setting from seeing less than a reference does.
+    """Floors that keep a setting from seeing less than a reference does, at the smallest top-k each.
 
     Args:
         space: Model and resolution.
@@ -27,14 +27,14 @@ def prior_bounds(space: Space, reference: Setting, *, omega: float = 1.0) -> Bou
         problem = space.stage(i, s, k).problem if i in space.routed else None
         if problem is None:
             keys.append(0)
-            sides.append(math.inf)
+            sides.append(float(max(space.height, space.width)))
             continue
         height, width = space.variant.maps(space.height, space.width)[i]
         stride = max(space.height / height, space.width / width)
         # Padding can make a region's keys outnumber the map's real tokens; more than all is not a floor.
         keys.append(math.ceil(omega * min(problem.keys_per_query, height * width)))
         sides.append(max(problem.kv_region) * stride)
-    return Bounds(min_keys=tuple(keys), max_region_px=tuple(sides))
+    return Bounds(min_keys=tuple(keys), max_region_px=tuple(sides), floor_only=True)
 
 
 def formula_optimum(tokens: int, topk: int) -> float:

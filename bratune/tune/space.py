@@ -95,14 +95,16 @@ class Bounds:
     Attributes:
         min_keys: Fewest keys per query and stage (0 where the stage is not routed).
         max_region_px: Longest side of a region per stage, in pixels of the image.
-        max_topks: Largest top-k per stage.
+        max_keys: Most keys per query and stage.
+        floor_only: Of the top-k that keep ``min_keys``, only the smallest: more would only cost more.
         n_win: The only S allowed, per stage.
         topks: The only top-k allowed, per stage.
     """
 
     min_keys: tuple[int, ...] | None = None
     max_region_px: tuple[float, ...] | None = None
-    max_topks: tuple[int, ...] | None = None
+    max_keys: tuple[int, ...] | None = None
+    floor_only: bool = False
     n_win: tuple[int, ...] | None = None
     topks: tuple[int, ...] | None = None
 
@@ -113,7 +115,7 @@ class Bounds:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Bounds:
         """The inverse of `to_dict`."""
-        return cls(**{k: None if v is None else tuple(v) for k, v in data.items()})
+        return cls(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in data.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,14 +293,16 @@ class Space:
         legal = {k for k in TOPK_LEVELS if k <= regions} | {regions}
         if n_win == self.base_n_win:
             legal.add(min(self.variant.topks[index], regions))
-        if bounds.max_topks is not None:
-            ceiling = min(bounds.max_topks[index], regions)
+        if bounds.max_keys is not None:
+            ceiling = min(max(bounds.max_keys[index] // problem.kv_region_tokens, 1), regions)
             legal = {k for k in legal if k <= ceiling} | {ceiling}
         if bounds.min_keys is not None:
             floor = math.ceil(bounds.min_keys[index] / problem.kv_region_tokens)
             if floor > regions:  # even full attention is below it: full attention is all there is
                 floor = regions
             legal = {k for k in legal if k >= floor} | {max(floor, 1)}
+            if bounds.floor_only:
+                legal = {min(legal)}
         return tuple(sorted(legal))
 
     # --- settings ---------------------------------------------------------------------------

@@ -1,0 +1,287 @@
+"""Ledger: an Optuna study as queue, record and source of proposals.
+
+Every measurement is a trial: it waits in the queue, is claimed by one worker, and ends as complete, as
+pruned (it ran and broke a constraint, e.g. out of memory: samplers learn from that) or as failed (nothing
+is known). What a worker that died left running is found again and queued once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bratune.errors import StoreError, UsageError
+from bratune.tune.storage import make_sampler, open_storage
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+__all__ = ["Ledger", "Worker", "derived_seed"]
+
+# A trial of another host counts as lost when nothing was heard of it for this long.
+LEASE_S = 900.0
+MAX_RETRIES = 1
+INTERRUPTED = "interrupted"
+
+
+def derived_seed(seed: int, *parts: object) -> int:
+    """A seed that follows from another and from what it is for, the same in every process.
+
+    A resumed run derives a new one from the number of trials that are there, so that it does not
+    repeat the draws of the run before.
+    """
+    text = json.dumps([seed, *map(str, parts)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A process that claims trials: host, process id, and what tells it from a later one of that id."""
+
+    host: str
+    pid: int
+    started: str
+    boot: str
+
+    @classmethod
+    def current(cls) -> Worker:
+        """This process."""
+        return cls(socket.gethostname(), os.getpid(), _process_start(os.getpid()), _boot_id())
+
+    def is_alive(self) -> bool | None:
+        """Whether it still runs; None when that cannot be seen from this host."""
+        if self.host != socket.gethostname():
+            return None
+        if self.boot != _boot_id():
+            return False
+        return bool(self.started) and _process_start(self.pid) == self.started
+
+
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _process_start(pid: int) -> str:
+    """The start time of a process in clock ticks since boot; empty when it is not there or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+class Ledger:
+    """One study.
+
+    Args:
+        url: See `bratune.tune.storage.open_storage`.
+        name: Of the study; it is opened when it exists.
+        objectives: Names of what is minimised.
+        sampler: Who proposes where the queue is empty; one of `SAMPLERS`.
+        seed: See `derived_seed`.
+        storage: Storage to share with another ledger; by default it is opened.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        objectives: Sequence[str],
+        *,
+        sampler: str = "random",
+        seed: int = 0,
+        storage: BaseStorage | None = None,
+    ) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.name, self.objectives = name, tuple(objectives)
+        self.storage = storage if storage is not None else open_storage(url)
+        self.worker = Worker.current()
+        several = len(self.objectives) > 1
+        try:
+            self.study: Study = optuna.create_study(
+                storage=self.storage,
+                study_name=name,
+                directions=["minimize"] * len(self.objectives),
+                load_if_exists=True,
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self.study.set_metric_names(list(self.objectives))
+        except Exception as error:  # databases have error types of their own
+            raise StoreError(f"the study {name!r} cannot be opened: {error}") from None
+        if len(self.study.directions) != len(self.objectives):
+            raise UsageError(
+                f"the study {name!r} has {len(self.study.directions)} objectives and {len(self.objectives)} "
+                "were asked for; another --study name would work"
+            )
+        number = len(self.trials())
+        own_seed = derived_seed(seed, name, self.worker.host, number)
+        self.study.sampler = make_sampler(sampler, own_seed, several=several)
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def trials(self, *states: str) -> list[FrozenTrial]:
+        """Trials in these states (``COMPLETE``, ``PRUNED``, ``FAIL``, ``WAITING``, ``RUNNING``), or all."""
+        from optuna.trial import TrialState
+
+        wanted = tuple(TrialState[s] for s in states) or None
+        return self.study.get_trials(deepcopy=False, states=wanted)
+
+    def by_key(self) -> dict[str, FrozenTrial]:
+        """Finished trials (complete or pruned) by their key, the latest of each."""
+        return {t.user_attrs["key"]: t for t in self.trials("COMPLETE", "PRUNED") if "key" in t.user_attrs}
+
+    def keep(self, **attrs: Any) -> None:
+        """Write facts about the whole study beside it."""
+        for key, value in attrs.items():
+            if self.study.user_attrs.get(key) != value:
+                self.study.set_user_attr(key, value)
+
+    # --- the queue --------------------------------------------------------------------------
+
+    def enqueue(self, items: Iterable[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> int:
+        """Queue work that is neither done nor queued yet; returns how much was added.
+
+        Args:
+            items: ``(key, parameters, attributes)``, most wanted first.
+        """
+        known = {t.user_attrs.get("key") for t in self.trials("COMPLETE", "PRUNED", "WAITING", "RUNNING")}
+        known |= {k for k, n in self._failures().items() if n > MAX_RETRIES}
+        added = 0
+        for key, parameters, attributes in items:
+            if key in known:
+                continue
+            known.add(key)
+            self.study.enqueue_trial(dict(parameters), user_attrs={**attributes, "key": key})
+            added += 1
+        return added
+
+    def _failures(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
+        for trial in self.trials("FAIL"):
+            if trial.user_attrs.get("reason") == INTERRUPTED:
+                continue
+            key = trial.user_attrs.get("key", "")
+            counts[key] = counts.get(key, 0) + 1
+        return counts
+
+    def claim(self, suggest: Callable[[Trial], Any]) -> Trial | None:
+        """The next waiting trial, now this worker's; None when nothing waits.
+
+        Args:
+            suggest: Asks the trial for its parameters, so that they are recorded.
+        """
+        while self.trials("WAITING"):
+            trial = self.study.ask()
+            if "key" not in trial.user_attrs:  # another worker was faster, and this is a new proposal
+                self.fail(trial, "nothing was waiting any more")
+                continue
+            self._own(trial)
+            suggest(trial)
+            return trial
+        return None
+
+    def propose(self, suggest: Callable[[Trial], Any]) -> Trial:
+        """A trial with parameters from the sampler (or from the queue, where something waits)."""
+        trial = self.study.ask()
+        self._own(trial)
+        suggest(trial)
+        return trial
+
+    def _own(self, trial: Trial) -> None:
+        trial.set_user_attr(
+            "worker", [self.worker.host, self.worker.pid, self.worker.started, self.worker.boot]
+        )
+        trial.set_user_attr("claimed_s", time.time())
+
+    # --- the ends of a trial ----------------------------------------------------------------
+
+    def complete(
+        self,
+        trial: Trial,
+        values: Sequence[float],
+        *,
+        constraints: Mapping[str, float] | None = None,
+        **attrs: Any,
+    ) -> None:
+        """Record what was measured; a constraint holds where its value is at most 0."""
+        self._note(trial, constraints, attrs)
+        self.study.tell(trial, list(values))
+
+    def prune(
+        self, trial: Trial, reason: str, *, constraints: Mapping[str, float] | None = None, **attrs: Any
+    ) -> None:
+        """Record that it ran and cannot be used; samplers learn from the violated constraint."""
+        from optuna.trial import TrialState
+
+        self._note(trial, constraints, {**attrs, "reason": reason})
+        self.study.tell(trial, state=TrialState.PRUNED)
+
+    def release(self, trial: Trial) -> None:
+        """Give a claimed trial back to the queue: its measurement was interrupted, not lost."""
+        attrs = {k: v for k, v in trial.user_attrs.items() if k not in ("worker", "claimed_s")}
+        parameters = dict(trial.params)
+        self.fail(trial, INTERRUPTED)
+        if "key" in attrs:
+            self.study.enqueue_trial(parameters, user_attrs=attrs)
+
+    def fail(self, trial: Trial | int, reason: str) -> None:
+        """Record that nothing is known of it."""
+        from optuna.trial import TrialState
+
+        if not isinstance(trial, int):
+            trial.set_user_attr("reason", reason)
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    @staticmethod
+    def _note(trial: Trial, constraints: Mapping[str, float] | None, attrs: Mapping[str, Any]) -> None:
+        for name, value in (constraints or {}).items():
+            trial.set_constraint(name, value)
+        for name, value in attrs.items():
+            trial.set_user_attr(name, value)
+
+    # --- recovery ---------------------------------------------------------------------------
+
+    def reap(self, *, lease_s: float = LEASE_S) -> int:
+        """Take back what dead workers left running and queue it again; returns how many there were."""
+        found = 0
+        for trial in self.trials("RUNNING"):
+            owner = trial.user_attrs.get("worker")
+            alive = Worker(*owner).is_alive() if owner else False
+            if not owner and "claimed_s" not in trial.user_attrs and trial.datetime_start is not None:
+                # Popped a moment ago by someone who has not signed it yet, or who died before signing.
+                alive = time.time() - trial.datetime_start.timestamp() < 10.0
+            if alive is None:
+                alive = time.time() - float(trial.user_attrs.get("claimed_s", 0.0)) < lease_s
+            if alive:
+                continue
+            try:
+                self.fail(trial.number, "its worker died")
+            except Exception:  # somebody else took it back, or it finished after all
+                continue
+            found += 1
+            if "key" in trial.user_attrs and self._failures()[trial.user_attrs["key"]] <= MAX_RETRIES:
+                attrs = {k: v for k, v in trial.user_attrs.items() if k not in ("worker", "claimed_s")}
+                parameters = trial.system_attrs.get("fixed_params", trial.params)
+                self.study.enqueue_trial(dict(parameters), user_attrs=attrs)
+        return found
+
+    def busy_elsewhere(self) -> int:
+        """Trials that living workers other than this one are running."""
+        own = [self.worker.host, self.worker.pid, self.worker.started, self.worker.boot]
+        return sum(t.user_attrs.get("worker") != own for t in self.trials("RUNNING"))
