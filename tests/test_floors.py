@@ -26,7 +26,7 @@ FLOORS = (
     ),
     ("bratune.kernels",),
     ("bratune.measure",),
-    ("bratune.predict", "bratune.suites", "bratune.results", "bratune.testing"),
+    ("bratune.predict", "bratune.suites", "bratune.results", "bratune.testing", "bratune.testing_faults"),
     ("bratune.profile",),
     ("bratune.tune",),
     ("bratune.report", "bratune.export", "bratune.cluster"),

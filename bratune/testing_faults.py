@@ -1,0 +1,228 @@
+"""Backends that fail, each in one way: what a trial engine has to survive, for its tests and for doctor.
+
+They are no part of the registry. A process finds them through the entry-point group of other packages:
+`install` writes a package description into a folder, and that folder goes onto ``sys.path``.
+
+Every fault computes like ``reference`` but for one thing, so that nothing else is in the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bratune.backend import Config
+from bratune.kernels.reference import ReferenceBackend
+from bratune.problem import Problem
+
+__all__ = ["FAULTS", "install"]
+
+
+class _Fault(ReferenceBackend):
+    """The reference, with something before it."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        problem: Problem,
+        config: Config | None = None,
+    ) -> Tensor:
+        self.misbehave(q)
+        return super().forward(q, k, v, routes, problem, config)
+
+    def misbehave(self, q: Tensor) -> None:
+        """Do the wrong thing."""
+        raise NotImplementedError
+
+
+class Hang(_Fault):
+    """Never returns."""
+
+    name = "fault-hang"
+
+    def misbehave(self, q: Tensor) -> None:
+        """Sleep for a day."""
+        time.sleep(86_400)
+
+
+class HangHoldingTheLock(_Fault):
+    """Never returns from C code that holds the interpreter's lock: no thread of the process runs."""
+
+    name = "fault-hang-in-c"
+
+    def misbehave(self, q: Tensor) -> None:
+        """Sleep in libc without releasing the lock."""
+        ctypes.PyDLL(None).sleep(86_400)
+
+
+class Segfault(_Fault):
+    """Reads memory that is not there."""
+
+    name = "fault-segfault"
+
+    def misbehave(self, q: Tensor) -> None:
+        """Follow a null pointer."""
+        ctypes.string_at(0)
+
+
+class Abort(_Fault):
+    """Ends by abort, as a failed assertion in C++ does."""
+
+    name = "fault-abort"
+
+    def misbehave(self, q: Tensor) -> None:
+        """Raise SIGABRT."""
+        os.abort()
+
+
+class Exit(_Fault):
+    """Leaves the process as if all were well: exit status 0."""
+
+    name = "fault-exit"
+
+    def misbehave(self, q: Tensor) -> None:
+        """Skip every handler."""
+        os._exit(0)
+
+
+class Leak(_Fault):
+    """Keeps 64 MB of every call."""
+
+    name = "fault-leak"
+    kept: list[Tensor]
+
+    def __init__(self) -> None:
+        self.kept = []
+
+    def misbehave(self, q: Tensor) -> None:
+        """Hold on to what was allocated."""
+        self.kept.append(torch.zeros(16_000_000, dtype=torch.float32, device=q.device))
+
+
+class ExhaustMemory(_Fault):
+    """Asks for more memory than any machine has."""
+
+    name = "fault-exhaust"
+
+    def misbehave(self, q: Tensor) -> None:
+        """Allocate until it is refused."""
+        kept = []
+        for power in range(30, 60):
+            kept.append(torch.empty(1 << power, dtype=torch.uint8, device=q.device))
+
+
+class Raise(_Fault):
+    """Raises."""
+
+    name = "fault-raise"
+
+    def misbehave(self, q: Tensor) -> None:
+        """Fail as Python code fails."""
+        raise RuntimeError("this backend always raises")
+
+
+class Garbage(_Fault):
+    """Prints a lot, among it what looks like a result, and is otherwise right."""
+
+    name = "fault-garbage"
+
+    def misbehave(self, q: Tensor) -> None:
+        """Write to both standard streams, through Python and past it."""
+        line = '{"status": "ok", "value": {"median_ms": 0.0}}\n'
+        for _ in range(200):
+            sys.stdout.write(line)
+        sys.stdout.flush()
+        for fd in (1, 2):
+            os.write(fd, b"\x00\xff garbage \n" * 200)
+
+
+class Fork(_Fault):
+    """Leaves a copy of the process behind that runs on, and a child in a session of its own."""
+
+    name = "fault-fork"
+
+    def misbehave(self, q: Tensor) -> None:
+        """Fork twice; the parent goes on and is right."""
+        if os.fork() == 0:
+            return  # the copy goes on as if it were the worker
+        if os.fork() == 0:
+            with contextlib.suppress(OSError):
+                os.setsid()
+            time.sleep(86_400)
+
+
+class NotANumber(ReferenceBackend):
+    """One value in the output is NaN."""
+
+    name = "fault-nan"
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        problem: Problem,
+        config: Config | None = None,
+    ) -> Tensor:
+        """The right result with its last value spoilt."""
+        out = super().forward(q, k, v, routes, problem, config).clone()
+        out[-1, -1, -1, -1] = float("nan")
+        return out
+
+
+class WrongNumbers(ReferenceBackend):
+    """Forgets the scale of the logits."""
+
+    name = "fault-wrong"
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        problem: Problem,
+        config: Config | None = None,
+    ) -> Tensor:
+        """A plausible map that is not the right one."""
+        return super().forward(q, k, v, routes, problem.replace(scale=1.0), config)
+
+
+FAULTS = (
+    Hang,
+    HangHoldingTheLock,
+    Segfault,
+    Abort,
+    Exit,
+    Leak,
+    ExhaustMemory,
+    Raise,
+    Garbage,
+    Fork,
+    NotANumber,
+    WrongNumbers,
+)
+
+
+def install(folder: Path) -> None:
+    """Describe the faults as a package in a folder, so that a process with it on ``sys.path`` has them.
+
+    Args:
+        folder: An existing folder.
+    """
+    info = folder / "bratune_faults-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bratune-faults\nVersion: 1.0\n")
+    lines = [f"{fault.name} = {fault.__module__}:{fault.__name__}" for fault in FAULTS]
+    (info / "entry_points.txt").write_text("[bratune.backends]\n" + "\n".join(lines) + "\n")
