@@ -17,11 +17,15 @@ from bratune.problem import ceil_div
 
 __all__ = [
     "crop_tokens",
+    "flat_routes",
     "from_head_regions",
     "from_regions",
+    "pad_to_regions",
+    "spread",
     "tiles",
     "to_head_regions",
     "to_regions",
+    "token_ids",
     "valid_tokens",
 ]
 
@@ -31,10 +35,7 @@ def tiles(x: Tensor, region: tuple[int, int]) -> Tensor:
     batch, height, width, channels = x.shape
     rh, rw = region
     rows, cols = ceil_div(height, rh), ceil_div(width, rw)
-    bottom, right = rows * rh - height, cols * rw - width
-    if bottom or right:
-        x = F.pad(x, (0, 0, 0, right, 0, bottom))
-    return x.view(batch, rows, rh, cols, rw, channels)
+    return pad_to_regions(x, region).view(batch, rows, rh, cols, rw, channels)
 
 
 def to_regions(x: Tensor, region: tuple[int, int]) -> Tensor:
@@ -73,6 +74,47 @@ def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:
     if x.shape[1] == height and x.shape[2] == width:
         return x
     return x[:, :height, :width]
+
+
+def pad_to_regions(x: Tensor, region: tuple[int, int]) -> Tensor:
+    """A map ``[B, H, W, C]`` with zeros at the bottom and on the right, so that regions tile it."""
+    bottom, right = -x.shape[1] % region[0], -x.shape[2] % region[1]
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
+def token_ids(height: int, width: int, region: tuple[int, int], where: device) -> Tensor:
+    """Where the tokens of every region are in the flattened padded map, ``[R, T]`` of int64."""
+    padded = ceil_div(height, region[0]) * region[0], ceil_div(width, region[1]) * region[1]
+    ids = arange(padded[0] * padded[1], device=where)
+    return to_regions(ids.view(1, *padded, 1), region)[0, :, :, 0]
+
+
+def spread(x: Tensor, height: int, width: int, region: tuple[int, int]) -> Tensor:
+    """A number per region ``[..., R]`` given to each of its tokens, ``[..., height * width]`` row by row.
+
+    With regions of 1x2 on a 1x3 map, ``[5, 7]`` becomes ``[5, 5, 7]``.
+    """
+    rh, rw = region
+    rows, cols, lead = ceil_div(height, rh), ceil_div(width, rw), x.shape[:-1]
+    tokens = x.view(*lead, rows, 1, cols, 1).expand(*lead, rows, rh, cols, rw)
+    tokens = tokens.reshape(*lead, rows * rh, cols * rw)
+    return tokens[..., :height, :width].flatten(-2)
+
+
+def flat_routes(routes: Tensor, kv_regions: int) -> Tensor:
+    """Routes as indices of the regions of all images (and heads) in one row.
+
+    Args:
+        routes: ``[B, R, topk]`` or ``[B, heads, R, topk]``, int32 or int64.
+        kv_regions: Key regions of one image.
+
+    Returns:
+        int64 of the same shape: in image ``b`` (and head ``h``), region ``i`` becomes
+        ``b * kv_regions + i`` (``(b * heads + h) * kv_regions + i``).
+    """
+    groups = routes.shape[:-2]
+    first = arange(groups.numel(), device=routes.device) * kv_regions
+    return routes + first.view(*groups, 1, 1)
 
 
 def valid_tokens(height: int, width: int, region: tuple[int, int], where: device) -> Tensor:

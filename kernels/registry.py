@@ -26,6 +26,10 @@ GROUP = "bratune.backends"
 
 # Most preferred first: where `choose` finds several that accept, the first one runs.
 _BUILT_IN = {
+    "gather-sdpa": "bratune.kernels.gather:GatherSDPABackend",
+    "dense": "bratune.kernels.dense:DenseBackend",
+    "sparse": "bratune.kernels.sparse:SparseBackend",
+    "gather": "bratune.kernels.gather:GatherBackend",
     "reference": "bratune.kernels.reference:ReferenceBackend",
 }
 
