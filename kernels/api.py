@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from typing import Any
 
 import torch
@@ -98,10 +99,10 @@ def _attend(
     _check_alike(q, k, v, routes)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     call = _resolve(
-        tuple(q.shape),
-        tuple(k.shape),
-        tuple(v.shape),
-        tuple(routes.shape),
+        _sizes(q),
+        _sizes(k),
+        _sizes(v),
+        _sizes(routes),
         str(q.dtype),
         str(q.device),
         needs_grad,
@@ -115,6 +116,11 @@ def _attend(
     )
     problem, chosen, planned = _RESOLVED[call]
     return chosen.forward(q, k, v, routes, problem, planned if config is None else config)
+
+
+def _sizes(x: Tensor) -> tuple[int, ...]:
+    """The shape as plain integers: `operator.index` makes torch.compile and tracing settle on a size."""
+    return tuple(operator.index(size) for size in x.shape)
 
 
 def _check_alike(q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> None:
