@@ -1,0 +1,77 @@
+"""What the fused kernels share: where the tokens of a region lie, and the product of two tiles.
+
+Letters in shape notes: ``M`` query rows of a tile, ``N`` keys of a tile, ``D`` channels of a head, padded to
+a power of two.
+"""
+# The language of kernels has no types for its tensors.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``a @ b`` in float32.
+
+    ``UPCAST`` is for the interpreter alone, which multiplies the raw bits of bfloat16 numbers.
+    """
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def position(region, token, GRID_W: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, WIDE: tl.constexpr):
+    """Row and column on the map of a token of a region.
+
+    ``WIDE`` makes them 64-bit, for maps of which one image holds 2^31 numbers or more.
+    """
+    y = (region // GRID_W) * RH + token // RW
+    x = (region % GRID_W) * RW + token % RW
+    if WIDE:
+        y = y.to(tl.int64)
+        x = x.to(tl.int64)
+    return y, x
+
+
+@triton.jit
+def load_rows(pointers, mask, GUARD: tl.constexpr):
+    """A tile; where ``GUARD`` is set, zeros wherever ``mask`` is off."""
+    if GUARD:
+        return tl.load(pointers, mask=mask, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def routed_keys(
+    routes, r_s, first, c, k_y, k_x, k_c, v_y, v_x, v_c, kv_height, kv_width,
+    KEYS: tl.constexpr, KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, KV_EVEN: tl.constexpr, SAME_KV: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Where the keys ``first ... first + BLOCK_N`` lie, in the order of the routes.
+
+    A region's keys are one flat list of ``KEYS = topk * KRH * KRW``, so that one tile holds a part of a large
+    region or many small ones.
+
+    Returns:
+        Offsets of k and of v ``[N, D]``, which keys are in the list ``[N]``, and which of those are on the
+        map ``[N]`` and not padding.
+    """
+    n = first + tl.arange(0, BLOCK_N)
+    listed = n < KEYS
+    if KEYS % BLOCK_N == 0:
+        region = tl.load(routes + (n // (KRH * KRW)) * r_s).to(tl.int32)
+    else:
+        region = tl.load(routes + (n // (KRH * KRW)) * r_s, mask=listed, other=0).to(tl.int32)
+    y, x = position(region, n % (KRH * KRW), KV_GRID_W, KRH, KRW, WIDE)
+    k_offsets = (y * k_y + x * k_x)[:, None] + (c * k_c)[None, :]
+    v_offsets = k_offsets if SAME_KV else (y * v_y + x * v_x)[:, None] + (c * v_c)[None, :]
+    on_map = listed
+    if not KV_EVEN:
+        on_map = listed & (y < kv_height) & (x < kv_width)
+    return k_offsets, v_offsets, listed, on_map

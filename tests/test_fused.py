@@ -1,0 +1,251 @@
+"""The fused kernels compute what the reference computes, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from fused_cases import LAYOUTS, ROUTES, Case, assert_right, errors, fused, reference, sample
+
+pytest.importorskip("triton")
+
+from bratune.errors import ConfigError
+from bratune.kernels.fused import TritonBackend
+from bratune.kernels.fused_call import INTERPRETING, as_text, from_text
+from bratune.kernels.fused_inverse import inverse_routes
+from bratune.kernels.fused_ops import is_packed
+from bratune.machine import Machine, detect
+from bratune.problem import Problem
+
+interpreter = pytest.mark.interpreter
+
+REGIONS = (
+    Case(map=(16, 16), region=(8, 8), topk=1),
+    Case(map=(12, 12), region=(4, 4), topk=4),
+    Case(map=(6, 6), region=(2, 2), topk=5),
+    Case(map=(3, 4), region=(1, 1), topk=5),
+    Case(map=(14, 14), region=(7, 7), topk=2),
+    Case(map=(6, 10), region=(3, 5), topk=3),
+    Case(map=(26, 21), region=(13, 21), topk=1),
+    Case(map=(16, 32), region=(16, 16), topk=1),
+    Case(map=(8, 12), region=(4, 4), topk=6),
+    Case(batch=2, heads=2, map=(8, 8), topk=2),
+)
+RAGGED = (
+    {"map": (7, 8), "region": (4, 3)},
+    {"map": (9, 9), "region": (8, 8), "topk": 1},
+    {"map": (9, 9), "region": (8, 8), "topk": 2},
+    {"map": (5, 5), "region": (8, 8), "topk": 1},
+    {"map": (6, 6), "region": (3, 3), "kv_map": (7, 9), "kv_region": (2, 5)},
+)
+KV_REGIONS = (
+    Case(map=(8, 8), kv_region=(2, 2)),
+    Case(map=(8, 8), kv_map=(4, 4), kv_region=(2, 2)),
+    Case(map=(8, 8), kv_region=(2, 4), topk=1),
+)
+SETTINGS = (
+    {"fwd_block_n": 16},
+    {"fwd_block_n": 32, "fwd_block_m": 32},
+    {"fwd_block_n": 128, "fwd_heads_per_program": 2},
+    {"fwd_heads_per_program": 2, "fwd_block_n": 32},
+    {"dq_block_n": 16, "dkv_block_m": 16},
+    {"dq_block_m": 32, "dkv_block_m": 32, "dkv_block_n": 32},
+)
+
+
+@interpreter
+@pytest.mark.parametrize("case", REGIONS, ids=str)
+def test_every_region_and_top_k_agrees_with_the_reference(case: Case) -> None:
+    assert_right(case)
+
+
+@interpreter
+@pytest.mark.parametrize("padding", ["zeros", "masked"])
+@pytest.mark.parametrize("shape", RAGGED, ids=str)
+def test_maps_that_regions_do_not_tile_are_padded_as_asked(shape: dict[str, Any], padding: str) -> None:
+    assert_right(Case(padding=padding, **shape))
+
+
+@interpreter
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 48, 64, 96, 128])
+def test_every_size_of_a_head_agrees_with_the_reference(head_dim: int) -> None:
+    assert_right(Case(map=(8, 8), head_dim=head_dim, heads=2, topk=2))
+
+
+@interpreter
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_memory_layout_agrees_with_the_reference(layout: str) -> None:
+    assert_right(Case(batch=2, map=(8, 8), heads=2, topk=2, layout=layout))
+
+
+@interpreter
+@pytest.mark.parametrize("routes", ROUTES)
+def test_every_kind_of_routes_agrees_with_the_reference(routes: str) -> None:
+    assert_right(Case(batch=2, map=(8, 8), heads=2, topk=2, routes=routes))
+
+
+@interpreter
+@pytest.mark.parametrize("case", KV_REGIONS, ids=str)
+def test_keys_may_have_a_map_and_regions_of_their_own(case: Case) -> None:
+    assert_right(case)
+
+
+@interpreter
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("region", [(4, 4), (8, 12)], ids=str)
+def test_half_types_agree_with_the_reference(dtype: str, region: tuple[int, int]) -> None:
+    assert_right(Case(dtype=dtype, region=region, topk=1))
+
+
+@interpreter
+@pytest.mark.parametrize("config", SETTINGS, ids=str)
+def test_settings_change_the_cost_and_not_the_result(config: dict[str, int]) -> None:
+    assert_right(Case(map=(8, 8), heads=2, config=tuple(config.items())))
+
+
+@interpreter
+@pytest.mark.parametrize("backward", ["gather", "key"])
+@pytest.mark.parametrize("routes", ["hub", "half_unchosen", "per_head"])
+def test_both_backward_passes_of_a_single_route_agree_with_the_reference(backward: str, routes: str) -> None:
+    assert_right(Case(map=(8, 8), heads=2, topk=1, routes=routes, config=(("backward", backward),)))
+
+
+@interpreter
+def test_every_configuration_on_offer_is_right() -> None:
+    case = Case(map=(8, 8), heads=2, topk=1)
+    s = sample(case)
+    true = reference(case, s)
+    for config in TritonBackend().configs(case.problem, detect("cpu")):
+        found = errors(fused(Case(map=(8, 8), heads=2, topk=1, config=tuple(config.items())), s), true)
+        assert max(found.values()) < 2e-6, config
+
+
+@interpreter
+def test_a_gradient_that_is_expanded_is_read_with_its_strides() -> None:
+    assert_right(Case(expanded_grad=True))
+
+
+@interpreter
+def test_scores_of_ten_thousand_stay_finite() -> None:
+    case = Case(magnitude=100.0)
+    found = errors(fused(case, s := sample(case)), reference(case, s))
+    # With one-hot weights the gradients of q and k are what is left of differences of equal numbers.
+    assert found["out"] < 2e-6
+    assert found["dv"] < 2e-6
+    assert all(math.isfinite(error) for error in found.values())
+
+
+@interpreter
+def test_two_runs_give_the_same_bits() -> None:
+    case = Case(heads=2, routes="hub")
+    s = sample(case)
+    first, second = fused(case, s), fused(case, s)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@interpreter
+def test_the_gradients_of_packed_q_k_v_lie_in_one_tensor() -> None:
+    case = Case(heads=2)
+    s = sample(case)
+    assert is_packed(s.q, s.k, s.v)
+    found = fused(case, s)
+    assert found["dq"].stride(-2) == 3 * case.problem.channels
+    starts = [found[name].data_ptr() for name in ("dq", "dk", "dv")]
+    size = case.problem.channels * found["dq"].element_size()
+    assert [start - starts[0] for start in starts] == [0, size, 2 * size]
+
+
+@interpreter
+def test_without_a_gradient_no_statistics_are_kept() -> None:
+    case = Case()
+    s = sample(case)
+    with torch.no_grad():
+        out = TritonBackend().forward(s.q, s.k, s.v, s.routes, case.problem)
+    assert torch.equal(out, fused(case, s)["out"])
+    assert TritonBackend().workspace_bytes(case.problem.replace(direction="fwd")) == 0
+
+
+@interpreter
+def test_a_second_derivative_is_refused() -> None:
+    case = Case()
+    s = sample(case)
+    q = s.q.detach().requires_grad_()
+    out = TritonBackend().forward(q, s.k, s.v, s.routes, case.problem)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@interpreter
+@pytest.mark.parametrize("shape", [(2, 5, 3), (1, 2, 40, 7), (2, 49, 1)], ids=str)
+@pytest.mark.parametrize("kv_regions", [7, 16, 40])
+def test_the_inverse_of_routes_is_a_stable_sort(shape: tuple[int, ...], kv_regions: int) -> None:
+    routes = torch.randint(0, kv_regions, shape, generator=torch.Generator().manual_seed(0))
+    starts, entries = inverse_routes(routes, kv_regions)
+    flat = routes.reshape(-1, shape[-2] * shape[-1])
+    order = torch.sort(flat, dim=-1, stable=True)
+    bounds = torch.arange(kv_regions + 1).expand(len(flat), -1).contiguous()
+    assert torch.equal(starts.flatten(0, 1).long(), torch.searchsorted(order.values.contiguous(), bounds))
+    assert torch.equal(entries.flatten(0, 1).long(), order.indices // shape[-1])
+
+
+# --- what needs no kernel to run ------------------------------------------------------------------
+
+
+def problem(**changes: Any) -> Problem:
+    return Case().problem.replace(**changes)
+
+
+def gpu(compute_capability: str = "9.0") -> Machine:
+    return Machine(
+        kind="cuda", device="cuda:0", gpu_key="x", gpu_name="x", compute_capability=compute_capability
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "float64"}, "found float64"),
+        ({"head_dim": 160, "v_head_dim": 160}, "at most 128 channels, found 160"),
+        ({"v_head_dim": 64}, "found 64 and 32"),
+        ({"scale": -0.5}, "above 0, found -0.5"),
+        ({"batch": 2**30}, "a smaller batch would work"),
+    ],
+    ids=str,
+)
+def test_every_obstacle_is_named(changes: dict[str, Any], reason: str) -> None:
+    (found,) = TritonBackend().why_not(problem(**changes), gpu())
+    assert reason in found
+
+
+def test_an_ordinary_problem_on_a_gpu_has_no_obstacle() -> None:
+    assert TritonBackend().why_not(problem(), gpu()) == ()
+    (found,) = TritonBackend().why_not(problem(), gpu("7.5"))
+    assert "8.0 or newer, found 7.5" in found
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the interpreter accepts a CPU")
+def test_a_cpu_is_refused_with_what_would_work() -> None:
+    (found,) = TritonBackend().why_not(problem(), detect("cpu"))
+    assert "needs a CUDA device (or TRITON_INTERPRET=1" in found
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"forward": "image"}, "cannot compute"), ({"block_q": 3}, "'block_q' is not one of forward")],
+    ids=str,
+)
+def test_a_setting_that_does_not_exist_here_is_refused(config: dict[str, Any], message: str) -> None:
+    from bratune.kernels.fused_call import call_for
+
+    large = problem(height=64, width=64, kv_height=64, kv_width=64)
+    with pytest.raises(ConfigError, match=message):
+        call_for(large, as_text(config), gpu())
+
+
+def test_a_configuration_survives_as_text() -> None:
+    config = {"forward": "gather", "fwd_block_m": 64}
+    assert from_text(as_text(config)) == config
+    assert as_text(None) == as_text({}) == ""
