@@ -1,0 +1,118 @@
+"""``bratune compare``: say which of several sets of records is faster, and how sure that is."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from bratune.report.compare import Comparison
+
+
+@click.command("compare")
+@click.argument("sets", nargs=-1, required=True, metavar="A B [C...]")
+@click.option("--threshold", default="2%", show_default=True, help="Differences within it do not matter.")
+@click.option("--confidence", default=0.95, show_default=True, type=click.FloatRange(0.5, 0.999))
+@click.option("--across", is_flag=True, help="Also compare cells that were run differently.")
+@click.option(
+    "--fail-on-regression", "limit", metavar="SHARE", help="Exit with 3 when a cell is surely slower."
+)
+@click.option(
+    "--format", "style", type=click.Choice(["table", "json", "md"]), default="table", show_default=True
+)
+@click.option("--seed", default=0, show_default=True, help="Of the resampling.")
+def command(
+    sets: tuple[str, ...],
+    threshold: str,
+    confidence: float,
+    across: bool,
+    limit: str | None,
+    style: str,
+    seed: int,
+) -> int:
+    """Compare every set of records with the first, cell by cell.
+
+    A set is a file, a folder, PATH@gpu (one machine of several), or a GPU key (the records that ship). Ratios
+    are of B over A: below 1 is faster. Several records of one cell are several fresh processes; with one per
+    side, only large differences can be told from the luck of a process.
+
+    Exit code 3 with --fail-on-regression when a cell is SLOWER by at least that share.
+    """
+    from bratune.report import compare as comparing
+
+    share = None if limit is None else comparing.parse_percent(limit)
+    found = [comparing.load_set(argument) for argument in sets]
+    result = comparing.compare(
+        found,
+        margin=comparing.parse_percent(threshold),
+        confidence=confidence,
+        across=across,
+        seed=seed,
+    )
+    _show(result, style)
+    if share is None:
+        return 0
+    slower = comparing.regressions(result, share)
+    for row in slower:
+        click.echo(f"regression: {row.what}: {row.verdict}", err=True)
+    return 3 if slower else 0
+
+
+def _show(result: Comparison, style: str) -> None:
+    if style == "json":
+        for row in result.rows:
+            verdict = row.verdict
+            data = row._asdict() | {
+                "verdict": verdict.verdict,
+                "ratio": verdict.ratio,
+                "lo": verdict.lo,
+                "hi": verdict.hi,
+                "processes": verdict.processes,
+                "settles": verdict.settles,
+            }
+            click.echo(json.dumps(data))
+        return
+    cells = [
+        (
+            row.what,
+            row.other,
+            f"{row.base_ms:.4g}",
+            f"{row.other_ms:.4g}",
+            f"{row.verdict.ratio:.3f}",
+            f"{row.verdict.lo:.3f} to {row.verdict.hi:.3f}",
+            row.verdict.verdict,
+            "" if row.evidence == "measured" else row.evidence,
+        )
+        for row in result.rows
+    ]
+    header = ("cell", "B", "A ms", "B ms", "B / A", "interval", "verdict", "evidence")
+    if style == "md":
+        for line in (header, ("---",) * len(header), *cells):
+            click.echo("| " + " | ".join(line) + " |")
+    else:
+        widths = [max(len(line[i]) for line in (header, *cells)) for i in range(len(header))]
+        for line in (header, *cells):
+            click.echo(
+                "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            )
+    _explain(result)
+
+
+def _explain(result: Comparison) -> None:
+    """What the table leaves open, on stderr."""
+    for row in result.rows:
+        if row.verdict.settles:
+            click.echo(f"{row.what}: {row.verdict.settles}", err=True)
+    if any(row.verdict.assumed for row in result.rows):
+        click.echo(
+            "one process on a side: its own effect was assumed to be 3 %; more fresh processes would show it",
+            err=True,
+        )
+    if result.refused:
+        click.echo(
+            f"{result.refused} cells were run differently and left out; --across compares them", err=True
+        )
+    if result.only_in_one:
+        click.echo(f"{result.only_in_one} cells are in one set only", err=True)

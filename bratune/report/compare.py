@@ -1,0 +1,313 @@
+"""Compare: sets of records, cell by cell.
+
+Two records are compared when they describe the same work: part, model, stage, backend, S, top-k, sizes, dtype
+and direction. How they were run (regime, cache state, autocast, layout, determinism) must be the same too,
+unless the caller says otherwise. Several records of one cell in a set are several fresh processes.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from bratune import gpus, store
+from bratune.errors import StoreError, UnknownNameError, UsageError
+from bratune.record import Record
+from bratune.report.verdict import (
+    DEFAULT_CONFIDENCE,
+    DEFAULT_MARGIN,
+    Process,
+    Verdict,
+    decide,
+    process_of_interval,
+    process_of_samples,
+)
+
+__all__ = [
+    "Compared",
+    "Comparison",
+    "RecordSet",
+    "compare",
+    "describe",
+    "load_set",
+    "parse_percent",
+    "regressions",
+]
+
+WHAT = (
+    "model",
+    "part",
+    "stage",
+    "backend",
+    "config",
+    "n_win",
+    "topk",
+    "batch",
+    "image_height",
+    "image_width",
+    "height",
+    "width",
+    "heads",
+    "head_dim",
+    "region",
+    "padding",
+    "dtype",
+    "direction",
+    "route_distribution",
+)
+HOW = ("regime", "l2", "amp", "layout", "deterministic")
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """Records under one label, all of one machine.
+
+    Attributes:
+        label: What the user called it.
+        records: Finished rows with a time.
+        samples: Raw samples by ``(run_id, cell_id, timestamp_utc)``.
+    """
+
+    label: str
+    records: tuple[Record, ...]
+    samples: Mapping[tuple[str, str, str], tuple[float, ...]]
+
+    @property
+    def gpu_key(self) -> str:
+        """The machine that the set speaks of."""
+        return self.records[0].gpu_key
+
+
+class Compared(NamedTuple):
+    """One cell of one set against the same cell of the first.
+
+    Attributes:
+        what: The cell in words.
+        base: Label of the first set.
+        other: Label of the set compared with it.
+        base_ms: Median of the first set.
+        other_ms: Median of the other.
+        verdict: Of the other against the first.
+        evidence: Evidence of both, ``measured`` or e.g. ``measured/modelled``.
+    """
+
+    what: str
+    base: str
+    other: str
+    base_ms: float
+    other_ms: float
+    verdict: Verdict
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every cell that could be compared, and how many could not.
+
+    Attributes:
+        rows: In the order of the first set.
+        only_in_one: Cells that only one of the two sets holds, over all pairs.
+        refused: Cells left out because they were run differently.
+    """
+
+    rows: tuple[Compared, ...]
+    only_in_one: int
+    refused: int
+
+
+def load_set(argument: str) -> RecordSet:
+    """The records behind a file, a folder, ``PATH@gpu`` or a GPU key (of the records that ship).
+
+    Raises:
+        StoreError: nothing is there, or the records are of several machines and none was named.
+        UsageError: the named machine is not among them.
+    """
+    path, _, key = argument.partition("@")
+    if Path(path).exists():
+        return _of_machine(argument, Path(path), key)
+    try:
+        board = gpus.resolve(path)
+    except UnknownNameError:
+        raise StoreError(
+            f"{argument!r} is neither a file, a folder nor a GPU key; 'bratune list gpus' lists the keys"
+        ) from None
+    shipped = Path(str(importlib.resources.files("bratune").joinpath("results")))
+    try:
+        return _of_machine(argument, shipped, board.key)
+    except (StoreError, UsageError):
+        raise StoreError(
+            f"no record of {board.key} ships with this package; a file or folder of records would work"
+        ) from None
+
+
+def _of_machine(label: str, path: Path, key: str) -> RecordSet:
+    rows = [r for r in store.read_records([path]) if r.ok and r.evidence != "bound"]
+    found = sorted({r.gpu_key for r in rows})
+    if key and key not in found:
+        raise UsageError(f"{path} has no timed record of {key!r}; it has: {', '.join(found) or 'none'}")
+    if not key and len(found) > 1:
+        raise UsageError(f"{path} holds records of {', '.join(found)}; name one, e.g. {path}@{found[0]}")
+    rows = [r for r in rows if not key or r.gpu_key == key]
+    if not rows:
+        raise StoreError(f"{path} holds no record with a time")
+    return RecordSet(label, tuple(rows), _read_samples(path))
+
+
+def _read_samples(path: Path) -> dict[tuple[str, str, str], tuple[float, ...]]:
+    """Raw samples beside the records; lines that cannot be read are left out (the summary remains)."""
+    found: dict[tuple[str, str, str], tuple[float, ...]] = {}
+    for file in store.record_files([path]):
+        beside = file.with_name(file.name.removesuffix(".jsonl") + store.SAMPLES_SUFFIX)
+        if not beside.exists():
+            continue
+        for line in beside.read_text("utf-8").splitlines():
+            try:
+                data = json.loads(line)
+                key = (str(data["run_id"]), str(data["cell_id"]), str(data["timestamp_utc"]))
+                found[key] = tuple(map(float, data["samples_ms"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+    return found
+
+
+def compare(
+    sets: Sequence[RecordSet],
+    *,
+    margin: float = DEFAULT_MARGIN,
+    confidence: float = DEFAULT_CONFIDENCE,
+    across: bool = False,
+    seed: int = 0,
+) -> Comparison:
+    """Every set against the first, cell by cell.
+
+    Args:
+        sets: Two or more.
+        margin: See `bratune.report.verdict.decide`.
+        confidence: Of the intervals.
+        across: Compare cells that were run differently, too.
+        seed: Of the resampling.
+
+    Raises:
+        UsageError: fewer than two sets, no cell in common, or the only common cells were run differently.
+    """
+    if len(sets) < 2:
+        raise UsageError("a comparison needs two or more sets of records")
+    base, rows, alone, refused = sets[0], [], 0, 0
+    mismatch = ""
+    base_groups = _groups(base, across)
+    for other in sets[1:]:
+        other_groups = _groups(other, across)
+        other_work = {key[: len(WHAT)] for key in other_groups}
+        for key, mine in base_groups.items():
+            theirs = other_groups.get(key)
+            if theirs is not None:
+                rows.append(_compared(base, mine, other, theirs, margin, confidence, seed))
+            elif key[: len(WHAT)] in other_work:
+                refused += 1
+                mismatch = mismatch or _mismatch(base, mine[0], other)
+            else:
+                alone += 1
+        base_work = {key[: len(WHAT)] for key in base_groups}
+        alone += sum(key[: len(WHAT)] not in base_work for key in other_groups)
+    if not rows and refused:
+        raise UsageError(
+            f"all {refused} common cells were run differently ({mismatch}); --across compares them anyway"
+        )
+    if not rows:
+        labels = ", ".join(s.label for s in sets)
+        raise UsageError(f"no cell is in the first set and another one: {labels}")
+    return Comparison(tuple(rows), alone, refused)
+
+
+def _groups(found: RecordSet, across: bool) -> dict[tuple[object, ...], list[Record]]:
+    groups: dict[tuple[object, ...], list[Record]] = defaultdict(list)
+    for record in found.records:
+        how = () if across else tuple(getattr(record, name) for name in HOW)
+        groups[(*(getattr(record, name) for name in WHAT), *how)].append(record)
+    return dict(groups)
+
+
+def _mismatch(base: RecordSet, record: Record, other: RecordSet) -> str:
+    same = [r for r in other.records if all(getattr(r, n) == getattr(record, n) for n in WHAT)]
+    differing = [n for n in HOW if getattr(record, n) != getattr(same[0], n)] if same else []
+    return "; ".join(
+        f"{name}: {getattr(record, name)} in {base.label}, {getattr(same[0], name)} in {other.label}"
+        for name in differing
+    )
+
+
+def _compared(
+    base: RecordSet,
+    mine: Sequence[Record],
+    other: RecordSet,
+    theirs: Sequence[Record],
+    margin: float,
+    confidence: float,
+    seed: int,
+) -> Compared:
+    a, b = (
+        [_process(found, r, number) for number, r in enumerate(rows)]
+        for found, rows in ((base, mine), (other, theirs))
+    )
+    kinds = sorted({r.evidence for r in mine}) + sorted({r.evidence for r in theirs})
+    return Compared(
+        what=describe(mine[0]),
+        base=base.label,
+        other=other.label,
+        base_ms=_median(mine),
+        other_ms=_median(theirs),
+        verdict=decide(a, b, margin=margin, confidence=confidence, seed=seed),
+        evidence="/".join(dict.fromkeys(kinds)),
+    )
+
+
+def _median(rows: Sequence[Record]) -> float:
+    values = sorted(r.median_ms for r in rows if r.median_ms is not None)
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+
+
+def _process(found: RecordSet, record: Record, number: int) -> Process:
+    samples = found.samples.get((record.run_id, record.cell_id, record.timestamp_utc))
+    if samples:
+        return process_of_samples(samples, seed=number)
+    assert record.median_ms is not None
+    return process_of_interval(
+        record.median_ms, record.ci_lo_ms or record.median_ms, record.ci_hi_ms or record.median_ms
+    )
+
+
+def describe(record: Record) -> str:
+    """A cell in a few words: model, stage, part, backend, image, batch, dtype."""
+    where = f"stage {record.stage}" if record.stage else ""
+    size = f"{record.image_height}x{record.image_width}" if record.image_height else ""
+    words = [record.model, where, record.part, record.backend, size, f"b{record.batch}", record.dtype]
+    if record.direction != "fwd":
+        words.append(record.direction)
+    if record.regime != "eager":
+        words.append(record.regime)
+    return " ".join(word for word in words if word)
+
+
+def regressions(comparison: Comparison, limit: float) -> list[Compared]:
+    """The cells that are surely slower (the interval is above 1) and by at least ``limit``."""
+    return [
+        row for row in comparison.rows if row.verdict.verdict == "SLOWER" and row.verdict.ratio >= 1 + limit
+    ]
+
+
+def parse_percent(text: str) -> float:
+    """``"3%"``, ``"3 %"`` or ``"0.03"`` as 0.03; raises `UsageError`."""
+    stripped = text.strip()
+    try:
+        value = float(stripped.removesuffix("%")) / (100 if stripped.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise UsageError(f"{text!r} is not a share; 3% or 0.03 would be")
+    return value

@@ -1,0 +1,168 @@
+"""Comparing sets of records: what is paired, what is refused, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bratune.cell import Cell
+from bratune.cli import run
+from bratune.errors import StoreError, UsageError
+from bratune.machine import Machine
+from bratune.problem import Problem
+from bratune.record import Record
+from bratune.report.compare import compare, load_set, parse_percent, regressions
+from bratune.store import Store
+
+
+def cell(stage: int = 1, regime: str = "eager", backend: str = "gather") -> Cell:
+    problem = Problem(
+        batch=1, height=56 // stage, width=56 // stage, heads=2, head_dim=32, region=(4, 4), topk=2
+    )
+    return Cell(
+        part="attention", problem=problem, backend=backend, model="biformer_tiny", stage=stage, regime=regime
+    )
+
+
+def machine(key: str = "a100") -> Machine:
+    return Machine(kind="cuda", device="cuda:0", gpu_key=key, gpu_name=key)
+
+
+def write(
+    path: Path,
+    median: float,
+    *,
+    runs: int = 5,
+    stages: tuple[int, ...] = (1, 2),
+    regime: str = "eager",
+    key: str = "a100",
+    samples: bool = True,
+) -> Path:
+    target = Store(path)
+    for number in range(runs):
+        for stage in stages:
+            level = median * stage * (1 + 0.001 * ((number * 7) % 5 - 2))
+            times = [level * (1 + 0.002 * ((i * 5) % 7 - 3)) for i in range(21)]
+            row = Record.of(
+                cell(stage, regime),
+                machine(key),
+                run_id=f"run{number}",
+                median_ms=level,
+                ci_lo_ms=level * 0.995,
+                ci_hi_ms=level * 1.005,
+            )
+            target.append(row, times if samples else None)
+    return path
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_every_common_cell_gets_a_verdict(tmp_path: Path, samples: bool) -> None:
+    a = write(tmp_path / "a.jsonl", 1.0, samples=samples)
+    b = write(tmp_path / "b.jsonl", 0.8, samples=samples)
+    found = compare([load_set(str(a)), load_set(str(b))])
+    assert [row.verdict.verdict for row in found.rows] == ["FASTER", "FASTER"]
+    assert [row.verdict.processes for row in found.rows] == [(5, 5), (5, 5)]
+    assert found.rows[0].verdict.ratio == pytest.approx(0.8, rel=0.01)
+    assert found.rows[0].evidence == "measured"
+
+
+def test_three_sets_are_each_compared_with_the_first(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{i}.jsonl", t) for i, t in enumerate((1.0, 0.8, 1.3))]
+    found = compare([load_set(str(p)) for p in paths])
+    assert [(row.other[-7:], row.verdict.verdict) for row in found.rows] == [
+        ("1.jsonl", "FASTER"),
+        ("1.jsonl", "FASTER"),
+        ("2.jsonl", "SLOWER"),
+        ("2.jsonl", "SLOWER"),
+    ]
+
+
+def test_cells_of_different_regimes_are_refused_unless_told(tmp_path: Path) -> None:
+    a = load_set(str(write(tmp_path / "a.jsonl", 1.0)))
+    b = load_set(str(write(tmp_path / "b.jsonl", 0.5, regime="graph")))
+    with pytest.raises(UsageError, match=r"regime: eager in .*a.jsonl, graph in .*b.jsonl.*--across"):
+        compare([a, b])
+    assert [r.verdict.verdict for r in compare([a, b], across=True).rows] == ["FASTER", "FASTER"]
+
+
+def test_cells_that_only_one_set_has_are_counted(tmp_path: Path) -> None:
+    a = load_set(str(write(tmp_path / "a.jsonl", 1.0, stages=(1, 2))))
+    b = load_set(str(write(tmp_path / "b.jsonl", 1.0, stages=(2, 3, 4))))
+    found = compare([a, b])
+    assert (len(found.rows), found.only_in_one) == (1, 3)
+
+
+def test_failures_and_bounds_are_not_times(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", 1.0, runs=1, stages=(1,))
+    target = Store(path)
+    target.append(Record.of(cell(2), machine(), outcome="oom", reason="out of memory"))
+    target.append(Record.of(cell(3), machine(), evidence="bound", outcome="modelled", median_ms=0.1))
+    assert len(load_set(str(path)).records) == 1
+
+
+def test_a_set_of_several_machines_must_be_named(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", 1.0, key="a100")
+    write(tmp_path / "y.jsonl", 0.5, key="h100")
+    with pytest.raises(UsageError, match="holds records of a100, h100; name one"):
+        load_set(str(tmp_path))
+    assert load_set(f"{tmp_path}@h100").gpu_key == "h100"
+    with pytest.raises(UsageError, match="no timed record of 't4'"):
+        load_set(f"{tmp_path}@t4")
+
+
+def test_what_is_neither_path_nor_key_is_said_to_be_neither() -> None:
+    with pytest.raises(StoreError, match="neither a file, a folder nor a GPU key"):
+        load_set("a1000")
+
+
+def test_only_a_sure_and_large_slowdown_is_a_regression(tmp_path: Path) -> None:
+    a = load_set(str(write(tmp_path / "a.jsonl", 1.0)))
+    b = load_set(str(write(tmp_path / "b.jsonl", 1.05)))
+    found = compare([a, b])
+    assert len(regressions(found, 0.03)) == 2
+    assert regressions(found, 0.10) == []
+
+
+@pytest.mark.parametrize(("text", "value"), [("3%", 0.03), ("3 %", 0.03), ("0.03", 0.03), ("0%", 0.0)])
+def test_shares_are_read_as_per_cent_or_fraction(text: str, value: float) -> None:
+    assert parse_percent(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "fast", "-1%", "200%"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a share"):
+        parse_percent(text)
+
+
+@pytest.mark.parametrize(("other", "code"), [(1.0, 0), (0.8, 0), (1.2, 3)])
+def test_the_exit_code_says_whether_there_is_a_regression(
+    tmp_path: Path, other: float, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = write(tmp_path / "a.jsonl", 1.0), write(tmp_path / "b.jsonl", other)
+    assert run(["compare", str(a), str(b), "--fail-on-regression", "3%"]) == code
+    assert ("regression: " in capsys.readouterr().err) is (code == 3)
+
+
+def test_json_has_the_verdict_of_every_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = write(tmp_path / "a.jsonl", 1.0), write(tmp_path / "b.jsonl", 0.8)
+    assert run(["compare", str(a), str(b), "--format", "json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["verdict"] for row in rows] == ["FASTER", "FASTER"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "Missing argument"),
+        (["nothing-here", "neither"], 1, "neither a file"),
+        (["{a}"], 2, "two or more"),
+    ],
+)
+def test_bad_requests_are_one_sentence(
+    tmp_path: Path, arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write(tmp_path / "a.jsonl", 1.0)
+    assert run(["compare", *(x.replace("{a}", str(a)) for x in arguments)]) == code
+    assert message in capsys.readouterr().err
