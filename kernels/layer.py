@@ -1,0 +1,408 @@
+"""Bi-Level Routing Attention as a layer: the two official modules with any backend behind them.
+
+Both keep the official constructor arguments, ``state_dict`` keys and numerics, so that released weights
+load unchanged. They agree on maps that S divides and are different functions on others: the NHWC module
+pads its *input* to S x S regions (with ``auto_pad``), the NCHW module rounds regions down and pads queries,
+keys and values with zeros. Weights trained with one must be run with the same one.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bratune.backend import Config
+from bratune.errors import ProblemError, UnknownNameError
+from bratune.kernels import layout
+from bratune.kernels.api import route, routed_attention
+from bratune.kernels.composed import TopkRouting, composed_attention, require_composition
+from bratune.kernels.kv_pool import kv_pool, pool_regions
+from bratune.kernels.nhwc import conv_nhwc, depthwise, linear_1x1, to_nchw, to_nhwc
+from bratune.kernels.registry import get
+from bratune.kernels.routing import region_means
+from bratune.problem import split_map
+
+__all__ = ["BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention"]
+
+
+class _QKVLinear(nn.Module):
+    """One linear layer for queries, keys and values; a module of its own for the official key names."""
+
+    def __init__(self, dim: int, qk_dim: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 2 * qk_dim + dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.qkv(x)
+        return out
+
+
+class BiLevelRoutingAttention(nn.Module):
+    """Routed attention on an NHWC map (the official ``BiLevelRoutingAttention``).
+
+    Args:
+        dim: Channels of input, values and output.
+        num_heads: Attention heads.
+        n_win: Regions per side, S.
+        qk_dim: Channels of queries and keys; by default ``dim``.
+        qk_scale: Factor of the logits; by default ``qk_dim ** -0.5`` (all channels, not a head's).
+        kv_per_win: Side of a key region after ``ada_avgpool`` or ``ada_maxpool``.
+        kv_downsample_ratio: Side of the window of ``avgpool`` and ``maxpool``.
+        kv_downsample_kernel: Unused, as in the official module.
+        kv_downsample_mode: How keys and values of a region are pooled: ``identity``, ``ada_avgpool``,
+            ``ada_maxpool``, ``avgpool`` or ``maxpool``.
+        topk: Key regions per query region.
+        param_attention: ``qkvo``, or ``qkv`` for no output projection.
+        param_routing: Learn a projection of the region means; needs ``diff_routing``.
+        diff_routing: Let gradients flow through the routing weights; needs ``soft_routing``.
+        soft_routing: Multiply gathered keys and values by the routing weight of their region. Runs as
+            a composition (gather, weigh, attend), so that only the backends ``auto``, ``reference``,
+            ``gather`` and ``gather-sdpa`` accept it.
+        side_dwconv: Side of the depthwise convolution of the values (LePE); 0 leaves it out.
+        auto_pad: Pad maps that S does not divide with zeros at the bottom and on the right.
+        backend: Which implementation attends, a name of `bratune.kernels.registry.names` or ``auto``.
+        config: Settings of the backend.
+
+    Raises:
+        ProblemError: sizes or options that contradict each other.
+        UnknownNameError: an option, or a backend, that does not exist.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        n_win: int = 7,
+        qk_dim: int | None = None,
+        qk_scale: float | None = None,
+        kv_per_win: int = 4,
+        kv_downsample_ratio: int = 4,
+        kv_downsample_kernel: int | None = None,
+        kv_downsample_mode: str = "identity",
+        topk: int = 4,
+        param_attention: str = "qkvo",
+        param_routing: bool = False,
+        diff_routing: bool = False,
+        soft_routing: bool = False,
+        side_dwconv: int = 3,
+        auto_pad: bool = False,
+        *,
+        backend: str = "auto",
+        config: Config | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.n_win = n_win
+        self.qk_dim = qk_dim or dim
+        self.scale = qk_scale or self.qk_dim**-0.5
+        self.topk = topk
+        self.auto_pad = auto_pad
+        self.soft_routing = soft_routing
+        self.set_backend(backend, config)
+        _check_heads(num_heads, dim, self.qk_dim)
+        _check_routes(n_win, topk)
+        if param_attention not in ("qkvo", "qkv"):
+            raise UnknownNameError("param_attention", param_attention, ("qkvo", "qkv"))
+        if param_routing and not diff_routing:
+            raise ProblemError("param_routing learns nothing without gradients; diff_routing=True would work")
+        if diff_routing and not soft_routing:
+            raise ProblemError("diff_routing has no weights to differentiate; soft_routing=True would work")
+
+        self.lepe = depthwise(dim, side_dwconv)
+        self.router = TopkRouting(
+            self.qk_dim, topk, self.scale, param_routing=param_routing, diff_routing=diff_routing
+        )
+        self.qkv = _QKVLinear(dim, self.qk_dim)
+        self.wo: nn.Module = nn.Linear(dim, dim) if param_attention == "qkvo" else nn.Identity()
+        self.kv_down = kv_pool(kv_downsample_mode, kv_per_win, kv_downsample_ratio)
+
+    def forward(
+        self, x: Tensor, ret_attn_mask: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x: ``[B, H, W, dim]``.
+            ret_attn_mask: Return what attention looked at, too; runs as a composition.
+
+        Returns:
+            ``[B, H, W, dim]``; with ``ret_attn_mask`` also the routing weights and the routes,
+            ``[B, R, topk]`` each, and the attention matrix ``[B * R, heads, T, topk * Tk]``.
+        """
+        height, width = x.shape[1:3]
+        q, k, v = self.project(self.pad(x))
+        if ret_attn_mask:
+            require_composition(self.backend, "the attention matrix")
+            routes, weights = self.route_soft(q, k)
+            out, attn = self._compose(q, k, v, routes, weights, fused=False)
+            assert attn is not None
+            out = self._finish(out, v, height, width)
+            return out, weights, routes, attn.transpose(1, 2).flatten(0, 1)
+        if self.soft_routing:
+            routes, weights = self.route_soft(q, k)
+            out, _ = self._compose(
+                q, k, v, routes, weights, fused=self.backend not in ("reference", "gather")
+            )
+        else:
+            out = self.attend(q, k, v, self.route(q, k))
+        return self._finish(out, v, height, width)
+
+    def set_backend(self, backend: str, config: Config | None = None) -> None:
+        """Let another backend attend from now on."""
+        _check_backend(backend)
+        if self.soft_routing:
+            require_composition(backend, "soft routing")
+        self.backend, self.config = backend, config
+
+    # --- the parts, on padded maps -------------------------------------------------------------------
+
+    def pad(self, x: Tensor) -> Tensor:
+        """The map with zeros at the bottom and on the right, so that S divides it; itself where it does.
+
+        Raises:
+            ProblemError: S does not divide the map, and ``auto_pad`` is off.
+        """
+        height, width = x.shape[1:3]
+        rh, rw = self.region_of(height, width)
+        bottom, right = rh * self.n_win - height, rw * self.n_win - width
+        return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+    def region_of(self, height: int, width: int) -> tuple[int, int]:
+        """The region in tokens on a map of this size, before or after padding."""
+        try:
+            return split_map(height, width, self.n_win, pad=self.auto_pad)
+        except ProblemError as error:
+            raise ProblemError(f"{error}, or auto_pad=True") from None
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of a padded map: views of one tensor, ``[B, H, W, channels]``."""
+        q, k, v = self.qkv(x).split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
+        return q, k, v
+
+    def route(self, q: Tensor, k: Tensor) -> Tensor:
+        """The key regions of every query region, ``[B, R, topk]``, without gradient."""
+        if self.soft_routing:
+            return self.route_soft(q, k)[0]
+        return route(q, k, region=self.region_of(*q.shape[1:3]), topk=self.topk)
+
+    def route_soft(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Routes and their softmax weights, ``[B, R, topk]`` each."""
+        region = self.region_of(*q.shape[1:3])
+        routes, weights = self.router(region_means(q, region), region_means(k, region))
+        return routes, weights
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> Tensor:
+        """Level two: from every query region to its routed regions, pooled as the layer says."""
+        region = self.region_of(*q.shape[1:3])
+        k, v, kv_region = self._pool(k, v, region)
+        return routed_attention(
+            q,
+            k,
+            v,
+            routes,
+            heads=self.num_heads,
+            region=region,
+            kv_region=kv_region,
+            scale=self.scale,
+            backend=self.backend,
+            config=self.config,
+        )
+
+    def enhance(self, v: Tensor) -> Tensor | None:
+        """The depthwise convolution of the values (LePE); None without one."""
+        return None if self.lepe is None else conv_nhwc(self.lepe, v)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The output projection."""
+        out: Tensor = self.wo(x)
+        return out
+
+    # --- helpers -------------------------------------------------------------------------------------
+
+    def _finish(self, out: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+        local = self.enhance(v)
+        return layout.crop_tokens(self.merge(out if local is None else out + local), height, width)
+
+    def _compose(
+        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor, *, fused: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        region = self.region_of(*q.shape[1:3])
+        k, v, kv_region = self._pool(k, v, region)
+        return composed_attention(
+            q,
+            k,
+            v,
+            routes,
+            heads=self.num_heads,
+            region=region,
+            kv_region=kv_region,
+            scale=self.scale,
+            weights=weights if self.soft_routing else None,
+            fused=fused,
+        )
+
+    def _pool(self, k: Tensor, v: Tensor, region: tuple[int, int]) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Keys and values pooled within each region, and the region that is left."""
+        if isinstance(self.kv_down, nn.Identity):
+            return k, v, region
+        (k, kv_region), (v, _) = (pool_regions(x, region, self.kv_down) for x in (k, v))
+        return k, v, kv_region
+
+
+class NCHWBiLevelRoutingAttention(nn.Module):
+    """Routed attention on an NCHW map (the official ``nchwBRA``).
+
+    Regions are ``(H // S, W // S)`` tokens, so that a map that S does not divide has more than ``S x S`` of
+    them; queries, keys and values are padded with zeros, which are keys like any other. Inside, the map is
+    read as NHWC, which costs nothing where it is ``channels_last`` in memory; so is the output.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads.
+        n_win: Regions per side where S divides the map.
+        qk_scale: Factor of the logits; by default ``dim ** -0.5`` (all channels, not a head's).
+        topk: Key regions per query region.
+        side_dwconv: Side of the depthwise convolution of the values (LePE); 0 leaves it out.
+        auto_pad: Accepted and ignored, as in the official module: padding is always on.
+        attn_backend: ``torch``, the only official value; `backend` is what chooses here.
+        backend: Which implementation attends, a name of `bratune.kernels.registry.names` or ``auto``.
+        config: Settings of the backend.
+
+    Raises:
+        ProblemError: sizes or options that contradict each other.
+        UnknownNameError: an option, or a backend, that does not exist.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        n_win: int = 7,
+        qk_scale: float | None = None,
+        topk: int = 4,
+        side_dwconv: int = 3,
+        auto_pad: bool = False,
+        attn_backend: str = "torch",
+        *,
+        backend: str = "auto",
+        config: Config | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.n_win = n_win
+        self.scale = qk_scale or dim**-0.5
+        self.topk = topk
+        self.set_backend(backend, config)
+        _check_heads(num_heads, dim, dim)
+        if attn_backend != "torch":
+            raise UnknownNameError("attn_backend", attn_backend, ("torch",))
+        if n_win < 1 or topk < 1:
+            raise ProblemError(f"n_win and topk must be at least 1, not {n_win} and {topk}")
+        self.lepe = depthwise(dim, side_dwconv)
+        self.qkv_linear = nn.Conv2d(dim, 3 * dim, kernel_size=1)
+        self.output_linear = nn.Conv2d(dim, dim, kernel_size=1)
+
+    def forward(self, x: Tensor, ret_attn_mask: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend.
+
+        Args:
+            x: ``[B, dim, H, W]``.
+            ret_attn_mask: Return the attention matrix, too; runs as a composition.
+
+        Returns:
+            ``[B, dim, H, W]``; with ``ret_attn_mask`` also the matrix ``[B, heads, R, T, topk * T]``.
+        """
+        q, k, v = self.project(to_nhwc(x))
+        routes = self.route(q, k)
+        attn = None
+        if ret_attn_mask:
+            require_composition(self.backend, "the attention matrix")
+            region = self.region_of(*q.shape[1:3])
+            out, attn = composed_attention(
+                q,
+                k,
+                v,
+                routes,
+                heads=self.num_heads,
+                region=region,
+                kv_region=region,
+                scale=self.scale,
+            )
+        else:
+            out = self.attend(q, k, v, routes)
+        local = self.enhance(v)
+        out = to_nchw(self.merge(out if local is None else out + local))
+        return out if attn is None else (out, attn)
+
+    def set_backend(self, backend: str, config: Config | None = None) -> None:
+        """Let another backend attend from now on."""
+        _check_backend(backend)
+        self.backend, self.config = backend, config
+
+    # --- the parts, on NHWC maps ---------------------------------------------------------------------
+
+    def region_of(self, height: int, width: int) -> tuple[int, int]:
+        """The region in tokens on a map of this size.
+
+        Raises:
+            ProblemError: the map is smaller than S.
+        """
+        if self.n_win > min(height, width):
+            raise ProblemError(
+                f"{self.n_win} regions per side do not fit a {height}x{width} map; "
+                f"1 to {min(height, width)} would work"
+            )
+        return height // self.n_win, width // self.n_win
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of an NHWC map: views of one tensor, ``[B, H, W, dim]`` each."""
+        q, k, v = linear_1x1(self.qkv_linear, x).chunk(3, dim=-1)
+        return q, k, v
+
+    def route(self, q: Tensor, k: Tensor) -> Tensor:
+        """The key regions of every query region, ``[B, R, topk]``, without gradient."""
+        return route(q, k, region=self.region_of(*q.shape[1:3]), topk=self.topk)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> Tensor:
+        """Level two: from every query region to its routed regions."""
+        return routed_attention(
+            q,
+            k,
+            v,
+            routes,
+            heads=self.num_heads,
+            region=self.region_of(*q.shape[1:3]),
+            scale=self.scale,
+            backend=self.backend,
+            config=self.config,
+        )
+
+    def enhance(self, v: Tensor) -> Tensor | None:
+        """The depthwise convolution of the values (LePE); None without one."""
+        return None if self.lepe is None else conv_nhwc(self.lepe, v)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The output projection, on an NHWC map."""
+        return linear_1x1(self.output_linear, x)
+
+
+def _check_heads(heads: int, dim: int, qk_dim: int) -> None:
+    if heads < 1 or dim % heads or qk_dim % heads:
+        channels = f"{dim} channels" if dim == qk_dim else f"{dim} channels of v and {qk_dim} of q and k"
+        raise ProblemError(f"{heads} heads do not divide {channels}")
+
+
+def _check_routes(n_win: int, topk: int) -> None:
+    if n_win < 1:
+        raise ProblemError(f"regions per side must be at least 1, not {n_win}")
+    if not 1 <= topk <= n_win**2:
+        raise ProblemError(
+            f"top-k {topk} of {n_win}x{n_win} = {n_win**2} regions; 1 to {n_win**2} would work"
+        )
+
+
+def _check_backend(backend: str) -> None:
+    if backend != "auto":
+        get(backend)

@@ -1,0 +1,60 @@
+"""Convolutions and norms on NHWC maps.
+
+Inside the models a map is ``[B, H, W, C]`` and contiguous, which torch calls ``channels_last`` when it is
+viewed as ``[B, C, H, W]``. Both views are free, so that nothing is copied between convolutions, norms,
+projections and attention.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bratune.errors import ProblemError
+
+__all__ = ["LayerNorm2d", "conv_nhwc", "depthwise", "linear_1x1", "to_nchw", "to_nhwc"]
+
+
+def to_nhwc(x: Tensor) -> Tensor:
+    """The same numbers, ``[B, C, H, W]`` seen as ``[B, H, W, C]``; copies nothing."""
+    return x.permute(0, 2, 3, 1)
+
+
+def to_nchw(x: Tensor) -> Tensor:
+    """The same numbers, ``[B, H, W, C]`` seen as ``[B, C, H, W]``; copies nothing."""
+    return x.permute(0, 3, 1, 2)
+
+
+def conv_nhwc(conv: nn.Module, x: Tensor) -> Tensor:
+    """Apply a 2-d convolution (or any NCHW module) to an NHWC map."""
+    return to_nhwc(conv(to_nchw(x)))
+
+
+def linear_1x1(conv: nn.Module, x: Tensor) -> Tensor:
+    """Apply a 1x1 convolution to an NHWC map as the matrix product that it is."""
+    assert isinstance(conv, nn.Conv2d)
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def depthwise(dim: int, side: int) -> nn.Conv2d | None:
+    """A depthwise convolution that keeps the map's size; None for side 0.
+
+    Raises:
+        ProblemError: the side is even or negative: the convolution would change the map's size.
+    """
+    if side == 0:
+        return None
+    if side < 0 or side % 2 == 0:
+        raise ProblemError(f"the depthwise convolution must have an odd side, or 0 for none, not {side}")
+    return nn.Conv2d(dim, dim, kernel_size=side, padding=side // 2, groups=dim)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of an NCHW map, eps 1e-6."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__(channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, C, H, W]``."""
+        return to_nchw(super().forward(to_nhwc(x)))
