@@ -143,6 +143,10 @@ class Task:
     pad_to: int = 1
     features_only: bool = False
 
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """Size of the image that the model sees, ``(height, width)`` in pixels."""
+        return ceil_div(height, self.pad_to) * self.pad_to, ceil_div(width, self.pad_to) * self.pad_to
+
 
 TASKS = {
     t.name: t

@@ -76,7 +76,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         click.echo("bratune: interrupted; what was measured so far is saved", err=True)
         return 130
     except click.ClickException as error:
-        error.show()
+        verb = getattr(getattr(error, "ctx", None), "command_path", "bratune")
+        click.echo(f"bratune: {error.format_message()} ({verb} --help)", err=True)
         return error.exit_code
     except BrokenPipeError:  # the reader of stdout went away, e.g. `| head`
         sys.stderr.close()

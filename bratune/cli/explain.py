@@ -1,0 +1,90 @@
+"""``bratune explain``: what a model asks of each backend, and which backends accept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bratune.cli import options
+
+if TYPE_CHECKING:
+    from bratune.profile.explain import StageFacts
+    from bratune.profile.request import Request
+
+
+@click.command("explain", context_settings=options.CONTEXT)
+@options.target_options
+@options.what_options
+@options.work_options
+@click.option(
+    "--format",
+    type=options.Name("format", lambda: ("table", "json", "md")),
+    default="table",
+    show_default=True,
+    help="What goes to stdout: table, json or md.",
+)
+@options.config_file
+@click.pass_context
+def command(ctx: click.Context, /, gpu: str, device: str, measured: bool, format: str, **asked: Any) -> None:
+    """Say what each stage asks of a backend, and which backends accept, without running anything.
+
+    One row per stage: tokens that padding adds, keys per query, query-key pairs, bytes that gather-then-dense
+    copies, multiply-adds, and the S that the paper's complexity formula favours. Then every backend,
+    accepted or with all its reasons.
+    """
+    if asked.pop("dump_config"):
+        click.echo(options.dump_config(ctx))
+        return
+    from bratune.profile.explain import explain_stages
+    from bratune.profile.request import make_request
+    from bratune.profile.target import find_target
+
+    target = find_target(gpu, device)
+    if measured:
+        target.require_present()
+    request = make_request(target.machine, **options.request_values(asked))
+    facts = explain_stages(request, target.machine)
+    if format == "json":
+        click.echo(json.dumps([_as_json(fact) for fact in facts], indent=2))
+        return
+    _show(request, facts, str(target.machine), markdown=format == "md")
+
+
+def _as_json(fact: StageFacts) -> dict[str, Any]:
+    data = dataclasses.asdict(fact)
+    stage = fact.stage
+    data["stage"] = {
+        "index": stage.index,
+        "blocks": stage.blocks,
+        "dim": stage.dim,
+        "height": stage.height,
+        "width": stage.width,
+        "kind": stage.kind,
+        "n_win": stage.n_win,
+        "topk": stage.topk,
+        "problem": stage.problem.to_dict() if stage.problem else None,
+    }
+    data["accepted_by"] = [name for name, reasons in fact.reasons.items() if not reasons]
+    return data
+
+
+def _show(request: Request, facts: Sequence[StageFacts], machine: str, *, markdown: bool) -> None:
+    from bratune.report.explain_tables import backends_table, stages_table
+    from bratune.report.tables import to_markdown, to_text
+
+    render = to_markdown if markdown else to_text
+    height, width = request.image
+    padded = request.task.padded(height, width)
+    image = f"{height}x{width}" + (
+        f" (padded to {padded[0]}x{padded[1]})" if padded != (height, width) else ""
+    )
+    click.echo(machine)
+    words = [request.models[0], request.task.name, image, f"batch {request.batches[0]}", request.dtype]
+    click.echo(" · ".join([*words, request.direction]))
+    for table in (stages_table(facts), backends_table(facts)):
+        click.echo("")
+        click.echo(render(table))

@@ -1,0 +1,141 @@
+"""``bratune list``: the names that other verbs take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from bratune.cli import options
+
+Rows = list[dict[str, Any]]
+
+
+@click.command("list", context_settings=options.CONTEXT)
+@click.argument("what", type=options.Name("list", lambda: LISTS), metavar="WHAT")
+@click.option("--device", default="auto", metavar="NAME", help="For backends: auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--format",
+    type=options.Name("format", lambda: ("table", "json", "csv", "md")),
+    default="table",
+    show_default=True,
+    help="table, json, csv or md.",
+)
+def command(what: str, device: str, format: str) -> None:
+    """List backends, models, tasks, suites or gpus."""
+    rows = LISTS[what](device)
+    if format == "json":
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from bratune.report.tables import Table, to_csv, to_markdown, to_text
+
+    columns = list(rows[0]) if rows else []
+    if format == "csv":
+        click.echo(to_csv(columns, [list(row.values()) for row in rows]))
+        return
+    numbers = [all(isinstance(row[c], int | float | None) for row in rows) for c in columns]
+    heads = tuple(c if n else f"<{c}" for c, n in zip(columns, numbers, strict=True))
+    table = Table(heads, tuple(tuple(_cell(value) for value in row.values()) for row in rows))
+    click.echo((to_markdown if format == "md" else to_text)(table))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _backends(device: str) -> Rows:
+    """Backends with their answer to the first stage of the default model on this machine."""
+    from bratune.kernels import registry
+    from bratune.machine import detect
+    from bratune.variant import get_variant, stages
+
+    machine = detect(device)
+    dtype = "bfloat16" if machine.is_cuda else "float32"
+    problem = stages(get_variant("biformer_tiny"), 224, 224, dtype=dtype)[0].problem
+    assert problem is not None
+    found: Rows = []
+    for name in registry.names():
+        reasons = registry.get(name).why_not(problem, machine)
+        found.append({"backend": name, "here": "; ".join(reasons) or "accepts biformer_tiny stage 1 at 224"})
+    return found
+
+
+def _models(device: str) -> Rows:
+    from bratune.variant import VARIANTS
+
+    return [
+        {
+            "model": v.name,
+            "layout": v.layout,
+            "depths": list(v.depths),
+            "channels": list(v.dims),
+            "topks": list(v.topks),
+            "parameters": v.parameters,
+            "gmacs_224": v.gmacs_224,
+        }
+        for v in VARIANTS.values()
+    ]
+
+
+def _tasks(device: str) -> Rows:
+    from bratune.variant import TASKS
+
+    return [
+        {
+            "task": t.name,
+            "res": f"{t.height}x{t.width}",
+            "n_win": t.n_win,
+            "padded_to_multiple_of": t.pad_to,
+            "output": "maps of the four stages" if t.features_only else "class scores",
+        }
+        for t in TASKS.values()
+    ]
+
+
+def _suites(device: str) -> Rows:
+    from bratune.suites import load
+
+    found = [load.load(name) for name in load.names()]
+    return [
+        {
+            "suite": s.name,
+            "about": s.about,
+            "task": s.task,
+            "res": f"{s.image[0]}x{s.image[1]}",
+            "n_win": s.n_win,
+            "models": list(s.models),
+            "batch_size": list(s.batch_sizes),
+        }
+        for s in found
+    ]
+
+
+def _gpus(device: str) -> Rows:
+    from bratune import gpus
+
+    return [
+        {
+            "gpu": b.key,
+            "name": b.name,
+            "architecture": b.architecture,
+            "compute_capability": b.compute_capability,
+            "sms": b.sm_count,
+            "memory_gib": b.memory_gib,
+            "memory_gbps": b.memory_gbps,
+            "bf16_tflops": b.bf16_tensor_tflops,
+        }
+        for b in gpus.table()
+    ]
+
+
+LISTS: dict[str, Callable[[str], Rows]] = {
+    "backends": _backends,
+    "models": _models,
+    "tasks": _tasks,
+    "suites": _suites,
+    "gpus": _gpus,
+}

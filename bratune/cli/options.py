@@ -1,0 +1,385 @@
+"""Options that several verbs share, and how their texts become numbers.
+
+Every option can also come from the environment (``BRATUNE_<FLAG>``) or from a YAML file (``--config``);
+the command line wins over the environment, the environment over the file, the file over the default.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from bratune.errors import UnknownNameError, UsageError
+from bratune.measure.settings import EFFORTS, parse_percent, parse_seconds
+from bratune.variant import parse_resolution
+
+__all__ = [
+    "CONTEXT",
+    "DTYPE_NAMES",
+    "BatchSize",
+    "Duration",
+    "Name",
+    "Numbers",
+    "Percent",
+    "Resolution",
+    "config_file",
+    "dump_config",
+    "measuring_options",
+    "output_options",
+    "request_values",
+    "target_options",
+    "what_options",
+    "work_options",
+]
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]  # generic in the stubs of click 8.5, not at run time in older ones
+else:
+    ParamType = click.ParamType
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# For `click.command(context_settings=CONTEXT)`: -h, and BRATUNE_<FLAG> for every flag.
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "BRATUNE"}
+
+DTYPE_NAMES = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp64": "float64",
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "float64": "float64",
+}
+
+
+class Resolution(ParamType):
+    """``512`` or ``800x1333`` as ``(height, width)`` in pixels."""
+
+    name = "size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """The two sides; raises `UsageError`."""
+        return value if isinstance(value, tuple) else parse_resolution(str(value))
+
+
+class Duration(ParamType):
+    """``0.5s``, ``200ms``, ``20m`` or ``1h`` in seconds; a bare number is seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The seconds; raises `UsageError`."""
+        seconds = parse_seconds(value)
+        if not seconds > 0:
+            raise UsageError(f"{_flag(param)} must be longer than nothing, not {value!r}")
+        return seconds
+
+
+class Percent(ParamType):
+    """``0.5%`` or ``0.5`` as percent."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The percentage; raises `UsageError`."""
+        return parse_percent(value)
+
+
+class BatchSize(ParamType):
+    """A number of images, or ``auto``."""
+
+    name = "images"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """The number, or ``"auto"``; raises `UsageError`."""
+        text = str(value).strip().lower()
+        if text == "auto":
+            return text
+        if not text.isdigit() or int(text) < 1:
+            raise UsageError(f"batch size {value!r} is not a number of images; 1, 32 or auto would be")
+        return int(text)
+
+
+class Numbers(ParamType):
+    """Whole numbers joined by commas, one for all stages or one per stage."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """The numbers; raises `UsageError`."""
+        parts = value if isinstance(value, list | tuple) else str(value).split(",")
+        try:
+            return tuple(int(part) for part in parts)
+        except ValueError:
+            raise UsageError(
+                f"{_flag(param)} {value!r} is not a list of whole numbers; 7 or 1,4,16,-2 would be"
+            ) from None
+
+
+class Name(ParamType):
+    """One of the names that a function lists when it is needed.
+
+    Args:
+        kind: What the name is, for the message.
+        known: Returns the names that would work; not called before a name is given.
+    """
+
+    name = "name"
+
+    def __init__(self, kind: str, known: Callable[[], Iterable[str]]) -> None:
+        self.kind, self.known = kind, known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name in lower case; raises `UnknownNameError`."""
+        text, known = str(value).strip().lower(), tuple(self.known())
+        if text not in known:
+            raise UnknownNameError(self.kind, str(value), known)
+        return text
+
+
+class _Dtype(Name):
+    """A dtype by its short or its long name, as its long name."""
+
+    def __init__(self) -> None:
+        super().__init__("dtype", lambda: DTYPE_NAMES)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return DTYPE_NAMES[super().convert(value, param, ctx)]
+
+
+def _flag(param: click.Parameter | None) -> str:
+    return param.opts[-1] if param else "value"
+
+
+def _models() -> Iterable[str]:
+    from bratune.variant import VARIANTS
+
+    return VARIANTS
+
+
+def _tasks() -> Iterable[str]:
+    from bratune.variant import TASKS
+
+    return TASKS
+
+
+def _backends() -> Iterable[str]:
+    from bratune.kernels.registry import names
+
+    return names()
+
+
+def _routes() -> Iterable[str]:
+    from bratune.cell import ROUTE_KINDS
+
+    return ROUTE_KINDS
+
+
+def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        return functools.reduce(lambda f, option: option(f), reversed(options), function)
+
+    return decorate
+
+
+# --- groups of options, as decorators ---------------------------------------------------------
+
+target_options = _stack(
+    click.option(
+        "--gpu", default="auto", metavar="KEY", help="GPU in question, e.g. a100; need not be here."
+    ),
+    click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N."),
+    click.option(
+        "--measured", is_flag=True, help="Fail (exit code 5) rather than model a GPU that is not here."
+    ),
+)
+
+what_options = _stack(
+    click.option("--model", type=Name("model", _models), multiple=True, help="Model; repeatable."),
+    click.option("--task", type=Name("task", _tasks), help="Task; sets resolution and S."),
+    click.option(
+        "--res", "--img-size", "res", type=Resolution(), help="Pixels: 512, or 800x1333 (height x width)."
+    ),
+    click.option("--n-win", type=Numbers(), metavar="S", help="Regions per side, one or one per stage."),
+    click.option("--topks", type=Numbers(), metavar="K,K,K,K", help="Top-k of each stage, e.g. 1,4,16,-2."),
+)
+
+work_options = _stack(
+    click.option(
+        "-b", "--batch-size", type=BatchSize(), multiple=True, help="Images per call, or auto; repeatable."
+    ),
+    click.option(
+        "--dtype", type=_Dtype(), help="fp32, fp16, bf16 or fp64.  [default: bf16 on a GPU, fp32 on a CPU]"
+    ),
+    click.option("--amp", is_flag=True, help="Autocast to --dtype and keep float32 weights."),
+    click.option("--channels-last", is_flag=True, help="Images and maps in channels-last memory order."),
+    click.option(
+        "--direction",
+        type=Name("direction", lambda: ("fwd", "fwd-bwd")),
+        default="fwd",
+        show_default=True,
+        help="fwd, or fwd-bwd to add the gradients.",
+    ),
+    click.option(
+        "--backend", type=Name("backend", _backends), multiple=True, help="Only this backend; repeatable."
+    ),
+    click.option(
+        "--skip", type=Name("backend", _backends), multiple=True, help="Not this backend; repeatable."
+    ),
+    click.option(
+        "--routes",
+        type=Name("kind of routes", _routes),
+        multiple=True,
+        help="recorded, random, local or same; repeatable.  [default: recorded]",
+    ),
+    click.option(
+        "--images",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Pictures to feed.  [default: synthetic]",
+    ),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Seed of weights, images and routes."
+    ),
+)
+
+measuring_options = _stack(
+    click.option(
+        "--regime",
+        type=Name("regime", lambda: ("eager", "graph", "compile")),
+        multiple=True,
+        help="eager, graph (CUDA graph) or compile; repeatable.  [default: eager]",
+    ),
+    click.option(
+        "--l2",
+        type=Name("cache state", lambda: ("cold", "warm", "both")),
+        help="cold, warm or both.  [default: cold on a GPU, warm on a CPU]",
+    ),
+    click.option(
+        "--min-time", type=Duration(), metavar="TIME", help="Time at least this long per cell, e.g. 0.5s."
+    ),
+    click.option(
+        "--max-noise", type=Percent(), metavar="PCT", help="Stop when the noise is below, e.g. 0.5%."
+    ),
+    click.option(
+        "--timeout", type=Duration(), metavar="TIME", help="Stop timing a cell after this, e.g. 30s."
+    ),
+    click.option(
+        "--effort",
+        type=Name("effort", lambda: EFFORTS),
+        help="quick, standard or full.  [default: standard on a GPU, quick on a CPU]",
+    ),
+    click.option(
+        "--budget", type=Duration(), metavar="TIME", help="Start no further cell after this, e.g. 20m."
+    ),
+)
+
+output_options = _stack(
+    click.option(
+        "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the records."
+    ),
+    click.option(
+        "--format",
+        type=Name("format", lambda: ("table", "json", "csv", "md", "timm")),
+        default="table",
+        show_default=True,
+        help="What goes to stdout: table, json, csv, md or timm.",
+    ),
+    click.option("--dry-run", is_flag=True, help="Say what would be measured, and how long it might take."),
+    click.option("--strict", is_flag=True, help="Exit code 4 when a cell failed."),
+    click.option("--fresh", is_flag=True, help="Measure again what --output already holds."),
+)
+
+
+# --- configuration files ----------------------------------------------------------------------
+
+
+def config_file(function: F) -> F:
+    """Add ``--config FILE`` and ``--dump-config``; the function gets ``dump_config`` as an argument."""
+    option = click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        is_eager=True,
+        expose_value=False,
+        callback=_read_config,
+        help="YAML file with the same keys as the flags.",
+    )
+    dump = click.option("--dump-config", is_flag=True, help="Print the settings as such a file, and stop.")
+    return option(dump(function))
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    if value is None:
+        return
+    from bratune.suites.load import read_yaml
+
+    params = {key: p for p in ctx.command.params for key in _config_keys(p)}
+    data = read_yaml(value, known=tuple(sorted(params)))
+    defaults: dict[str, Any] = {}
+    for key, given in data.items():
+        option = params[key]
+        several = isinstance(option, click.Option) and option.multiple
+        defaults[str(option.name)] = given if not several or isinstance(given, list) else [given]
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def _config_keys(param: click.Parameter) -> tuple[str, ...]:
+    """How an option is spelt in a file: as its long flag, with - or with _; () for those about files."""
+    if not isinstance(param, click.Option) or param.name in ("config", "dump_config", "help", "dry_run"):
+        return ()
+    flag = next(opt for opt in param.opts if opt.startswith("--"))[2:]
+    return (flag, flag.replace("-", "_")) if "-" in flag else (flag,)
+
+
+def dump_config(ctx: click.Context) -> str:
+    """The settings of this call as YAML, one key per line; settings that are not set are left out."""
+    lines = []
+    for param in ctx.command.params:
+        keys, value = _config_keys(param), ctx.params.get(str(param.name))
+        if keys and value not in (None, (), False, ""):
+            lines.append(f"{keys[0]}: {json.dumps(_plain(keys[0], value))}")
+    return "\n".join(lines)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A value as a file would hold it; JSON is YAML, so no YAML package is needed to write it."""
+    if key == "res":
+        return f"{value[0]}x{value[1]}"
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def request_values(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What `what_options` and `work_options` gave, as arguments of `bratune.profile.request.make_request`."""
+    return {
+        "models": asked["model"],
+        "task": asked["task"],
+        "image": asked["res"],
+        "batches": asked["batch_size"],
+        "n_win": asked["n_win"] or (),
+        "topks": asked["topks"],
+        "dtype": asked["dtype"],
+        "amp": asked["amp"],
+        "channels_last": asked["channels_last"],
+        "direction": asked["direction"],
+        "backends": asked["backend"],
+        "skip": asked["skip"],
+        "routes": asked["routes"],
+        "seed": asked["seed"],
+        "images": str(asked["images"] or ""),
+    }

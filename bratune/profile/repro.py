@@ -1,0 +1,40 @@
+"""Repro: the command that measures a row again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from bratune.cell import Cell
+
+__all__ = ["command_for"]
+
+SHORT_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
+
+
+def command_for(cell: Cell, *, extra: Sequence[str] = ()) -> str:
+    """``bratune profile ...`` with the flags that give a cell; empty for a bare attention call.
+
+    Args:
+        cell: A cell of a model.
+        extra: Flags that say how long to measure, appended as they are.
+    """
+    if not cell.model:
+        return ""
+    p = cell.problem
+    words = ["bratune", "profile", "--model", cell.model]
+    words += ["--task", cell.task] if cell.task else []
+    words += ["--res", f"{cell.image[0]}x{cell.image[1]}", "-b", str(p.batch)]
+    words += ["--dtype", SHORT_DTYPES[p.dtype], "--regime", cell.regime, "--l2", cell.l2]
+    words += ["--direction", p.direction] if p.backward else []
+    words += ["--amp"] if cell.amp else []
+    words += ["--channels-last"] if cell.layout == "nhwc" else []
+    words += ["--seed", str(cell.seed)] if cell.seed else []
+    if cell.part == "model":
+        words += [f"--n-win={cell.n_win}", f"--topks={cell.topk}"]
+    else:
+        words += ["--stage", str(cell.stage), "--no-whole-model"]
+        words += ["--routes", cell.route_distribution] if cell.route_distribution != "recorded" else []
+    for name in dict.fromkeys(cell.backend.split(",")):
+        words += ["--backend", name] if name else []
+    return shlex.join([*words, *extra])

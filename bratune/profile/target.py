@@ -1,0 +1,69 @@
+"""Target: which machine a command speaks of, and whether it is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bratune import gpus
+from bratune.errors import TargetError
+from bratune.gpus import GPU
+from bratune.machine import Machine, detect
+from bratune.predict.model import absent_machine
+
+__all__ = ["Target", "find_target"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What ``--gpu`` and ``--device`` mean together.
+
+    Attributes:
+        machine: The machine to speak of; when ``absent``, what the table says about the board:
+            backends can say of it whether they would accept a problem, but nothing can be measured on it.
+        absent: The board that was asked for and is not here; None when `machine` can be measured.
+        here: What is here instead, in words; empty when nothing is absent.
+    """
+
+    machine: Machine
+    absent: GPU | None = None
+    here: str = ""
+
+    def require_present(self) -> None:
+        """Refuse a board that is not here.
+
+        Raises:
+            TargetError: it is absent; the message says what is here.
+        """
+        if self.absent is not None:
+            raise TargetError(
+                f"{self.absent.name} was asked for and cannot be measured here: this machine has "
+                f"{self.here}; without --gpu that is what would be measured"
+            )
+
+
+def find_target(gpu: str = "auto", device: str = "auto") -> Target:
+    """The target of ``--gpu KEY`` and ``--device NAME``.
+
+    Args:
+        gpu: ``auto`` (whatever is here), ``cpu``, or a key of the table of boards.
+        device: See `bratune.machine.detect`.
+
+    Raises:
+        UnknownNameError: the table has no such board.
+        TargetError: the device is not here.
+    """
+    wanted = gpu.strip().lower()
+    if wanted == "auto":
+        return Target(detect(device))
+    if wanted == "cpu":
+        return Target(detect("cpu"))
+    board = gpus.resolve(wanted)
+    machine = detect(device)
+    if machine.is_cuda and machine.gpu_key in _family(board):
+        return Target(machine)
+    return Target(absent_machine(board), absent=board, here=machine.gpu_name)
+
+
+def _family(board: GPU) -> set[str]:
+    """Keys that an asked-for board also stands for: ``a100`` is any A100 that is here."""
+    return {b.key for b in gpus.table() if b.key == board.key or b.key.startswith(board.key + "-")}

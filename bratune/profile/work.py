@@ -1,0 +1,258 @@
+"""Work: the call that a cell stands for, on real modules and real data.
+
+>>> work = build(cell, machine)
+>>> work.call()         # once, without waiting for the device
+>>> work.attentions()   # what its attention received and gave, for the gate
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bratune.backend import Backend
+from bratune.cell import Cell
+from bratune.errors import UsageError
+from bratune.kernels import registry
+from bratune.kernels.api import route, routed_attention
+from bratune.kernels.blocks import Residual
+from bratune.machine import Machine
+from bratune.problem import Problem
+from bratune.profile.cells import model_stages
+from bratune.profile.inputs import make_routes
+from bratune.profile.scenery import block_for, images_for, model_for, scenery_for
+from bratune.profile.steps import State, Step, steps_of
+
+__all__ = ["Attention", "Work", "build"]
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention call of a cell, with the very data that the cell runs on, as the gate takes it."""
+
+    backend: Backend
+    problem: Problem
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    routes: Tensor
+    config: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed.
+
+    Attributes:
+        call: Runs the cell once: forward, or forward and backward.
+        images: Images per call.
+        attentions: The attention calls in it; of a model, those of the first block of every stage.
+    """
+
+    call: Call
+    images: int
+    attentions: Callable[[], tuple[Attention, ...]]
+
+
+def build(cell: Cell, machine: Machine) -> Work:
+    """The work of a cell on a machine, its inputs made and on the device.
+
+    Raises:
+        UsageError: the cell names a part that its stage does not have.
+        UnsupportedError: its backend cannot do this here.
+    """
+    device = machine.device
+    if cell.part == "model":
+        return _model(cell, device)
+    if not cell.model:
+        return _bare(cell, device)
+    block = block_for(cell, device)
+    x = scenery_for(cell, device).maps[cell.stage - 1].to(device)
+    with _context(cell, device, gradients=False):
+        states = _states(cell, block, {"x": x})
+
+    def attentions() -> tuple[Attention, ...]:
+        return tuple(_seen(block.attn, s, cell.problem) for step, s in states if step.part == "attention")
+
+    if cell.part == "block":
+        call = _timed(cell, device, [(Step("block", lambda s: {"x": block(s["x"])}), {"x": x})], block)
+        return Work(call, cell.problem.batch, attentions)
+    wanted = [(step, state) for step, state in states if step.part == cell.part]
+    if not wanted:
+        raise UsageError(f"stage {cell.stage} of {cell.model} has no part called {cell.part}")
+    call = _timed(cell, device, wanted, block)
+    return Work(call, cell.problem.batch, attentions if cell.part == "attention" else tuple)
+
+
+def _states(cell: Cell, block: Residual, state: State) -> list[tuple[Step, State]]:
+    """Every step of a block with the state that it starts from; routes are those that the cell asks for."""
+    found = []
+    for step in steps_of(block):
+        found.append((step, dict(state)))
+        state = state | step.run(state)
+        if step.part == "routing" and cell.route_distribution != "recorded":
+            made = make_routes(cell.route_distribution, cell.problem, seed=cell.seed)
+            state["routes"] = made.to(state["routes"])
+    return found
+
+
+class _FullAttention:
+    """The full attention of a module where the gate expects a backend."""
+
+    def __init__(self, attn: Any) -> None:
+        self.attn, self.name = attn, "full"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, config: Any = None
+    ) -> Tensor:
+        out: Tensor = self.attn.attend(q, k, v)
+        return out
+
+
+def _seen(attn: Any, state: State, problem: Problem) -> Attention:
+    """The attention call of a module, as a state has it; full attention is one region."""
+    q, k, v = state["q"], state["k"], state["v"]
+    problem = problem.replace(dtype=str(q.dtype).removeprefix("torch."))
+    if "routes" not in state:
+        routes = torch.zeros(q.shape[0], 1, 1, dtype=torch.int64, device=q.device)
+        shim = cast(Backend, _FullAttention(attn))
+        return Attention(shim, problem, q, k, v, routes, None)
+    backend = registry.get(attn.backend)
+    return Attention(backend, problem, q, k, v, state["routes"], attn.config)
+
+
+def _timed(cell: Cell, device: str, steps: list[tuple[Step, State]], module: nn.Module | None) -> Call:
+    """A call that runs steps on their states, with their gradients where the cell asks for them."""
+    if not cell.problem.backward or cell.part == "routing":
+
+        def forward() -> Any:
+            with _context(cell, device, gradients=False):
+                return [step.run(state) for step, state in steps]
+
+        return forward
+    parameters = [p for p in module.parameters() if p.requires_grad] if module else []
+    leaves = [(step, {k: _leaf(t) for k, t in state.items()}) for step, state in steps]
+    with _context(cell, device, gradients=True):
+        ups = [{k: torch.ones_like(t) for k, t in step.run(state).items()} for step, state in leaves]
+
+    def forward_backward() -> Any:
+        grads = []
+        for (step, state), up in zip(leaves, ups, strict=True):
+            with _context(cell, device, gradients=True):
+                made = step.run(state)
+            inputs = [t for t in state.values() if t.requires_grad] + parameters
+            outs = {k: t for k, t in made.items() if t.requires_grad}
+            grads.append(
+                torch.autograd.grad(list(outs.values()), inputs, [up[k] for k in outs], allow_unused=True)
+            )
+        return grads
+
+    return forward_backward
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_(t.is_floating_point())
+
+
+def _bare(cell: Cell, device: str) -> Work:
+    """An attention call without a model: normal q, k and v as slices of one tensor."""
+    p = cell.problem
+    if cell.part != "attention":
+        raise UsageError(f"the part {cell.part} needs a model; attention does not")
+    generator = torch.Generator().manual_seed(cell.seed)
+    dtype = getattr(torch, p.dtype)
+    if not p.same_regions:
+        raise UsageError("a bare attention call is measured with keys on the map of the queries")
+    packed = torch.randn(p.batch, p.height, p.width, 2 * p.channels + p.v_channels, generator=generator)
+    packed = packed.to(device=device, dtype=dtype)
+    q, k, v = torch.split(packed, [p.channels, p.channels, p.v_channels], dim=-1)
+    if cell.route_distribution == "recorded":
+        routes = route(q, k, region=p.region, topk=p.topk)
+    else:
+        routes = make_routes(cell.route_distribution, p, seed=cell.seed).to(device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return routed_attention(
+            q,
+            k,
+            v,
+            routes,
+            heads=p.heads,
+            region=p.region,
+            scale=p.scale,
+            padding=p.padding,
+            backend=cell.backend,
+            config=cell.settings or None,
+        )
+
+    seen = Attention(registry.get(cell.backend), p, q, k, v, routes, cell.settings or None)
+    step = Step("attention", lambda s: {"out": attend(s["q"], s["k"], s["v"])})
+    call = _timed(cell, device, [(step, {"q": q, "k": k, "v": v})], None)
+    return Work(call, p.batch, lambda: (seen,))
+
+
+def _model(cell: Cell, device: str) -> Work:
+    model, images = model_for(cell, device), images_for(cell, device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    problems = [stage.problem for stage in model_stages(cell)]
+
+    def forward() -> Any:
+        with _context(cell, device, gradients=False):
+            return model(images)
+
+    def forward_backward() -> Any:
+        with _context(cell, device, gradients=True):
+            made = model(images)
+        outs = made if isinstance(made, tuple) else (made,)
+        return torch.autograd.grad(outs, parameters, [torch.ones_like(o) for o in outs], allow_unused=True)
+
+    def attentions() -> tuple[Attention, ...]:
+        caught: list[Attention] = []
+        with _context(cell, device, gradients=False), _listening(model, problems, caught):
+            model(images)
+        return tuple(caught)
+
+    return Work(forward_backward if cell.problem.backward else forward, cell.problem.batch, attentions)
+
+
+@contextlib.contextmanager
+def _listening(model: Any, problems: Sequence[Problem | None], caught: list[Attention]) -> Iterator[None]:
+    """Note the attention call of the first block of every stage while the model runs."""
+    handles = []
+    for stage, problem in zip(model.stages, problems, strict=True):
+        if problem is None:
+            continue
+        block = getattr(stage, "blocks", stage)[0]
+
+        def keep(block: Any, inputs: tuple[Tensor, ...], problem: Problem = problem) -> None:
+            state: State = {"x": inputs[0]}
+            for step in steps_of(block):
+                if step.part == "attention":
+                    caught.append(_seen(block.attn, state, problem))
+                    return
+                state |= step.run(state)
+
+        handles.append(block.register_forward_pre_hook(keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _context(cell: Cell, device: str, *, gradients: bool) -> Iterator[None]:
+    """Gradients on or off, and autocast where the cell asks for it."""
+    with torch.set_grad_enabled(gradients):
+        if not cell.amp:
+            yield
+            return
+        with torch.autocast(device.partition(":")[0], dtype=getattr(torch, cell.problem.dtype)):
+            yield

@@ -1,0 +1,63 @@
+"""The tables of ``bratune explain``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bratune.profile.explain import StageFacts
+from bratune.report.tables import Note, Row, Table
+
+__all__ = ["backends_table", "stages_table"]
+
+
+def stages_table(facts: Sequence[StageFacts]) -> Table:
+    """One row per stage: geometry and counted work of one block, whole batch."""
+    rows: list[Row] = []
+    for fact in facts:
+        stage = fact.stage
+        grid = "-"
+        if stage.kind == "routed" and stage.problem:
+            (rows_, columns), (rh, rw) = stage.problem.grid, stage.problem.region
+            grid = f"{rows_}x{columns} of {rh}x{rw}"
+        rows.append(
+            (
+                f"{stage.index} x{stage.blocks}",
+                f"{stage.height}x{stage.width}",
+                grid,
+                {"full": "all", "conv": "none"}.get(stage.kind, str(stage.topk)),
+                f"{100 * fact.padding_waste:+.0f} %",
+                str(fact.keys_per_query),
+                f"{fact.pairs / 1e6:.2f}",
+                f"{fact.gathered_bytes / 1e6:.1f}",
+                f"{fact.score_bytes / 1e6:.1f}",
+                f"{fact.attention_macs / 1e9:.3f}",
+                f"{fact.block_macs / 1e9:.3f}",
+                "-" if fact.optimal_n_win is None else f"{fact.optimal_n_win:.1f}",
+            )
+        )
+    heads = (
+        "<stage",
+        "<map",
+        "<regions",
+        "top-k",
+        "padding",
+        "keys/q",
+        "Mpairs",
+        "gather MB",
+        "scores MB",
+        "GMAC att",
+        "GMAC blk",
+        "S*",
+    )
+    title = "one block, whole batch; S* = the S of the paper's complexity formula, (top-k/2 (HW)^2)^(1/6)"
+    return Table(heads, tuple(rows), title=title)
+
+
+def backends_table(facts: Sequence[StageFacts]) -> Table:
+    """Every backend at every stage: accepted, or all its reasons."""
+    rows: list[Row] = []
+    for fact in facts:
+        for i, (name, reasons) in enumerate(fact.reasons.items()):
+            before = (str(fact.stage.index) if i == 0 else "", name)
+            rows.append(Note(before, "accepts" if not reasons else "; ".join(reasons)))
+    return Table(("<stage", "<backend", "<answer"), tuple(rows))

@@ -1,0 +1,196 @@
+"""The tables of a profile: backends by stage, the parts of a block beside the block, whole models.
+
+Made from records alone, so that stored rows give the same tables as a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bratune.cell import PARTS
+from bratune.profile.summary import best_attention, differ, group, residual
+from bratune.record import Record
+from bratune.report.tables import Note, Row, Table, to_markdown, to_text
+
+__all__ = ["profile_markdown", "profile_text", "scene_tables", "scene_title"]
+
+DASH = "-"
+FOOTNOTE = "* fastest of its stage   (..x) intervals overlap: no difference shown"
+
+
+def profile_text(records: Sequence[Record]) -> str:
+    """Every scene of some records as aligned text, at most a hundred characters wide."""
+    blocks = [_scene_block(rows, to_text) for rows in group(records)]
+    return "\n\n".join([*blocks, FOOTNOTE]) if blocks else "no rows"
+
+
+def profile_markdown(records: Sequence[Record]) -> str:
+    """Every scene of some records as Markdown."""
+    return "\n\n".join(_scene_block(rows, to_markdown) for rows in group(records))
+
+
+def _scene_block(rows: Sequence[Record], render: Callable[[Table], str]) -> str:
+    tables = [render(table) for table in scene_tables(rows)]
+    return "\n\n".join([scene_title(rows[0]), *tables])
+
+
+def scene_title(row: Record) -> str:
+    """What the rows of a scene have in common, in one line."""
+    batch = f"batch {row.batch}"
+    cache = f"{row.l2} {'L2' if row.compute_capability else 'cache'}"
+    precision = f"amp {row.dtype}" if row.amp else row.dtype
+    image = f"{row.image_height}x{row.image_width}"
+    words = [row.model, row.task, image, batch, precision, row.direction, cache, row.regime]
+    if row.layout == "nhwc":
+        words.append("channels-last")
+    if row.evidence != "measured":
+        words.append(f"{row.evidence}, not measured")
+    return " · ".join(word for word in words if word)
+
+
+def scene_tables(rows: Sequence[Record]) -> list[Table]:
+    """The tables of one scene: those that have rows."""
+    tables = [_attention_table(rows), _parts_table(rows), _model_table(rows)]
+    return [table for table in tables if table.rows]
+
+
+# --- attention by backend ----------------------------------------------------------------------------
+
+
+def _attention_table(rows: Sequence[Record]) -> Table:
+    attention = [row for row in rows if row.part == "attention"]
+    kinds = {row.route_distribution for row in attention}
+    floors = any(row.roofline_pct is not None for row in attention)
+    columns = ["<stage", "<map", "<regions", "top-k", "keys/query", "<backend"]
+    columns += ["<routes"] if len(kinds) > 1 else []
+    columns += ["median ms", "±95 %", "vs gather", "peak MB"]
+    columns += ["of floor"] if floors else []
+    found: list[Row] = []
+    last: tuple[object, ...] = ()
+    for row in attention:
+        here = (row.stage, row.route_distribution)
+        start = _stage_cells(row) if here != last else ("",) * 5
+        last = here
+        best = best_attention(rows, row.stage or 0)
+        mark = "*" if best is not None and best == row else " "
+        who = (
+            *start,
+            f"{row.backend} {mark}".rstrip(),
+            *((row.route_distribution,) if len(kinds) > 1 else ()),
+        )
+        if row.median_ms is None:
+            found.append(Note(who, _why(row)))
+            continue
+        floor = (_percent(row.roofline_pct),) if floors else ()
+        numbers = (_ms(row.median_ms), _spread(row), _speedup(row, attention), _megabytes(row.peak_alloc_mb))
+        found.append((*who, *numbers, *floor))
+    return Table(tuple(columns), tuple(found), title="attention by backend, one block")
+
+
+def _stage_cells(row: Record) -> tuple[str, ...]:
+    stage = f"{row.stage} x{row.block_count}"
+    rh, rw = (int(side) for side in row.region.split("x"))
+    height, width = row.height or 0, row.width or 0
+    if row.topk.startswith("-"):
+        return stage, f"{height}x{width}", "whole map", "all", str(height * width)
+    grid = -(-height // rh), -(-width // rw)
+    regions = f"{grid[0]}x{grid[1]} of {rh}x{rw}"
+    return (
+        stage,
+        f"{height}x{width}",
+        regions,
+        f"{row.topk}/{grid[0] * grid[1]}",
+        str(int(row.topk) * rh * rw),
+    )
+
+
+def _why(row: Record) -> str:
+    word = {"unsupported": "not here", "incorrect": "WRONG RESULT, not timed"}.get(row.outcome, row.outcome)
+    return f"{word}: {row.reason}"
+
+
+# --- the parts of a block ----------------------------------------------------------------------------
+
+
+def _parts_table(rows: Sequence[Record]) -> Table:
+    found = {stage: residual(rows, stage) for stage in sorted({r.stage for r in rows if r.stage})}
+    known = {stage: r for stage, r in found.items() if r is not None}
+    parts = [p for p in PARTS if any(p in r.parts_ms for r in known.values())]
+    cells: list[Row] = []
+    for stage, r in known.items():
+        times = [_ms(r.parts_ms.get(part)) for part in parts]
+        cells.append((str(stage), *times, _ms(r.sum_ms), _ms(r.block_ms), f"{100 * r.relative:+.1f} %"))
+    return Table(
+        ("stage", *parts, "sum", "block", "residual"),
+        tuple(cells),
+        title="one block with its fastest backend, median ms: parts, their sum, the whole block measured",
+    )
+
+
+# --- whole models ------------------------------------------------------------------------------------
+
+
+def _model_table(rows: Sequence[Record]) -> Table:
+    models = [row for row in rows if row.part == "model"]
+    launch = any(row.launch_bound is not None for row in models)
+    columns = ["<whole model", "images/s", "median ms", "±95 %", "vs gather", "peak MB"]
+    columns += ["<launch-bound"] if launch else []
+    found: list[Row] = []
+    for row in models:
+        names = row.backend.split(",")
+        who = f"{names[0]} everywhere" if len(set(names)) == 1 else "per stage: " + ", ".join(names)
+        if row.median_ms is None:
+            found.append(Note((who,), _why(row)))
+            continue
+        rate = f"{row.images_per_s:.1f}" if row.images_per_s is not None else DASH
+        bound = ({True: "yes", False: "no", None: DASH}[row.launch_bound],) if launch else ()
+        numbers = (
+            rate,
+            _ms(row.median_ms),
+            _spread(row),
+            _speedup(row, models),
+            _megabytes(row.peak_alloc_mb),
+        )
+        found.append((who, *numbers, *bound))
+    return Table(tuple(columns), tuple(found))
+
+
+# --- cells -------------------------------------------------------------------------------------------
+
+
+def _ms(value: float | None) -> str:
+    """Three significant digits at least, never more than three decimals."""
+    if value is None:
+        return DASH
+    return f"{value:.3f}" if value < 100 else f"{value:.1f}"
+
+
+def _spread(row: Record) -> str:
+    return DASH if row.noise_pct is None else f"±{row.noise_pct:.1f} %"
+
+
+def _percent(value: float | None) -> str:
+    return DASH if value is None else f"{value:.0f} %"
+
+
+def _megabytes(value: float | None) -> str:
+    return DASH if value is None else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def _speedup(row: Record, rows: Sequence[Record]) -> str:
+    """Relative to the baseline: ``2.1x``, in parentheses where the intervals overlap."""
+    base = next(
+        (
+            r
+            for r in rows
+            if r.stage == row.stage
+            and r.route_distribution == row.route_distribution
+            and set(r.backend.split(",")) == {row.baseline}
+            and r.median_ms is not None
+        ),
+        None,
+    )
+    if row.speedup is None or base is None:
+        return DASH
+    text = f"{row.speedup:.2f}x"
+    return text if base == row or differ(base, row) else f"({text})"

@@ -1,0 +1,106 @@
+"""Tables: rows of text as aligned columns, Markdown or CSV, at most a hundred characters wide."""
+
+from __future__ import annotations
+
+import csv
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["WIDTH", "Note", "Table", "to_csv", "to_markdown", "to_text"]
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence in place of the last cells of a row.
+
+    Args:
+        before: Cells in front of the sentence.
+        text: The sentence; wrapped to the width that is left.
+    """
+
+    before: tuple[str, ...]
+    text: str
+
+
+Row = tuple[str, ...] | Note
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows.
+
+    Attributes:
+        columns: Headings; one that starts with ``<`` has a left-aligned column.
+        rows: Cells, or a `Note`.
+        title: A line above; may be empty.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    title: str = ""
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """The headings without their mark."""
+        return tuple(c.removeprefix("<") for c in self.columns)
+
+
+def to_text(table: Table, *, width: int = WIDTH, gap: str = "  ") -> str:
+    """Aligned columns for a terminal."""
+    heads = table.headings
+    sizes = [len(head) for head in heads]
+    for row in table.rows:
+        cells = row.before if isinstance(row, Note) else row
+        sizes = [max(size, len(cell)) for size, cell in zip(sizes, _filled(cells, len(heads)), strict=True)]
+    left = [column.startswith("<") for column in table.columns]
+
+    def line(cells: Sequence[str]) -> str:
+        parts = [
+            c.ljust(s) if is_left else c.rjust(s) for c, s, is_left in zip(cells, sizes, left, strict=False)
+        ]
+        return gap.join(parts)
+
+    lines = [table.title] if table.title else []
+    lines.append(line(heads).rstrip())
+    for row in table.rows:
+        if isinstance(row, Note):
+            start = line(row.before) + gap
+            pieces = textwrap.wrap(row.text, max(30, width - len(start))) or [""]
+            lines.append((start + pieces[0]).rstrip())
+            lines += [" " * len(start) + piece for piece in pieces[1:]]
+        else:
+            lines.append(line(row).rstrip())
+    return "\n".join(lines)
+
+
+def to_markdown(table: Table) -> str:
+    """A Markdown table under its title."""
+    heads = table.headings
+    marks = ["---" if column.startswith("<") else "---:" for column in table.columns]
+    lines = [f"**{table.title}**", ""] if table.title else []
+    lines += [_bar(heads), _bar(marks)]
+    for row in table.rows:
+        cells = (*row.before, row.text) if isinstance(row, Note) else row
+        lines.append(_bar(_filled(cells, len(heads))))
+    return "\n".join(lines)
+
+
+def to_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Comma-separated values with a heading; an absent value is an empty cell."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([["" if value is None else value for value in row] for row in rows])
+    return buffer.getvalue().rstrip("\n")
+
+
+def _filled(cells: Sequence[str], count: int) -> tuple[str, ...]:
+    return (*cells, *[""] * (count - len(cells)))
+
+
+def _bar(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
