@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from bratune.errors import StoreError, UsageError
 from bratune.tune.storage import make_sampler, open_storage
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 __all__ = ["Ledger", "Worker", "derived_seed"]
-
-Proposal = TypeVar("Proposal")
 
 # A trial of another host counts as lost when nothing was heard of it for this long.
 LEASE_S = 900.0
@@ -198,11 +196,12 @@ class Ledger:
             return trial
         return None
 
-    def propose(self, suggest: Callable[[Trial], Proposal]) -> tuple[Trial, Proposal]:
-        """A trial with parameters from the sampler, and what ``suggest`` made of them."""
+    def propose(self, suggest: Callable[[Trial], Any]) -> Trial:
+        """A trial with parameters from the sampler (or from the queue, where something waits)."""
         trial = self.study.ask()
         self._own(trial)
-        return trial, suggest(trial)
+        suggest(trial)
+        return trial
 
     def _own(self, trial: Trial) -> None:
         trial.set_user_attr(

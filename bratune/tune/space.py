@@ -115,8 +115,7 @@ class Bounds:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Bounds:
         """The inverse of `to_dict`."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**values)
+        return cls(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in data.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ SQLite is not for several workers: two processes can pop the same waiting trial,
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -142,7 +141,9 @@ def make_sampler(name: str, seed: int, *, several: bool = True) -> BaseSampler:
         if name == "brute":
             return samplers.BruteForceSampler(seed=seed)
         if name == "gp":
-            if importlib.util.find_spec("scipy") is None:
-                raise MissingPackageError("scipy", "the sampler gp")
+            try:
+                import scipy  # noqa: F401
+            except ImportError:
+                raise MissingPackageError("scipy", "the sampler gp") from None
             return samplers.GPSampler(seed=seed, deterministic_objective=False)
     raise UsageError(f"sampler {name!r} is not known; these are: {', '.join(SAMPLERS)}")
