@@ -97,6 +97,9 @@ class Record:
     deterministic: bool | None = None
     route_distribution: str = ""
     seed: int | None = None
+    # sources that compute the cell, and how it was sampled: with the versions, what a row is reused by
+    source_hash: str = ""
+    sampling: str = ""
     # time
     n_samples: int | None = None
     n_discarded: int | None = None

@@ -150,9 +150,13 @@ class Fork(_Fault):
     """Leaves a copy of the process behind that runs on, and a child in a session of its own."""
 
     name = "fault-fork"
+    done = False
 
     def misbehave(self, q: Tensor) -> None:
-        """Fork twice; the parent goes on and is right."""
+        """Fork twice, in the first call only; the parent goes on and is right."""
+        if self.done:
+            return
+        self.done = True
         if os.fork() == 0:
             return  # the copy goes on as if it were the worker
         if os.fork() == 0:

@@ -46,19 +46,26 @@ def test_the_most_samples_end_a_noisy_call() -> None:
     assert fed(settings, [1.0, 2.0] * 4).reason(0.1) == "max-samples"
 
 
-def test_noise_that_stays_when_samples_double_is_a_plateau() -> None:
-    alternating = [1.0, 2.0] * 12
-    assert fed(BASE, alternating[:23]).reason(2.0) == ""
+def test_noise_that_stays_when_samples_double_twice_is_a_plateau() -> None:
+    alternating = [1.0, 2.0] * 24
+    assert fed(BASE, alternating[:47]).reason(2.0) == ""
     assert fed(BASE, alternating).reason(2.0) == "plateau: noise stays at 33 %, wanted 1 %"
 
 
 def test_noise_that_shrinks_is_no_plateau() -> None:
-    wide_then_close = [0.5, 1.5] * 4 + [0.9, 1.1] * 8
+    wide_then_close = [0.5, 1.5] * 4 + [0.9, 1.1] * 20
     assert fed(BASE, wide_then_close).reason(2.0) == ""
 
 
 def test_a_plateau_within_the_target_is_reported_as_reached() -> None:
     assert fed(BASE, [1.0] * 24).reason(2.0) == "noise"
+
+
+def test_a_clearly_worse_call_is_given_up_after_three_samples() -> None:
+    settings = BASE.replace(give_up_ms=2.0)
+    assert fed(settings, [5.0, 5.0]).reason(0.1) == ""
+    assert fed(settings, [5.0, 5.0, 2.1]).reason(0.1) == "worse: every sample is above 2 ms"
+    assert fed(settings, [5.0, 5.0, 1.9]).reason(0.1) == ""
 
 
 def test_withdrawn_samples_do_not_count() -> None:
@@ -129,11 +136,18 @@ def test_a_preset_takes_changes() -> None:
     assert MeterSettings.for_effort("quick", l2="warm").l2 == "warm"
 
 
+def test_sampling_in_words_tells_efforts_apart_and_not_cells() -> None:
+    quick, full = MeterSettings.for_effort("quick"), MeterSettings.for_effort("full")
+    assert quick.sampling == "0.02 s warm-up, 0.05 to 3 s, 7 to 500 samples, 2 % noise"
+    assert quick.sampling != full.sampling
+    assert quick.sampling == quick.replace(l2="warm", regime="graph", give_up_ms=1.0).sampling
+
+
 def test_an_unknown_effort_lists_the_known() -> None:
     with pytest.raises(UnknownNameError, match="quick, standard, full"):
         MeterSettings.for_effort("thorough")
 
 
 def test_settings_survive_a_round_trip() -> None:
-    settings = MeterSettings.for_effort("full", regime="graph")
+    settings = MeterSettings.for_effort("full", regime="graph", give_up_ms=3.0)
     assert MeterSettings.from_dict(settings.to_dict()) == settings

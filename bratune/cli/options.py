@@ -29,6 +29,7 @@ __all__ = [
     "Resolution",
     "config_file",
     "dump_config",
+    "engine_options",
     "measuring_options",
     "output_options",
     "request_values",
@@ -281,7 +282,24 @@ measuring_options = _stack(
         help="quick, standard or full.  [default: standard on a GPU, quick on a CPU]",
     ),
     click.option(
-        "--budget", type=Duration(), metavar="TIME", help="Start no further cell after this, e.g. 20m."
+        "--budget",
+        type=Duration(),
+        metavar="TIME",
+        help="Stop after this, e.g. 20m; what is missing is said.",
+    ),
+)
+
+engine_options = _stack(
+    click.option(
+        "--isolate/--no-isolate",
+        default=True,
+        help="Measure in a process of its own, which may crash.  [default: yes]",
+    ),
+    click.option(
+        "--replay",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Answer from the records in a file or folder; nothing is measured.",
     ),
 )
 

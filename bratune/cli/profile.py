@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from bratune.errors import UsageError
 if TYPE_CHECKING:
     from bratune.engine import Engine
     from bratune.measure.settings import MeterSettings
+    from bratune.profile.replay import ReplayRunner
     from bratune.profile.request import Request
     from bratune.profile.target import Target
     from bratune.record import Record
@@ -34,6 +36,7 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
 @click.option("--suite", metavar="NAME", help="A list of measurements, see `bratune list suites`.")
 @click.option("--whole-model/--no-whole-model", default=True, help="Time whole models too.  [default: yes]")
 @options.measuring_options
+@options.engine_options
 @options.output_options
 @options.config_file
 @click.pass_context
@@ -53,11 +56,12 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
         return 0
     from bratune.profile import session
     from bratune.profile.request import make_request
-    from bratune.profile.target import find_target
+    from bratune.profile.target import Target, find_target
 
     if asked["suite"]:
         asked = _with_suite(asked)
-    target = find_target(asked["gpu"], asked["device"])
+    replayed = _replayed(asked)
+    target = Target(replayed.machine) if replayed else find_target(asked["gpu"], asked["device"])
     if asked["measured"]:
         target.require_present()
     values = options.request_values(asked)
@@ -69,16 +73,31 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     if asked["dry_run"]:
         _show_plan(target, planned, settings)
         return 0
-    path = _records_path(asked["output"])
-    rows = _run(target, request, settings, path, asked, stages, flags, len(planned))
+    path = _records_path(asked["output"], target.machine.gpu_key)
+    rows = _run(target, replayed, request, settings, path, asked, stages, flags, len(planned))
     _show(target, rows, asked["format"])
     click.echo(f"results: {path}   again: {_again(ctx)}", err=True)
     failed = any(row.outcome in FAILED for row in rows)
     return 4 if asked["strict"] and failed else 0
 
 
+def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
+    """The records that ``--replay`` answers from."""
+    if asked["replay"] is None:
+        return None
+    if asked["measured"]:
+        raise UsageError("--replay answers from records and --measured forbids that; leave one of them out")
+    from bratune.profile.replay import ReplayRunner
+
+    gpu = "" if asked["gpu"] == "auto" else asked["gpu"]
+    runner = ReplayRunner.of([asked["replay"]], gpu=gpu)
+    click.echo(f"replayed from {asked['replay']}: nothing is measured", err=True)
+    return runner
+
+
 def _run(
     target: Target,
+    replayed: ReplayRunner | None,
     request: Request,
     settings: MeterSettings,
     path: Path,
@@ -93,14 +112,14 @@ def _run(
 
     store = Store(path)
     progress = Progress(total)
-    engine = _engine(target, settings, store, asked, progress, flags)
     rows: list[Record] = []
     try:
-        for record in session.run(request, engine, stages):
-            rows.append(record)
-            progress.finish(record)
-            if target.absent:
-                store.append(record)
+        with _engine(target, replayed, settings, store, asked, progress, flags) as engine:
+            for record in session.run(request, engine, stages):
+                rows.append(record)
+                progress.finish(record)
+                if target.absent:
+                    store.append(record)
     except KeyboardInterrupt:
         progress.close()
         click.echo(f"{len(rows)} rows are in {path}", err=True)
@@ -110,32 +129,46 @@ def _run(
     return rows
 
 
+@contextlib.contextmanager
 def _engine(
     target: Target,
+    replayed: ReplayRunner | None,
     settings: MeterSettings,
     store: Store,
     asked: dict[str, Any],
     progress: Any,
     flags: Sequence[str],
-) -> Engine:
+) -> Iterator[Engine]:
+    """Whoever turns cells into rows, for the length of the run."""
     if target.absent:
         from bratune.predict import fit
         from bratune.predict.model import ModelEngine
 
-        engine = ModelEngine(target.absent, fit.stored_coefficients())
-        click.echo(engine.notice, err=True)
-        return engine
-    from bratune.profile.engine import LocalEngine
+        model = ModelEngine(target.absent, fit.stored_coefficients())
+        click.echo(model.notice, err=True)
+        yield model
+        return
+    from bratune.profile.engine import CellEngine, LocalRunner
+    from bratune.profile.isolated import IsolatedRunner
 
-    return LocalEngine(
-        target.machine,
+    isolated = IsolatedRunner if asked["isolate"] else LocalRunner
+    with CellEngine(
+        replayed or isolated(target.machine, settings),
         settings,
         store=store,
+        known=() if asked["fresh"] else store.records(),
         run_id=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
         flags=flags,
         budget_s=asked["budget"],
         on_start=progress.start,
-    )
+    ) as engine:
+        yield engine
+        if engine.reused:
+            click.echo(
+                f"{engine.reused} rows were in {store.path} already, with the same sources, versions and "
+                "sampling; --fresh measures them again",
+                err=True,
+            )
 
 
 def _settings(asked: dict[str, Any], *, on_gpu: bool) -> tuple[MeterSettings, list[str]]:
@@ -177,8 +210,9 @@ def _with_suite(asked: dict[str, Any]) -> dict[str, Any]:
     return asked | {name: value for name, value in values.items() if not asked[name]}
 
 
-def _records_path(output: Path | None) -> Path:
-    folder = output or Path("runs") / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+def _records_path(output: Path | None, gpu_key: str) -> Path:
+    """Where rows go: by default one folder per kind of machine, so that a run goes on where one ended."""
+    folder = output or Path("runs") / gpu_key
     if folder.is_file() or folder.suffix == ".jsonl":
         raise UsageError(f"--output takes a folder, {folder} is a file; {folder.parent} would work")
     return folder / "records.jsonl"

@@ -56,6 +56,8 @@ class MeterSettings:
         warmup_s: Wall time of untimed calls before the first sample; at least one call.
         l2: ``cold`` flushes the last-level cache before every sample, ``warm`` does not.
         regime: ``eager``, ``graph`` (CUDA graph) or ``compile`` (torch.compile).
+        give_up_ms: Stop after three samples when all of them are slower: whoever asks has something clearly
+            better already. None never gives up.
 
     Raises:
         UsageError: a number is out of range, or a name is not known.
@@ -69,6 +71,7 @@ class MeterSettings:
     warmup_s: float = 0.2
     l2: str = "cold"
     regime: str = "eager"
+    give_up_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("l2", L2_STATES), ("regime", REGIMES)):
@@ -98,6 +101,14 @@ class MeterSettings:
         if effort not in _PRESETS:
             raise UnknownNameError("effort", effort, EFFORTS)
         return cls(**(_PRESETS[effort] | changes))
+
+    @property
+    def sampling(self) -> str:
+        """How long and how often, in words; what a record keeps, so that it is only reused for the same."""
+        return (
+            f"{self.warmup_s:g} s warm-up, {self.min_time_s:g} to {self.timeout_s:g} s, "
+            f"{self.min_samples} to {self.max_samples} samples, {self.max_noise_pct:g} % noise"
+        )
 
     def replace(self, **changes: Any) -> MeterSettings:
         """A copy with other values."""

@@ -3,7 +3,8 @@
 The reasons, in the words that a record's ``stop_reason`` starts with:
 
 ``noise``       the median is known as well as was asked
-``plateau``     twice the samples no longer narrow the interval: more would not help
+``plateau``     samples were doubled twice and narrowed the interval neither time: more would not help
+``worse``       the caller has something clearly better (`MeterSettings.give_up_ms`)
 ``max-samples`` the most samples that were allowed are taken
 ``timeout``     time is up; the text says which wish stayed open and by how much
 """
@@ -23,6 +24,8 @@ __all__ = ["StopRule"]
 _PLATEAU_GAIN = 0.1
 # Before four times the least number of samples the width of the interval is itself a matter of luck.
 _PLATEAU_FROM = 4
+_PLATEAU_DOUBLINGS = 2
+_GIVE_UP_AFTER = 3
 
 
 class StopRule:
@@ -37,7 +40,7 @@ class StopRule:
         self._ordered: list[float] = []
         self._next_check = settings.min_samples * _PLATEAU_FROM
         self._noise_before = float("inf")
-        self._plateau = False
+        self._stuck = 0
 
     @property
     def n(self) -> int:
@@ -56,7 +59,7 @@ class StopRule:
             self._noise_before = self.noise_pct
         elif self.n == self._next_check:
             now = self.noise_pct
-            self._plateau = now > (1 - _PLATEAU_GAIN) * self._noise_before
+            self._stuck = self._stuck + 1 if now > (1 - _PLATEAU_GAIN) * self._noise_before else 0
             self._noise_before = now
             self._next_check *= 2
 
@@ -68,7 +71,7 @@ class StopRule:
         """
         for value in samples_ms:
             del self._ordered[bisect.bisect_left(self._ordered, value)]
-        self._plateau = False
+        self._stuck = 0
 
     def reason(self, elapsed_s: float) -> str:
         """Why to stop now; empty means go on.
@@ -77,10 +80,16 @@ class StopRule:
             elapsed_s: Wall time since sampling began, pauses and flushes included.
         """
         wanted = self.settings
+        if (
+            wanted.give_up_ms is not None
+            and self.n >= _GIVE_UP_AFTER
+            and self._ordered[0] > wanted.give_up_ms
+        ):
+            return f"worse: every sample is above {wanted.give_up_ms:.3g} ms"
         if self.n >= wanted.min_samples and elapsed_s >= wanted.min_time_s:
             if self.noise_pct <= wanted.max_noise_pct:
                 return "noise"
-            if self._plateau:
+            if self._stuck >= _PLATEAU_DOUBLINGS:
                 return f"plateau: noise stays at {self.noise_pct:.2g} %, wanted {wanted.max_noise_pct:g} %"
         if self.n >= wanted.max_samples:
             return "max-samples"

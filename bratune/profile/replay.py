@@ -1,0 +1,95 @@
+"""Replay: cells answered from stored records, so that everything above measuring runs without the machine.
+
+What is replayed is labelled so in every row (``evidence``), and a cell that was never measured is an
+error with that reason, never a guess.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from bratune.cell import Cell
+from bratune.errors import TargetError
+from bratune.machine import Machine
+from bratune.profile.run_cell import Result
+from bratune.record import Record
+from bratune.store import read_records
+
+__all__ = ["ReplayRunner", "machine_of"]
+
+
+class ReplayRunner:
+    """Answers cells from records; see `bratune.profile.engine.Runner`.
+
+    Args:
+        records: Rows of one or several machines.
+        gpu: Key of the machine to replay; needed only where the records hold several.
+        source: Where the records come from, for messages.
+
+    Raises:
+        TargetError: the records hold nothing of that machine, or several and none was chosen.
+    """
+
+    def __init__(self, records: Iterable[Record], *, gpu: str = "", source: str = "the records") -> None:
+        measured = [row for row in records if row.evidence == "measured" and row.cell]
+        keys = sorted({row.gpu_key for row in measured})
+        if not keys:
+            raise TargetError(f"{source} cannot be replayed: nothing in them was measured")
+        if gpu and gpu not in keys:
+            raise TargetError(f"{source} cannot be replayed as {gpu}: they hold {', '.join(keys)}")
+        if not gpu and len(keys) > 1:
+            raise TargetError(f"{source} hold {', '.join(keys)}; --gpu says which of them to replay")
+        self._source = source
+        self._rows: dict[str, Record] = {}
+        for row in measured:
+            if row.gpu_key == (gpu or keys[0]) and _better(row, self._rows.get(row.cell_id)):
+                self._rows[row.cell_id] = row
+        self.machine = machine_of(next(iter(self._rows.values())))
+
+    @classmethod
+    def of(cls, paths: Iterable[str | os.PathLike[str]], *, gpu: str = "") -> ReplayRunner:
+        """A replay of record files and folders; see `bratune.store.read_records`."""
+        several = list(paths)
+        return cls(read_records(several), gpu=gpu, source=", ".join(map(str, several)))
+
+    def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
+        """See `bratune.profile.engine.Runner.run`; takes no time."""
+        row = self._rows.get(cell.cell_id)
+        if row is None:
+            reason = f"not replayed: {self._source} holds no row of this cell on {self.machine.gpu_key}"
+            return Result(Record.of(cell, self.machine, outcome="error", evidence="replayed", reason=reason))
+        return Result(row.replace(evidence="replayed"))
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def machine_of(record: Record) -> Machine:
+    """The machine that a row speaks of, as far as rows describe it."""
+    return Machine(
+        kind="cuda" if record.compute_capability else "cpu",
+        device="cuda:0" if record.compute_capability else "cpu",
+        gpu_key=record.gpu_key,
+        gpu_name=record.gpu_name,
+        gpu_uuid=record.gpu_uuid,
+        compute_capability=record.compute_capability,
+        sm_count=record.sm_count or 0,
+        memory_gib=record.memory_gib or 0.0,
+        threads=record.threads or 0,
+        driver=record.driver,
+        cuda=record.cuda,
+        torch=record.torch,
+        triton=record.triton,
+        python=record.python,
+        bratune=record.bratune,
+        git_sha=record.git_sha,
+        git_dirty=record.git_dirty,
+    )
+
+
+def _better(row: Record, other: Record | None) -> bool:
+    """Whether a later row replaces an earlier one: not where it failed and the other has a time."""
+    if row.outcome == "started":
+        return False
+    return other is None or row.ok or not other.ok
