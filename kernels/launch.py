@@ -28,6 +28,7 @@ __all__ = [
     "ARCHITECTURES",
     "KINDS",
     "Settings",
+    "architecture",
     "architecture_of",
     "lookup",
     "next_power_of_2",
@@ -60,9 +61,12 @@ def next_power_of_2(n: int) -> int:
 
 def architecture_of(machine: Machine) -> str:
     """The architecture class of the table that a machine belongs to; empty for a CPU."""
-    if not machine.is_cuda:
-        return ""
-    major, minor = machine.capability
+    return architecture(machine.capability) if machine.is_cuda else ""
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The architecture class of a compute capability."""
+    major, minor = capability
     return max(
         (name for name in ARCHITECTURES if int(name[2:]) <= 10 * major + minor),
         key=lambda name: int(name[2:]),

@@ -11,7 +11,7 @@ from bratune.kernels import layout
 __all__ = ["ROUTERS", "region_means", "route"]
 
 # Ways to compute `route`; ``auto`` is the first.
-ROUTERS = ("torch",)
+ROUTERS = ("torch", "triton")
 
 
 def region_means(x: Tensor, region: tuple[int, int]) -> Tensor:
@@ -56,7 +56,8 @@ def route(
         region: Query region ``(rh, rw)`` in tokens.
         topk: Key regions per query region.
         kv_region: Key region in tokens; by default that of the queries.
-        backend: One of `ROUTERS`, or ``auto``.
+        backend: One of `ROUTERS`, or ``auto``. ``triton`` keeps means and affinities in float32, gives the
+            lowest region first on a tie, and runs where `bratune.kernels.route_fused.why_not` is empty.
 
     Returns:
         ``[B, R, topk]`` int64 indices of key regions, numbered row by row.
@@ -64,6 +65,7 @@ def route(
     Raises:
         ProblemError: there are fewer than ``topk`` key regions, or shapes do not fit.
         UnknownNameError: no router has this name.
+        UnsupportedError: ``triton`` was asked for and cannot take these tensors.
 
     Source: BiFormer, arXiv 2303.08810, equations 3 and 4.
     """
@@ -74,6 +76,10 @@ def route(
             f"route needs q and k of shape [B, H, W, C] with the same B and C, "
             f"not {tuple(q.shape)} and {tuple(k.shape)}"
         )
+    if backend == "triton":
+        from bratune.kernels.route_fused import route_fused
+
+        return route_fused(q, k, region=region, topk=topk, kv_region=kv_region, maps=False).routes
     with torch.no_grad():
         means_q = region_means(q, region)
         means_k = region_means(k, kv_region or region)
