@@ -103,12 +103,18 @@ def test_the_same_run_again_measures_nothing_and_writes_nothing(tmp_path: Path) 
     first = list(CellEngine(runner, QUICK, store=store).run(cells("gather", "dense", "sparse")))
     size = store.path.stat().st_size
     again = FakeRunner()
-    rows = list(
-        CellEngine(again, QUICK, store=store, known=store.records()).run(cells("gather", "dense", "sparse"))
-    )
+    rows = list(CellEngine(again, QUICK, store=store).run(cells("gather", "dense", "sparse")))
     assert again.ran == []
     assert rows == first
     assert store.path.stat().st_size == size
+
+
+def test_a_fresh_run_measures_everything_again(tmp_path: Path) -> None:
+    store = Store(tmp_path / "records.jsonl")
+    list(CellEngine(FakeRunner(), QUICK, store=store).run(cells("gather")))
+    runner = FakeRunner()
+    list(CellEngine(runner, QUICK, store=store, fresh=True).run(cells("gather")))
+    assert runner.ran == ["gather"]
 
 
 def test_a_cell_that_only_started_is_measured_again(tmp_path: Path) -> None:
@@ -120,7 +126,7 @@ def test_a_cell_that_only_started_is_measured_again(tmp_path: Path) -> None:
         list(CellEngine(FakeRunner(dense=die), QUICK, store=store).run(cells("gather", "dense")))
     assert [row.outcome for row in store.records()] == ["started", "measured", "started"]
     runner = FakeRunner()
-    list(CellEngine(runner, QUICK, store=store, known=store.records()).run(cells("gather", "dense")))
+    list(CellEngine(runner, QUICK, store=store).run(cells("gather", "dense")))
     assert runner.ran == ["dense"]
 
 
@@ -149,12 +155,16 @@ def test_the_budget_leaves_what_was_not_started_with_a_reason_and_without_a_star
     assert [r.outcome for r in store.records()] == ["started", "measured", "started", "measured", "timeout"]
 
 
-def test_a_cell_that_the_budget_stopped_is_not_called_slow_and_is_measured_next_time() -> None:
+def test_a_cell_that_the_budget_stopped_is_not_called_slow_and_is_measured_next_time(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path / "records.jsonl")
     runner = FakeRunner(gather=failed("gather", "timeout"))
     (row,) = CellEngine(runner, QUICK, budget_s=1.0).run(cells("gather"))
     assert row.reason == "not finished: the budget of 1 s was spent"
     again = FakeRunner()
-    list(CellEngine(again, QUICK, known=[row]).run(cells("gather")))
+    store.append(row)
+    list(CellEngine(again, QUICK, store=store).run(cells("gather")))
     assert again.ran == ["gather"]
 
 
@@ -191,12 +201,12 @@ def test_the_runner_is_closed_whatever_happens() -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_ends_the_run_before_anything_is_measured(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
-    store = Store(path)
-    path.unlink()
-    path.symlink_to("/dev/full")
     runner = FakeRunner()
+    engine = CellEngine(runner, QUICK, store=Store(path))
+    path.unlink()
+    path.symlink_to("/dev/full")  # every write fails with "no space left on device"
     with pytest.raises(StoreError, match="No space left"):
-        list(CellEngine(runner, QUICK, store=store).run(cells("gather")))
+        list(engine.run(cells("gather")))
     assert runner.ran == []
 
 
@@ -323,7 +333,7 @@ class SlowReplay(ReplayRunner):
 def sweep(source: list[Record], target: Path) -> None:
     """What `profile --replay` does, in a process of its own, with a cell taking 10 ms."""
     store = Store(target)
-    with CellEngine(SlowReplay(source), QUICK, store=store, known=store.records()) as engine:
+    with CellEngine(SlowReplay(source), QUICK, store=store) as engine:
         for _ in engine.run(Cell.from_dict(json.loads(row.cell)) for row in source):
             pass
 

@@ -19,6 +19,7 @@ from bratune.errors import UsageError
 if TYPE_CHECKING:
     from bratune.engine import Engine
     from bratune.measure.settings import MeterSettings
+    from bratune.profile.engine import CellEngine
     from bratune.profile.replay import ReplayRunner
     from bratune.profile.request import Request
     from bratune.profile.target import Target
@@ -148,15 +149,13 @@ def _engine(
         click.echo(model.notice, err=True)
         yield model
         return
-    from bratune.profile.engine import CellEngine, LocalRunner
-    from bratune.profile.isolated import IsolatedRunner
-
-    isolated = IsolatedRunner if asked["isolate"] else LocalRunner
-    with CellEngine(
-        replayed or isolated(target.machine, settings),
+    with _measuring_engine(
+        target,
+        replayed,
         settings,
+        asked,
         store=store,
-        known=() if asked["fresh"] else store.records(),
+        fresh=asked["fresh"],
         run_id=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
         flags=flags,
         budget_s=asked["budget"],
@@ -169,6 +168,23 @@ def _engine(
                 "sampling; --fresh measures them again",
                 err=True,
             )
+
+
+def _measuring_engine(
+    target: Target,
+    replayed: ReplayRunner | None,
+    settings: MeterSettings,
+    asked: dict[str, Any],
+    **given: Any,
+) -> CellEngine:
+    from bratune.profile.engine import CellEngine, LocalEngine
+    from bratune.profile.isolated import IsolatedEngine
+
+    if replayed:
+        return CellEngine(replayed, settings, **given)
+    if asked["isolate"]:
+        return IsolatedEngine(target.machine, settings, **given)
+    return LocalEngine(target.machine, settings, **given)
 
 
 def _settings(asked: dict[str, Any], *, on_gpu: bool) -> tuple[MeterSettings, list[str]]:

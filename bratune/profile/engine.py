@@ -1,7 +1,7 @@
 """Engines: cells in, rows out, and everything that a long run needs around the measurement of one cell.
 
-Who measures is a `Runner`: this process (`LocalRunner`), a worker that may die
-(`bratune.profile.isolated.IsolatedRunner`) or stored records (`bratune.profile.replay.ReplayRunner`). What
+Who measures is a `Runner`: this process (`LocalEngine`), a worker that may die
+(`bratune.profile.isolated.IsolatedEngine`) or stored records (`bratune.profile.replay.ReplayEngine`). What
 surrounds it is the same for all: rows that are there already are not measured again, a line "started" is
 on disk before a cell is launched and its outcome right after, the budget is kept, speedups are filled in.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 from bratune.cell import Cell
 from bratune.machine import Machine
@@ -24,7 +24,7 @@ from bratune.profile.run_cell import Result, run_cell
 from bratune.record import Record
 from bratune.store import Store
 
-__all__ = ["Baselines", "CellEngine", "LocalRunner", "Runner"]
+__all__ = ["Baselines", "CellEngine", "LocalEngine", "LocalRunner", "Runner"]
 
 # Making inputs and checking them against the reference come on top of sampling; compiling can take minutes.
 _OVERHEAD_S, _COMPILE_S = 180.0, 600.0
@@ -117,8 +117,8 @@ class CellEngine:
     Args:
         runner: Measures one cell.
         settings: How cells are sampled; part of what a stored row must match to be reused.
-        store: Where rows go; None keeps them in memory only.
-        known: Rows of earlier runs that may answer a cell.
+        store: Where rows go; None keeps them in memory only. Rows that it holds already may answer a cell.
+        fresh: Measure again what the store holds.
         run_id: Name of this run in its rows.
         flags: Flags that the ``repro`` command of a row shall repeat.
         budget_s: Seconds after which cells are no longer started, and a running one is stopped.
@@ -136,7 +136,7 @@ class CellEngine:
         settings: MeterSettings,
         *,
         store: Store | None = None,
-        known: Iterable[Record] = (),
+        fresh: bool = False,
         run_id: str = "",
         flags: Sequence[str] = (),
         budget_s: float | None = None,
@@ -147,6 +147,7 @@ class CellEngine:
         self._runner = runner
         self._settings = settings
         self._store = store
+        known = store.records() if store and not fresh else ()
         self._cache = Cache(runner.machine, settings, known)
         self._run_id = run_id
         self._flags = tuple(flags)
@@ -163,7 +164,7 @@ class CellEngine:
         """The machine that the records speak of."""
         return self._runner.machine
 
-    def __enter__(self) -> CellEngine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -221,3 +222,19 @@ class CellEngine:
             source_hash=source_hash(cell),
             sampling=self._settings.sampling,
         )
+
+
+class LocalEngine(CellEngine):
+    """A `CellEngine` that measures in this process.
+
+    Args:
+        machine: Where.
+        settings: How cells are sampled.
+        meter: Takes the times; by default the machine's.
+        options: Those of `CellEngine`.
+    """
+
+    def __init__(
+        self, machine: Machine, settings: MeterSettings, *, meter: Meter | None = None, **options: Any
+    ) -> None:
+        super().__init__(LocalRunner(machine, settings, meter), settings, **options)

@@ -15,10 +15,11 @@ from bratune.cell import Cell
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.measure.worker import Worker
+from bratune.profile.engine import CellEngine
 from bratune.profile.run_cell import Result, run_cell
 from bratune.record import Record
 
-__all__ = ["IsolatedRunner", "job"]
+__all__ = ["IsolatedEngine", "IsolatedRunner", "job"]
 
 # On a CPU, cells together with the rest of the system must fit into real memory: there is no swap to wait
 # for, and the kernel would end whatever process is largest.
@@ -68,6 +69,28 @@ class IsolatedRunner:
     def close(self) -> None:
         """End the worker and everything that it started."""
         self._worker.close()
+
+
+class IsolatedEngine(CellEngine):
+    """A `bratune.profile.engine.CellEngine` that measures in a worker process; close it after use.
+
+    Args:
+        machine: Where.
+        settings: How cells are sampled.
+        memory_limit_bytes: See `IsolatedRunner`.
+        options: Those of `bratune.profile.engine.CellEngine`.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        settings: MeterSettings,
+        *,
+        memory_limit_bytes: int | None = None,
+        **options: Any,
+    ) -> None:
+        runner = IsolatedRunner(machine, settings, memory_limit_bytes=memory_limit_bytes)
+        super().__init__(runner, settings, **options)
 
 
 def job(payload: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from bratune.cell import Cell
 from bratune.errors import TargetError
 from bratune.machine import Machine
+from bratune.measure.settings import MeterSettings
+from bratune.profile.engine import CellEngine
 from bratune.profile.run_cell import Result
 from bratune.record import Record
 from bratune.store import read_records
 
-__all__ = ["ReplayRunner", "machine_of"]
+__all__ = ["ReplayEngine", "ReplayRunner", "machine_of"]
 
 
 class ReplayRunner:
@@ -63,6 +66,27 @@ class ReplayRunner:
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+class ReplayEngine(CellEngine):
+    """A `bratune.profile.engine.CellEngine` that answers from stored records.
+
+    Args:
+        paths: Record files and folders.
+        settings: How cells would be sampled; replayed rows keep what their own run had.
+        gpu: See `ReplayRunner`.
+        options: Those of `bratune.profile.engine.CellEngine`.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        settings: MeterSettings,
+        *,
+        gpu: str = "",
+        **options: Any,
+    ) -> None:
+        super().__init__(ReplayRunner.of(paths, gpu=gpu), settings, **options)
 
 
 def machine_of(record: Record) -> Machine:
