@@ -13,7 +13,7 @@ from bratune.errors import StoreError, UsageError
 from bratune.machine import Machine
 from bratune.problem import Problem
 from bratune.record import Record
-from bratune.report.compare import compare, load_set, parse_percent, regressions
+from bratune.report.compare import compare, load_set, regressions
 from bratune.store import Store
 
 
@@ -123,17 +123,6 @@ def test_only_a_sure_and_large_slowdown_is_a_regression(tmp_path: Path) -> None:
     found = compare([a, b])
     assert len(regressions(found, 0.03)) == 2
     assert regressions(found, 0.10) == []
-
-
-@pytest.mark.parametrize(("text", "value"), [("3%", 0.03), ("3 %", 0.03), ("0.03", 0.03), ("0%", 0.0)])
-def test_shares_are_read_as_per_cent_or_fraction(text: str, value: float) -> None:
-    assert parse_percent(text) == pytest.approx(value)
-
-
-@pytest.mark.parametrize("text", ["", "fast", "-1%", "200%"])
-def test_what_is_no_share_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a share"):
-        parse_percent(text)
 
 
 @pytest.mark.parametrize(("other", "code"), [(1.0, 0), (0.8, 0), (1.2, 3)])

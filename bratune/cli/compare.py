@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option("--confidence", default=0.95, show_default=True, type=click.FloatRange(0.5, 0.999))
 @click.option("--across", is_flag=True, help="Also compare cells that were run differently.")
 @click.option(
-    "--fail-on-regression", "limit", metavar="SHARE", help="Exit with 3 when a cell is surely slower."
+    "--fail-on-regression", "limit", metavar="PERCENT", help="Exit with 3 when a cell is surely slower."
 )
 @click.option(
     "--format", "style", type=click.Choice(["table", "json", "md"]), default="table", show_default=True
@@ -40,13 +40,14 @@ def command(
 
     Exit code 3 with --fail-on-regression when a cell is SLOWER by at least that share.
     """
+    from bratune.measure.settings import parse_percent
     from bratune.report import compare as comparing
 
-    share = None if limit is None else comparing.parse_percent(limit)
+    share = None if limit is None else parse_percent(limit) / 100
     found = [comparing.load_set(argument) for argument in sets]
     result = comparing.compare(
         found,
-        margin=comparing.parse_percent(threshold),
+        margin=parse_percent(threshold) / 100,
         confidence=confidence,
         across=across,
         seed=seed,

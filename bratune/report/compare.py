@@ -35,7 +35,6 @@ __all__ = [
     "compare",
     "describe",
     "load_set",
-    "parse_percent",
     "regressions",
 ]
 
@@ -299,15 +298,3 @@ def regressions(comparison: Comparison, limit: float) -> list[Compared]:
     return [
         row for row in comparison.rows if row.verdict.verdict == "SLOWER" and row.verdict.ratio >= 1 + limit
     ]
-
-
-def parse_percent(text: str) -> float:
-    """``"3%"``, ``"3 %"`` or ``"0.03"`` as 0.03; raises `UsageError`."""
-    stripped = text.strip()
-    try:
-        value = float(stripped.removesuffix("%")) / (100 if stripped.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise UsageError(f"{text!r} is not a share; 3% or 0.03 would be")
-    return value

@@ -1,0 +1,71 @@
+"""``bratune report``: draw records as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from bratune.errors import BratuneError, UsageError
+
+
+@click.command("report")
+@click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+@click.option("-o", "--output", default="report.html", show_default=True, type=click.Path(path_type=Path))
+@click.option("--title", default="bratune report", show_default=True)
+@click.option("--plan", type=click.Path(path_type=Path), help="A plan.json, whose setting is marked.")
+@click.option(
+    "--published",
+    "tables",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Benchmark CSV of timm, drawn as somebody else's numbers; repeatable.",
+)
+@click.option("--gpu", "keys", multiple=True, help="Add modelled rows for this GPU; repeatable.")
+@click.option("--demo", is_flag=True, help="The records that ship, beside modelled rows for three GPUs.")
+@click.option("--images", type=click.Choice(["png", "svg"]), help="Also write every figure as an image.")
+def command(
+    paths: tuple[Path, ...],
+    output: Path,
+    title: str,
+    plan: Path | None,
+    tables: tuple[Path, ...],
+    keys: tuple[str, ...],
+    demo: bool,
+    images: str | None,
+) -> None:
+    """Draw records (files or folders) as one HTML page that works offline.
+
+    bratune report runs/latest -o report.html
+    """
+    import json
+
+    from bratune import gpus, store
+    from bratune.report import demo as demonstration
+    from bratune.report.page import page
+    from bratune.report.published import read_timm
+
+    if not paths and not demo and not keys:
+        raise UsageError("report needs records: a file, a folder, --gpu KEY for modelled rows, or --demo")
+    records = demonstration.demo_records() if demo else []
+    records += [r for r in store.read_records(paths) if r.outcome != "started"] if paths else []
+    if keys:
+        records += demonstration.modelled_records([gpus.resolve(key) for key in keys])
+    gmacs: dict[str, float] = {}
+    for table in tables:
+        rows, work = read_timm(table)
+        records += rows
+        gmacs |= work
+    contents = json.loads(plan.read_text("utf-8")) if plan else None
+    text = page(records, title=title, plan=contents, gmacs=gmacs)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, "utf-8")
+    except OSError as error:
+        raise BratuneError(f"the report cannot be written to {output}: {error.strerror}") from None
+    if images:
+        from bratune.report.images import write_images
+
+        for path in write_images(records, output.parent, images, plan=contents, gmacs=gmacs):
+            click.echo(f"image: {path}", err=True)
+    click.echo(f"report: {output} ({len(records)} records, {len(text) / 1e6:.1f} MB)", err=True)

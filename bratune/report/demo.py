@@ -1,0 +1,136 @@
+"""Demo: records to draw on a machine that has none.
+
+What ships in ``results/`` is shown as it was measured; beside it stand modelled rows for three boards, which
+look modelled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+
+from bratune import gpus, store
+from bratune import variant as variants
+from bratune.cell import Cell
+from bratune.errors import StoreError
+from bratune.gpus import GPU
+from bratune.predict.fit import stored_coefficients
+from bratune.predict.model import bound_cell, predict_cell
+from bratune.problem import Problem, split_map
+from bratune.record import Record
+
+__all__ = ["demo_records", "modelled_records"]
+
+BOARDS = ("h200", "a100", "rtx4090")
+BACKENDS = ("gather", "gather-sdpa", "dense", "triton")
+PARTS = ("pos_embed", "norm", "qkv", "routing", "lepe", "proj", "mlp")
+SCALING_SIDES = (128, 224, 320, 448, 640, 768, 1024, 1536)
+
+
+def demo_records() -> list[Record]:
+    """The records that ship, and modelled ones for three boards."""
+    boards = [gpus.resolve(key) for key in BOARDS]
+    return [*_shipped(), *modelled_records(boards)]
+
+
+def _shipped() -> list[Record]:
+    folder = Path(str(importlib.resources.files("bratune").joinpath("results")))
+    try:
+        return [r for r in store.read_records([folder]) if r.outcome != "started"]
+    except StoreError:
+        return []
+
+
+def modelled_records(
+    boards: Sequence[GPU],
+    *,
+    model: str = "biformer_small",
+    task: str = "classification",
+    batches: Sequence[int] = (1, 64),
+    dtype: str = "bfloat16",
+) -> list[Record]:
+    """Modelled and bound rows of a model on boards: parts, backends, and attention over resolution."""
+    coefficients = stored_coefficients()
+    cells = [c for b in batches for c in _model_cells(model, task, b, dtype)]
+    cells += _scaling_cells(model, dtype)
+    rows = []
+    for board in boards:
+        for cell in cells:
+            rows.append(predict_cell(cell, board, coefficients))
+            if cell.part == "model":
+                rows.append(bound_cell(cell, board))
+    return [dataclasses.replace(row, timestamp_utc="") for row in rows]
+
+
+def _model_cells(model: str, task: str, batch: int, dtype: str) -> list[Cell]:
+    variant, job = variants.get_variant(model), variants.get_task(task)
+    stages = variants.stages(variant, job.height, job.width, batch=batch, n_win=job.n_win, dtype=dtype)
+    first = next(s.problem for s in stages if s.problem is not None)
+    whole = Cell(
+        part="model",
+        problem=first,
+        backend=BACKENDS[0],
+        model=model,
+        task=task,
+        image=(job.height, job.width),
+        n_win=",".join(str(job.n_win) for _ in stages),
+        topk=",".join(str(s.topk) for s in stages),
+    )
+    found = [whole.replace(backend=backend) for backend in BACKENDS]
+    for stage in stages:
+        if stage.kind != "routed" or stage.problem is None:
+            continue
+        block = whole.replace(
+            part="attention",
+            problem=stage.problem,
+            stage=stage.index,
+            block_count=stage.blocks,
+            n_win=str(stage.n_win),
+            topk=str(stage.topk),
+        )
+        found += [block.replace(backend=backend) for backend in BACKENDS]
+        found += [
+            block.replace(part=part, backend="", block_count=stage.blocks * (2 if part == "norm" else 1))
+            for part in PARTS
+        ]
+    return found
+
+
+def _scaling_cells(model: str, dtype: str) -> list[Cell]:
+    """Stage-1 attention over image side: S fixed, S growing with the map, and dense attention."""
+    variant = variants.get_variant(model)
+    found = []
+    for side in SCALING_SIDES:
+        height, width = variant.maps(side, side)[0]
+        windows = {"S = 7": 7, "S ~ N^(1/3)": max(1, round((height * width / 3136) ** (1 / 3) * 7))}
+        for rule, n_win in windows.items():
+            problem = Problem(
+                batch=1,
+                height=height,
+                width=width,
+                heads=variant.dims[0] // variant.head_dim,
+                head_dim=variant.head_dim,
+                region=split_map(height, width, n_win, pad=True),
+                topk=1,
+                dtype=dtype,
+            )
+            cell = Cell(
+                part="attention",
+                problem=problem,
+                backend="triton",
+                model=model,
+                image=(side, side),
+                stage=1,
+                n_win=str(n_win),
+                topk="1",
+                regime="graph",
+                extra=f'{{"window_rule":"{rule}"}}',
+            )
+            found.append(cell)
+        every = dataclasses.replace(found[-1].problem, region=(height, width), kv_region=(height, width))
+        found.append(
+            found[-1].replace(problem=every, backend="dense", n_win="1", extra='{"window_rule":"dense"}')
+        )
+    return found

@@ -1,0 +1,103 @@
+"""Infos: what every figure shows, as plain numbers; here, what all of them share.
+
+Records go in, named tuples come out (`bar_infos`, `point_infos`); figures draw them, tables list them, tests
+compare them. Nothing there knows a colour. Where several records speak of one thing, the most trusted
+evidence wins (`bratune.record.EVIDENCE`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from bratune.cell import Cell
+from bratune.predict.fit import board_of
+from bratune.predict.model import bound_cell
+from bratune.record import EVIDENCE, Record
+from bratune.variant import VARIANTS
+
+__all__ = [
+    "BASELINE",
+    "milliseconds",
+    "provenance",
+    "series_of",
+    "timed",
+    "trusted",
+    "with_bounds",
+    "work_of",
+]
+
+# What the paper describes and the official code does.
+BASELINE = "gather"
+
+
+def work_of(record: Record) -> str:
+    """The work in words, without model and backend: ``512x512, batch 16, bfloat16, fwd, eager``."""
+    size = f"{record.image_height}x{record.image_width}" if record.image_height else "bare call"
+    parts = [size, f"batch {record.batch}", record.dtype, record.direction, record.regime]
+    if record.amp:
+        parts.append("autocast")
+    return ", ".join(part for part in parts if part)
+
+
+def provenance(record: Record) -> str:
+    """Where a number comes from, in one line for a hover text or a table."""
+    words = [record.evidence]
+    if record.evidence == "measured":
+        versions = [record.timestamp_utc[:10], f"torch {record.torch}" if record.torch else ""]
+        words += [w for w in versions if w]
+        if record.n_samples:
+            words.append(f"{record.n_samples} samples")
+        if record.noise_pct is not None:
+            words.append(f"noise {record.noise_pct:.1f} %")
+    else:
+        words += [f"limited by {record.bound}"] if record.bound else []
+        words += [record.reason] if record.reason else []
+    return ", ".join(words)
+
+
+def trusted(records: Iterable[Record]) -> dict[tuple[object, ...], Record]:
+    """One record per machine and cell: the most trusted, and of equals the latest."""
+    found: dict[tuple[object, ...], Record] = {}
+    for record in records:
+        if not record.ok or record.evidence == "bound":
+            continue
+        key = (record.gpu_key, record.cell_id or id(record))
+        best = found.get(key)
+        if best is None or EVIDENCE.index(record.evidence) <= EVIDENCE.index(best.evidence):
+            found[key] = record
+    return found
+
+
+def timed(records: Iterable[Record], part: str) -> list[Record]:
+    """The trusted records of one part."""
+    return [r for r in trusted(records).values() if r.part == part]
+
+
+def series_of(record: Record) -> str:
+    """Model and backend in words."""
+    backends = record.backend.split(",")
+    backend = backends[0] if len(set(backends)) == 1 else "best per stage"
+    return f"{record.model} · {backend}" if backend else record.model
+
+
+def milliseconds(record: Record) -> tuple[float, float, float]:
+    """Median and interval of a record that has a time; the interval is the point where none is stored."""
+    assert record.median_ms is not None
+    lo = record.ci_lo_ms if record.ci_lo_ms is not None else record.median_ms
+    hi = record.ci_hi_ms if record.ci_hi_ms is not None else record.median_ms
+    return record.median_ms, lo, hi
+
+
+def with_bounds(records: Sequence[Record]) -> list[Record]:
+    """The records and, for every whole model on a board whose peaks are published, its bound."""
+    have = {(r.gpu_key, r.cell_id) for r in records if r.evidence == "bound"}
+    found = list(records)
+    for r in timed(records, "model"):
+        board = board_of(r)
+        if board is None or board.architecture == "CPU" or not r.cell or (r.gpu_key, r.cell_id) in have:
+            continue
+        cell = Cell.from_dict(json.loads(r.cell))
+        if cell.model in VARIANTS and board.memory_gbps and board.peak_tflops(r.dtype):
+            found.append(bound_cell(cell, board).replace(gpu_key=r.gpu_key, cell_id=r.cell_id))
+    return found
