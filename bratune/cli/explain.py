@@ -43,7 +43,7 @@ def command(ctx: click.Context, /, gpu: str, device: str, measured: bool, format
     from bratune.profile.request import make_request
     from bratune.profile.target import find_target
 
-    target = find_target(gpu, device)
+    target = find_target(gpu, device, asked.pop("gpu_spec"))
     if measured:
         target.require_present()
     request = make_request(target.machine, **options.request_values(asked))

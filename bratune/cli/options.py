@@ -200,6 +200,12 @@ target_options = _stack(
     click.option(
         "--gpu", default="auto", metavar="KEY", help="GPU in question, e.g. a100; need not be here."
     ),
+    click.option(
+        "--gpu-spec",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="YAML that describes a GPU no table has (or `like: KEY` and what differs).",
+    ),
     click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N."),
     click.option(
         "--measured", is_flag=True, help="Fail (exit code 5) rather than model a GPU that is not here."

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bratune import gpus
 from bratune.cli import options
 from bratune.errors import UsageError
 
@@ -62,12 +63,18 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     if asked["suite"]:
         asked = _with_suite(asked)
     replayed = _replayed(asked)
-    target = Target(replayed.machine) if replayed else find_target(asked["gpu"], asked["device"])
+    target = (
+        Target(replayed.machine)
+        if replayed
+        else find_target(asked["gpu"], asked["device"], asked["gpu_spec"])
+    )
     if asked["measured"]:
         target.require_present()
     values = options.request_values(asked)
     values |= {"regimes": asked["regime"], "l2": asked["l2"], "whole_model": asked["whole_model"]}
     request = make_request(target.machine, **values)
+    if target.absent:
+        gpus.check_dtype(target.absent, request.dtype)
     settings, flags = _settings(asked, on_gpu=target.machine.is_cuda)
     stages = tuple(asked["stage"])
     planned = session.plan(request, stages)
@@ -146,7 +153,8 @@ def _engine(
         from bratune.predict.model import ModelEngine
 
         model = ModelEngine(target.absent, fit.stored_coefficients())
-        click.echo(model.notice, err=True)
+        choice = f"; {gpus.describe_choice(asked['gpu'])}" if asked["gpu"] != "auto" else ""
+        click.echo(f"{model.notice}{choice}", err=True)
         yield model
         return
     with _measuring_engine(

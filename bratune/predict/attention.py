@@ -19,7 +19,10 @@ from bratune.predict.work import (
 )
 from bratune.problem import Problem, ceil_div
 
-__all__ = ["ATTENTION", "attention_ops", "routing_ops"]
+__all__ = ["ATTENTION", "COMPOSED", "attention_ops", "full_attention_ops", "routing_ops"]
+
+# Full attention has two forms only: with these backends its scores are written out, with others they are not.
+COMPOSED = ("reference", "gather")
 
 # --- level one: routing -------------------------------------------------------------------------------
 
@@ -201,11 +204,9 @@ def _dense(p: Problem) -> tuple[Op, ...]:
     """Every query against every key, then the mask: the mask is built and read once per head."""
     s = _sizes(p)
     queries, keys = p.padded[0] * p.padded[1], p.kv_padded[0] * p.kv_padded[1]
-    full = p.topk == p.kv_regions
+    if p.topk == p.kv_regions:
+        return full_attention_ops(p, composed=False)
     layout = tuple(copy(f"heads of {n}", b, cold=True, item=s.item) for n, b in _heads_of(s))
-    if full:
-        kernel = _fused(p, s, read=s.q + s.kv, reread=0.0, keys=keys, rows=queries)
-        return (*layout, kernel, copy("heads together", s.out, item=s.item))
     mask = float(p.batch * queries * keys * s.item)
     build = Op(
         name="region mask",
@@ -277,6 +278,18 @@ ATTENTION: dict[str, Callable[[Problem], tuple[Op, ...]]] = {
     "flex": _flex,
     "triton": _triton,
 }
+
+
+def full_attention_ops(p: Problem, *, composed: bool) -> tuple[Op, ...]:
+    """Every token attends to every token: with the scores written out, or in one kernel."""
+    s = _sizes(p)
+    layout = tuple(copy(f"heads of {n}", b, cold=True, item=s.item) for n, b in _heads_of(s))
+    last = copy("heads together", s.out, item=s.item)
+    if not composed:
+        queries, keys = p.padded[0] * p.padded[1], p.kv_padded[0] * p.kv_padded[1]
+        return (*layout, _fused(p, s, read=s.q + s.kv, reread=0.0, keys=keys, rows=queries), last)
+    qk, pv = _region_products(p, s)
+    return (*layout, elementwise("scale q", s.q, s.q, item=s.item), qk, _softmax(s), pv, last)
 
 
 def attention_ops(p: Problem, backend: str) -> tuple[Op, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import bratune
 from bratune import gpus
+from bratune import variant as variants
 from bratune.cell import Cell
 from bratune.errors import UnsupportedError
 from bratune.gpus import GPU
@@ -33,6 +34,8 @@ __all__ = ["Estimate", "ModelEngine", "absent_machine", "bound_cell", "estimate"
 GRAPH_LAUNCH_US = 8.0
 COMPILED_ENTRY_US = 40.0
 Z95 = 1.96
+# What speedups are relative to: what the paper describes and the official code does.
+BASELINE = "gather"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,13 +197,15 @@ def predict_cell(cell: Cell, gpu: GPU, coefficients: Coefficients | None = None)
         median_ms=found.ms,
         ci_lo_ms=max(floor_ms, found.ms * math.exp(-Z95 * spread)),
         ci_hi_ms=found.ms * math.exp(Z95 * spread),
+        noise_pct=50 * (math.exp(Z95 * spread) - max(floor_ms / found.ms, math.exp(-Z95 * spread))),
         host_ms=found.host_ms,
         launch_bound=found.launch_bound,
         bound=found.bound,
         roofline_pct=100 * floor_ms / found.ms,
         gb_s=found.memory_bytes / found.ms / 1e6,
         **_derived(cell, found.ms),
-        **_workspace(cell),
+        **_memory(cell),
+        **_speedup(cell, gpu, c, found.ms),
     )
 
 
@@ -326,9 +331,30 @@ def _backend_workspace(problem: Any, name: str) -> int:
     return registry.get(name).workspace_bytes(problem) if name in registry.names() else 0
 
 
-def _workspace(cell: Cell) -> dict[str, Any]:
-    needed = [_backend_workspace(problem, name) for problem, name in _stage_backends(cell)]
-    return {"workspace_mb": max(needed) / 1e6} if needed else {}
+def _memory(cell: Cell) -> dict[str, Any]:
+    """Workspace of the backends, and the peak with inputs and weights, by counting what lives at once."""
+    calls = _stage_backends(cell)
+    if not calls:
+        return {}
+    workspace = max(_backend_workspace(problem, name) for problem, name in calls)
+    if cell.part == "attention":
+        return {"workspace_mb": workspace / 1e6, "peak_alloc_mb": (cell.problem.io_bytes + workspace) / 1e6}
+    weights = variants.get_variant(cell.model).parameters * cell.problem.item_bytes
+    every = parts.groups(cell)
+    if cell.problem.backward:  # weights, gradients, and every output is kept for the backward pass
+        live = weights + sum(op.written * group.times for group in every for op in group.ops)
+    else:
+        largest = max(op.read + op.written for group in every for op in group.ops)
+        live = max(largest, max(problem.io_bytes for problem, _ in calls) + workspace)
+    return {"workspace_mb": workspace / 1e6, "peak_alloc_mb": (weights + live) / 1e6}
+
+
+def _speedup(cell: Cell, gpu: GPU, c: Coefficients, ms: float) -> dict[str, Any]:
+    """Against gather-then-dense on the same board, by the same model."""
+    if not cell.backend:
+        return {}
+    base = estimate(cell.replace(backend=BASELINE, config="{}"), gpu, c)
+    return {"speedup": base.ms / ms, "baseline": BASELINE}
 
 
 class ModelEngine:

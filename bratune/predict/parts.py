@@ -18,17 +18,9 @@ from bratune.variant import Stage, Variant
 
 __all__ = ["Block", "Group", "block_of", "groups", "model_blocks", "part_ops"]
 
-# Parts that a block consists of, in order, with how often each occurs.
-BLOCK_PARTS = (
-    ("pos_embed", 1),
-    ("norm", 2),
-    ("qkv", 1),
-    ("routing", 1),
-    ("attention", 1),
-    ("lepe", 1),
-    ("proj", 1),
-    ("mlp", 1),
-)
+# Parts that a block consists of: both norms are one part, and a part that ends with a residual addition
+# includes it, so that the parts add up to the block.
+BLOCK_PARTS = ("pos_embed", "norm", "qkv", "routing", "attention", "lepe", "proj", "mlp")
 
 
 @dataclass(frozen=True)
@@ -123,20 +115,23 @@ def part_ops(block: Block, part: str) -> tuple[Op, ...]:
     if part == "pos_embed":
         return (*_depthwise(block.rows * dim, 9, item), _add("add position", map_bytes, item))
     if part == "norm":
-        return (work.elementwise("layer norm", map_bytes, map_bytes, cold=map_bytes, item=item, slots=8),)
+        norm = work.elementwise("layer norm", map_bytes, map_bytes, cold=map_bytes, item=item, slots=8)
+        return norm, norm
     if part == "qkv":
         return (work.matmul("q, k, v", block.padded_rows, dim, 3 * dim, item, cold=True),)
     if part == "lepe":
         taps = block.side**2
         return (*_depthwise(block.padded_rows * dim, taps, item), _add("add LePE", padded_bytes, item))
     if part == "proj":
-        return (work.matmul("projection", block.padded_rows, dim, dim, item, cold=True),)
+        product = work.matmul("projection", block.padded_rows, dim, dim, item, cold=True)
+        return product, _add("residual", map_bytes, item)
     hidden = dim * block.mlp_ratio
     hidden_bytes = float(block.rows * hidden * item)
     return (
         work.matmul("first linear", block.rows, dim, hidden, item, cold=True),
         work.elementwise("GELU", hidden_bytes, hidden_bytes, item=item, slots=12),
         work.matmul("second linear", block.rows, hidden, dim, item),
+        _add("residual", map_bytes, item),
     )
 
 
@@ -151,15 +146,14 @@ def _add(name: str, size: float, item: int) -> Op:
 def _attention(block: Block) -> tuple[Op, ...]:
     if block.problem is None:
         return ()
-    backend = block.backend
-    if block.kind == "full" and backend not in attention.ATTENTION:
-        backend = "dense"
+    if block.kind == "full":
+        return attention.full_attention_ops(block.problem, composed=block.backend in attention.COMPOSED)
     try:
-        return attention.attention_ops(block.problem, backend)
+        return attention.attention_ops(block.problem, block.backend)
     except KeyError:
         known = ", ".join(attention.ATTENTION)
         raise UnsupportedError(
-            backend, [f"what it moves and multiplies is not counted; these backends are: {known}"]
+            block.backend, [f"what it moves and multiplies is not counted; these backends are: {known}"]
         ) from None
 
 
@@ -168,12 +162,11 @@ def _block_groups(block: Block, times: int) -> list[Group]:
     if block.kind == "conv":
         skipped |= {"qkv", "routing", "attention", "proj"}
     found = [
-        Group(block.backend if part == "attention" else part, part_ops(block, part), each * times)
-        for part, each in BLOCK_PARTS
+        Group(block.backend if part == "attention" else part, part_ops(block, part), times)
+        for part in BLOCK_PARTS
         if part not in skipped
     ]
-    residual = _add("residual", float(block.rows * block.dim * block.item), block.item)
-    return [*found, Group("residual", (residual,), 2 * times)]
+    return [group for group in found if group.ops]
 
 
 def groups(cell: Cell) -> tuple[Group, ...]:
@@ -222,7 +215,7 @@ def model_blocks(cell: Cell) -> tuple[tuple[Block, int], ...]:
     for stage, backend in zip(found, names + names[-1:] * (len(found) - len(names)), strict=True):
         block = Block(
             problem=stage.problem,
-            backend="dense" if stage.kind == "full" else backend,
+            backend=backend,
             rows=cell.problem.batch * stage.height * stage.width,
             padded_rows=cell.problem.batch * stage.padded_tokens,
             dim=stage.dim,

@@ -113,8 +113,8 @@ def make_request(
     """A request with the defaults that suit a machine.
 
     Defaults: ``biformer_tiny``, classification at the task's size and S, batch 1, every backend, bfloat16 on
-    a GPU and float32 on a CPU, eager, cold L2 on a GPU and warm on a CPU (where flushing 32 MB would
-    take longer than most cells), recorded routes.
+    a GPU (float16 where it has none) and float32 on a CPU, eager, cold L2 on a GPU and warm on a CPU (where
+    flushing 32 MB would take longer than most cells), recorded routes.
 
     Raises:
         UsageError: a value does not fit; ProblemError for S and top-k.
@@ -123,7 +123,7 @@ def make_request(
 
     chosen = get_task(task or "classification")
     names = tuple(models) or (DEFAULT_MODEL,)
-    dtype = dtype or ("bfloat16" if machine.is_cuda else "float32")
+    dtype = dtype or _default_dtype(machine)
     states = {"both": ("cold", "warm"), None: ("cold",) if machine.is_cuda else ("warm",)}
     request = Request(
         models=names,
@@ -146,6 +146,12 @@ def make_request(
     )
     numbers = {auto_batch(request, machine) if b == "auto" else int(b) for b in batches}
     return dataclasses.replace(request, batches=tuple(sorted(numbers)) or (1,))
+
+
+def _default_dtype(machine: Machine) -> str:
+    if not machine.is_cuda:
+        return "float32"
+    return "float16" if (0, 0) < machine.capability < (8, 0) else "bfloat16"
 
 
 def auto_batch(request: Request, machine: Machine) -> int:

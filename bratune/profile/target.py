@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from bratune import gpus
-from bratune.errors import TargetError
+from bratune.errors import TargetError, UsageError
 from bratune.gpus import GPU
 from bratune.machine import Machine, detect
 from bratune.predict.model import absent_machine
@@ -41,18 +42,25 @@ class Target:
             )
 
 
-def find_target(gpu: str = "auto", device: str = "auto") -> Target:
-    """The target of ``--gpu KEY`` and ``--device NAME``.
+def find_target(gpu: str = "auto", device: str = "auto", spec: Path | None = None) -> Target:
+    """The target of ``--gpu KEY``, ``--gpu-spec FILE`` and ``--device NAME``.
 
     Args:
         gpu: ``auto`` (whatever is here), ``cpu``, or a key of the table of boards.
         device: See `bratune.machine.detect`.
+        spec: Description of a board (`bratune.gpus.load_spec`); it is taken to be absent.
 
     Raises:
+        ConfigError: the description is not one.
         UnknownNameError: the table has no such board.
         TargetError: the device is not here.
     """
     wanted = gpu.strip().lower()
+    if spec is not None:
+        if wanted != "auto":
+            raise UsageError(f"--gpu {gpu} and --gpu-spec {spec} both name a GPU; one of them would do")
+        board = gpus.load_spec(spec)
+        return Target(absent_machine(board), absent=board, here=detect(device).gpu_name)
     if wanted == "auto":
         return Target(detect(device))
     if wanted == "cpu":

@@ -105,7 +105,7 @@ def throughputs(records: Sequence[Record]) -> list[Bar]:
 
 
 def part_times(records: Sequence[Record]) -> list[PartTime]:
-    """Time per stage, part by part, all blocks of the stage together; two normalisations per block."""
+    """Time per stage, part by part, all blocks of the stage together."""
     found = []
     for r in trusted(records).values():
         if r.part not in PART_ORDER or not r.stage:

@@ -91,10 +91,7 @@ def _model_cells(model: str, task: str, batch: int, dtype: str) -> list[Cell]:
             topk=str(stage.topk),
         )
         found += [block.replace(backend=backend) for backend in BACKENDS]
-        found += [
-            block.replace(part=part, backend="", block_count=stage.blocks * (2 if part == "norm" else 1))
-            for part in PARTS
-        ]
+        found += [block.replace(part=part, backend="") for part in PARTS]
     return found
 
 

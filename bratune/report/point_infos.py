@@ -52,7 +52,7 @@ class RoofPoint(NamedTuple):
 
 
 class PlanPoint(NamedTuple):
-    """One setting of a whole model: latency, memory, and how far its outputs are from the reference setting.
+    """One setting of a whole model: latency and memory.
 
     Attributes:
         mark: ``default`` (the paper's S and top-k), ``chosen`` (the plan), or empty.
@@ -64,7 +64,6 @@ class PlanPoint(NamedTuple):
     setting: str
     ms: float
     memory_mb: float
-    fidelity: float | None
     mark: str
     on_front: bool
     evidence: str
@@ -167,7 +166,6 @@ def plan_points(records: Sequence[Record], plan: Mapping[str, object] | None = N
                     f"S {r.n_win}, top-k {r.topk}, {r.backend}",
                     ms,
                     r.peak_alloc_mb or 0.0,
-                    None if r.max_rel_err is None else 1 - r.max_rel_err,
                     _mark(r, plan),
                     not dominated,
                     r.evidence,
@@ -265,14 +263,13 @@ def peers(records: Sequence[Record], gmacs: Mapping[str, float]) -> list[PeerPoi
         gmacs: Multiply-adds per image in 10^9, by model; BiFormer's are known.
     """
     known = {name: v.gmacs_224 for name, v in VARIANTS.items()} | dict(gmacs)
-    best: dict[tuple[str, str, str], Record] = {}
+    best: dict[tuple[str, str, str], PeerPoint] = {}
     for r in timed(records, "model"):
-        if r.model not in known or not r.images_per_s:
+        if r.model not in known:
             continue
+        rate = 1e3 * (r.batch or 1) / milliseconds(r)[0]
         key = (r.gpu_key, r.model, r.evidence)
-        if key not in best or r.images_per_s > (best[key].images_per_s or 0):
-            best[key] = r
-    return sorted(
-        PeerPoint(gpu, model, known[model], r.images_per_s or 0.0, evidence, f"{work_of(r)}, {provenance(r)}")
-        for (gpu, model, evidence), r in best.items()
-    )
+        if key not in best or rate > best[key].images_per_s:
+            note = f"{work_of(r)}, {provenance(r)}"
+            best[key] = PeerPoint(r.gpu_key, r.model, known[r.model], rate, r.evidence, note)
+    return sorted(best.values())

@@ -1,0 +1,303 @@
+"""Figures: the numbers behind them, and that what was not measured does not look measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bratune import gpus
+from bratune.cell import Cell
+from bratune.errors import StoreError
+from bratune.machine import Machine
+from bratune.predict.model import bound_cell, predict_cell
+from bratune.problem import Problem
+from bratune.record import EVIDENCE, Record
+from bratune.report import bar_infos, bars, infos, point_infos, points, style
+from bratune.report.demo import modelled_records
+from bratune.report.panel import Panel
+from bratune.report.published import read_timm
+
+A100 = gpus.resolve("a100")
+MACHINE = Machine(
+    kind="cuda", device="cuda:0", gpu_key="a100", gpu_name="NVIDIA A100-SXM4-80GB", sm_count=108
+)
+
+
+def attention(stage: int = 1, backend: str = "gather", side: int = 224) -> Cell:
+    tokens = side // (2 ** (stage + 1))
+    problem = Problem(
+        batch=1,
+        height=tokens,
+        width=tokens,
+        heads=2 * stage,
+        head_dim=32,
+        region=(4, 4),
+        topk=2,
+        dtype="bfloat16",
+    )
+    return Cell(
+        part="attention",
+        problem=problem,
+        backend=backend,
+        model="biformer_tiny",
+        image=(side, side),
+        stage=stage,
+        block_count=4,
+        n_win="7",
+        topk="2",
+    )
+
+
+def model(backend: str = "gather", topk: str = "1,4,16,-2") -> Cell:
+    return attention().replace(
+        part="model", backend=backend, stage=0, block_count=1, n_win="7,7,7,7", topk=topk
+    )
+
+
+def measured(cell: Cell, ms: float, **more: object) -> Record:
+    values = {"median_ms": ms, "ci_lo_ms": 0.9 * ms, "ci_hi_ms": 1.2 * ms, "n_samples": 30} | more
+    return Record.of(cell, MACHINE, **values)
+
+
+# --- infos --------------------------------------------------------------------------------------------
+
+
+def test_throughput_is_the_batch_over_the_median_with_the_interval_turned_round() -> None:
+    (bar,) = bar_infos.throughputs([measured(model(), 2.0)])
+    assert bar.images_per_s == pytest.approx(500)
+    assert bar.lo == pytest.approx(1000 / 2.4)
+    assert bar.hi == pytest.approx(1000 / 1.8)
+    assert (bar.gpu, bar.series, bar.evidence) == ("a100", "biformer_tiny · gather", "measured")
+    assert bar.work == "224x224, batch 1, bfloat16, fwd, eager"
+
+
+def test_the_most_trusted_evidence_wins_and_of_equals_the_latest() -> None:
+    cell = model()
+    modelled = predict_cell(cell, A100)
+    old, new = measured(cell, 2.0), measured(cell, 3.0)
+    for records in ([modelled, old, new], [old, new, modelled]):
+        (bar,) = bar_infos.throughputs(records)
+        assert bar.evidence == "measured"
+        assert bar.images_per_s == pytest.approx(1000 / 3)
+
+
+def test_a_bound_is_beside_a_bar_and_never_one() -> None:
+    cell = model()
+    bars_found = bar_infos.throughputs([predict_cell(cell, A100), bound_cell(cell, A100)])
+    assert [b.evidence for b in bars_found] == ["modelled"]
+    assert bars_found[0].bound is not None
+    assert bars_found[0].bound > bars_found[0].images_per_s
+
+
+def test_a_measured_model_on_a_known_board_gets_a_bound() -> None:
+    records = infos.with_bounds([measured(model(), 2.0)])
+    assert [r.evidence for r in records] == ["measured", "bound"]
+    (bar,) = bar_infos.throughputs(records)
+    assert bar.bound is not None
+
+
+def test_failures_are_no_times() -> None:
+    failed = Record.of(model(), MACHINE, outcome="oom", reason="out of memory")
+    assert bar_infos.throughputs([failed]) == []
+
+
+def test_speedups_are_over_gather_on_the_same_call() -> None:
+    records = [measured(attention(s, b), ms) for s, b, ms in ((1, "gather", 4.0), (1, "triton", 1.0))]
+    records += [measured(attention(2, "triton"), 1.0)]
+    cells = bar_infos.speedups(records)
+    assert {(c.backend, c.stage): round(c.speedup, 6) for c in cells} == {
+        ("gather", 1): 1,
+        ("triton", 1): 4,
+    }
+    triton = next(c for c in cells if c.backend == "triton")
+    assert triton.lo == pytest.approx(4 * 0.9 / 1.2)
+    assert triton.hi == pytest.approx(4 * 1.2 / 0.9)
+
+
+def test_a_speedup_over_a_model_is_no_measurement() -> None:
+    records = [predict_cell(attention(), A100), measured(attention(1, "triton"), 0.01)]
+    assert {c.evidence for c in bar_infos.speedups(records)} == {"modelled"}
+
+
+def test_part_times_count_every_block_of_the_stage() -> None:
+    rows = bar_infos.part_times([measured(attention(3), 0.5), measured(attention().replace(part="mlp"), 1.0)])
+    assert {(r.part, r.stage): r.ms for r in rows} == {("attention", 3): 2.0, ("mlp", 1): 4.0}
+
+
+def test_a_roofline_point_is_useful_operations_over_time_and_least_bytes() -> None:
+    cell = attention()
+    roofs, found = point_infos.roofline([measured(cell, 0.1)])
+    assert roofs == [point_infos.Roof("a100 bfloat16", 312, 2039)]
+    assert found[0].tflops == pytest.approx(2 * cell.problem.attention_macs / 0.1 / 1e9)
+    assert found[0].intensity == pytest.approx(2 * cell.problem.attention_macs / cell.problem.io_bytes)
+
+
+def test_a_cpu_has_no_roof() -> None:
+    cpu = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="some CPU", sm_count=2)
+    assert point_infos.roofline([Record.of(attention(), cpu, median_ms=1.0)]) == ([], [])
+
+
+def test_the_front_holds_what_nothing_beats_and_the_default_is_marked() -> None:
+    records = [
+        measured(model(topk=k), ms, peak_alloc_mb=mb)
+        for k, ms, mb in (("1,4,16,-2", 3.0, 30.0), ("1,1,1,-2", 1.0, 10.0), ("2,2,2,-2", 2.0, 40.0))
+    ]
+    found = {p.setting.split(", ")[1]: p for p in point_infos.plan_points(records)}
+    assert {k: p.on_front for k, p in found.items()} == {
+        "top-k 1,4,16,-2": False,
+        "top-k 1,1,1,-2": True,
+        "top-k 2,2,2,-2": False,
+    }
+    assert {k: p.mark for k, p in found.items() if p.mark} == {"top-k 1,4,16,-2": "default"}
+
+
+def test_the_chosen_plan_is_marked_by_its_setting() -> None:
+    plan = {
+        "model": "biformer_tiny",
+        "stages": [
+            {"topk": k, "backend": b, "kind": kind, "n_win": 7}
+            for k, b, kind in (
+                (1, "triton", "routed"),
+                (1, "dense", "routed"),
+                (1, "dense", "routed"),
+                (-2, "", "full"),
+            )
+        ],
+    }
+    records = [
+        measured(model("triton,dense,dense,gather-sdpa", "1,1,1,-2"), 1.0, peak_alloc_mb=1.0),
+        measured(model("dense", "1,1,1,-2"), 1.0, peak_alloc_mb=1.0),
+    ]
+    marks = {p.setting: p.mark for p in point_infos.plan_points(records, plan)}
+    assert sorted(marks.values()) == ["", "chosen"]
+
+
+def test_one_setting_is_no_front() -> None:
+    assert point_infos.plan_points([measured(model(), 1.0, peak_alloc_mb=1.0)]) == []
+
+
+def test_the_formula_grows_as_the_paper_says() -> None:
+    """Dense attention as N^2, S growing with the map as N^(4/3); S fixed ends as N^2, too."""
+    rows = point_infos.complexity(channels=1, sides=(2**15, 2**17))
+    by_rule = {rule: [r.gmacs for r in rows if r.rule == rule] for rule in ("dense", "S ~ N^(1/3)", "S = 7")}
+    growth = {rule: math.log(b / a, 16) for rule, (a, b) in by_rule.items()}
+    assert growth["dense"] == pytest.approx(2, abs=0.02)
+    assert growth["S ~ N^(1/3)"] == pytest.approx(4 / 3, abs=0.02)
+    assert growth["S = 7"] > 1.7
+    assert by_rule["S ~ N^(1/3)"][0] < by_rule["S = 7"][0] < by_rule["dense"][0]
+
+
+def test_scaling_needs_three_sizes() -> None:
+    sizes = [measured(attention(side=side), side / 100) for side in (128, 256, 512)]
+    assert [p.side for p in point_infos.scaling(sizes)] == [128, 256, 512]
+    assert point_infos.scaling(sizes[:2]) == []
+
+
+def test_energy_is_shown_where_it_was_measured() -> None:
+    records = [
+        measured(model(), 1.0, joules_per_image=0.5, energy_method="counter"),
+        measured(attention(), 1.0),
+    ]
+    (bar,) = bar_infos.energies(records)
+    assert (bar.joules, bar.method) == (0.5, "counter")
+
+
+# --- published ----------------------------------------------------------------------------------------
+
+TIMM = """model,infer_img_size,infer_samples_per_sec,infer_step_time,infer_batch_size,param_count,infer_gmacs
+swin_tiny_patch4_window7_224.ms_in1k,224,2749.1,93.1,256,28.29,4.51
+resnet50.a1_in1k,224,4303.0,59.5,256,25.56,4.11
+"""
+
+
+def test_a_timm_table_becomes_published_rows(tmp_path: Path) -> None:
+    file = tmp_path / "benchmark-infer-amp-nhwc-pt240-cu124-rtx4090.csv"
+    file.write_text(TIMM)
+    rows, gmacs = read_timm(file)
+    assert [r.model for r in rows] == ["swin_tiny_patch4_window7_224", "resnet50"]
+    first = rows[0]
+    assert (first.evidence, first.gpu_key, first.amp, first.layout) == ("published", "rtx4090", True, "nhwc")
+    assert (first.torch, first.cuda, first.batch) == ("2.4.0", "12.4", 256)
+    assert first.images_per_s == pytest.approx(2749.1)
+    assert gmacs["resnet50"] == 4.11
+    found = point_infos.peers([*rows, measured(model(), 2.0)], gmacs)
+    assert {(p.gpu, p.model) for p in found} == {
+        ("rtx4090", "swin_tiny_patch4_window7_224"),
+        ("rtx4090", "resnet50"),
+        ("a100", "biformer_tiny"),
+    }
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", TIMM.replace("2749.1", "fast")])
+def test_what_is_no_timm_table_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text(text)
+    with pytest.raises(StoreError):
+        read_timm(file)
+
+
+# --- drawing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("evidence", [e for e in EVIDENCE if e not in ("measured", "replayed", "bound")])
+def test_what_was_not_measured_is_never_drawn_solid(evidence: str) -> None:
+    assert style.bar_marker("#000", evidence)["pattern"]["fillmode"] == "replace"
+    assert style.point_marker("#000", evidence)["symbol"].endswith("-open")
+    assert style.line("#000", evidence)["dash"] != "solid"
+
+
+def test_what_was_measured_is_drawn_solid() -> None:
+    assert "pattern" not in style.bar_marker("#000", "measured")
+    assert style.point_marker("#000", "measured")["symbol"] == "circle"
+    assert style.line("#000", "measured")["dash"] == "solid"
+
+
+def test_measured_and_modelled_rows_of_one_series_are_separate_traces() -> None:
+    rows = bar_infos.throughputs([measured(model(), 2.0), predict_cell(model(), gpus.resolve("h200"))])
+    (panel,) = bars.throughput_panels(rows)
+    patterns = sorted("pattern" in trace["marker"] for trace in panel.data)
+    assert patterns == [False, True]
+    assert {trace["offsetgroup"] for trace in panel.data} == {"biformer_tiny · gather"}
+
+
+def all_panels() -> list[Panel]:
+    records = infos.with_bounds(modelled_records([A100, gpus.resolve("rtx4090")]))
+    roofs, under = point_infos.roofline(records)
+    return [
+        *bars.throughput_panels(bar_infos.throughputs(records)),
+        *bars.stack_panels(bar_infos.part_times(records)),
+        *bars.heat_panels(bar_infos.speedups(records)),
+        *points.roofline_panels(roofs, under),
+        *points.pareto_panels(point_infos.plan_points(records)),
+        *points.scaling_panels(point_infos.complexity(), point_infos.scaling(records)),
+    ]
+
+
+def test_every_legend_entry_switches_a_trace_and_every_axis_has_its_unit() -> None:
+    panels = all_panels()
+    assert len(panels) >= 15
+    for panel in panels:
+        groups = {trace.get("legendgroup") for trace in panel.data}
+        assert {key.name for key in panel.keys} - {"roof"} <= groups
+        kinds = {trace["type"] for trace in panel.data}
+        assert panel.layout["xaxis"]["title"]["text"] or kinds == {"heatmap"}
+        json.dumps([panel.data, panel.layout], allow_nan=False)
+
+
+def test_modelled_figures_hold_no_solid_mark() -> None:
+    for panel in all_panels():
+        for trace in panel.data:
+            marker = trace.get("marker", {})
+            if trace["type"] == "bar":
+                assert "pattern" in marker
+            elif "markers" in trace.get("mode", ""):
+                assert marker["symbol"].endswith("-open")
+
+
+def test_plotly_accepts_every_figure() -> None:
+    go = pytest.importorskip("plotly.graph_objects")
+    for panel in all_panels():
+        go.Figure({"data": panel.data, "layout": panel.layout})
