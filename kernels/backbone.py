@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,21 +11,24 @@ from torch.utils.checkpoint import checkpoint
 
 from bratune.backend import Config
 from bratune.errors import ProblemError
+from bratune.kernels.full_attention import FullAttention
+from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bratune.kernels.nhwc import LayerNorm2d, to_nchw, to_nhwc
 
 __all__ = ["Backbone", "drop_path_rates", "per_stage"]
 
-Value = TypeVar("Value")
+# The modules that a backend stands behind.
+ATTENTION = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, FullAttention)
 
 
-def per_stage(value: Value | Sequence[Value], count: int, name: str) -> tuple[Value, ...]:
+def per_stage(value: Any, count: int, name: str) -> tuple[Any, ...]:
     """One value for every stage, from one for all or one each.
 
     Raises:
         ProblemError: there are more or fewer values than stages.
     """
     if not isinstance(value, Sequence) or isinstance(value, str):
-        return (value,) * count  # type: ignore[return-value]  # a sequence is told apart above
+        return (value,) * count
     if len(value) != count:
         raise ProblemError(f"{name} needs one value per stage ({count}), not {len(value)}")
     return tuple(value)
@@ -52,6 +55,9 @@ class Backbone(nn.Module):
 
     downsample_layers: nn.ModuleList
     stages: nn.ModuleList
+    norm: nn.Module
+    head: nn.Module
+    extra_norms: nn.ModuleList
     use_checkpoint_stages: tuple[int, ...]
 
     def _finish(
@@ -65,7 +71,7 @@ class Backbone(nn.Module):
             self.extra_norms = nn.ModuleList(LayerNorm2d(dim) for dim in embed_dim)
         else:
             self.norm = norm
-            self.head: nn.Module = nn.Identity()
+            self.head = nn.Identity()
             if num_classes > 0:
                 self.head = nn.Linear(embed_dim[-1], num_classes)
         self.apply(_init_weights)
@@ -83,7 +89,7 @@ class Backbone(nn.Module):
         configs = per_stage(config, len(self.stages), "config")
         for stage, name, settings in zip(self.stages, names, configs, strict=True):
             for module in stage.modules():
-                if hasattr(module, "set_backend"):
+                if isinstance(module, ATTENTION):
                     module.set_backend(name, settings)
 
     def reset_classifier(self, num_classes: int) -> None:

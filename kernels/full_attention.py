@@ -16,7 +16,7 @@ from bratune.kernels.nhwc import conv_nhwc, depthwise, linear_1x1
 from bratune.kernels.registry import get
 from bratune.variant import FULL_ATTENTION_HEADS
 
-__all__ = ["Attention", "AttentionLePE", "NCHWAttentionLePE", "full_attention"]
+__all__ = ["Attention", "AttentionLePE", "FullAttention", "NCHWAttentionLePE", "full_attention"]
 
 # These backends stand for the published composition: the score matrix is written out.
 COMPOSED = ("reference", "gather")
@@ -47,7 +47,7 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, *, heads: int, scale: float,
     return out.transpose(1, 2).reshape(batch, height, width, channels)
 
 
-class _FullAttention(nn.Module):
+class FullAttention(nn.Module):
     """What the three modules share: the parts of the forward pass, on NHWC maps."""
 
     qkv: nn.Module
@@ -83,7 +83,7 @@ class _FullAttention(nn.Module):
         return out
 
 
-class Attention(_FullAttention):
+class Attention(FullAttention):
     """Full attention on an NHWC map, without local enhancement (official top-k ``-1``).
 
     Args:
@@ -148,7 +148,7 @@ class AttentionLePE(Attention):
         return self.merge(out if local is None else out + local)
 
 
-class NCHWAttentionLePE(_FullAttention):
+class NCHWAttentionLePE(FullAttention):
     """Full attention plus a depthwise convolution of the *values*, NCHW (official ``nchwAttentionLePE``).
 
     The projections are 1x1 convolutions by their parameters and matrix products by computation: the map

@@ -20,7 +20,10 @@ from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAtt
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = sorted([*GOLDEN.glob("legacy_*.npz"), *GOLDEN.glob("nchw_*.npz")])
-KINDS = {"legacy": BiLevelRoutingAttention, "nchw": NCHWBiLevelRoutingAttention}
+KINDS: dict[str, type[torch.nn.Module]] = {
+    "legacy": BiLevelRoutingAttention,
+    "nchw": NCHWBiLevelRoutingAttention,
+}
 DTYPES = [torch.float32, torch.float64]
 # On max|a - b| / max|b|: ten times the difference of the official float32 and float64 runs.
 OUTPUT_TOLERANCE = 3e-6
@@ -41,7 +44,7 @@ def tensor(data: dict[str, Any], name: str, dtype: torch.dtype) -> Tensor:
 
 
 def make(data: dict[str, Any], dtype: torch.dtype, backend: str = "reference") -> torch.nn.Module:
-    layer = KINDS[data["meta"]["kind"]](**data["meta"]["ctor"], backend=backend)
+    layer: torch.nn.Module = KINDS[data["meta"]["kind"]](**data["meta"]["ctor"], backend=backend)
     parameters = {k.removeprefix("param/"): tensor(data, k, dtype) for k in data if k.startswith("param/")}
     layer.load_state_dict(parameters)
     return layer.to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bratune.errors import ProblemError
-from bratune.tune.prior import formula_optimum, prior_bounds
+from bratune.tune.bounds import checkpoint_bounds, prior_bounds
 from bratune.tune.space import Bounds, Setting, Space
 
 
@@ -136,9 +136,19 @@ def test_prior_floors_keep_keys_and_region_size_of_the_reference() -> None:
     assert [held.topks(i, 14) for i in (0, 1, 2)] == [(4,), (16,), (64,)]
 
 
-@pytest.mark.parametrize(("side", "k", "optimum"), [(56, 1, 13.0), (28, 4, 10.4), (14, 16, 8.2)])
-def test_formula_optimum_counts_tokens(side: int, k: int, optimum: float) -> None:
-    assert formula_optimum(side * side, k) == pytest.approx(optimum, abs=0.05)
+def test_checkpoint_changes_nothing_of_the_model_unless_allowed() -> None:
+    free = space()
+    own = free.first_settings()["paper"]
+    assert [list(space(bounds=checkpoint_bounds(free, own)).model_choices(i)) for i in (0, 1, 2)] == [
+        [(7, 1)],
+        [(7, 4)],
+        [(7, 16)],
+    ]
+    fewer = space(bounds=checkpoint_bounds(free, own, allow_model_changes=True))
+    assert max(fewer.topks(1, 7)) == 4
+    assert max(fewer.topks(1, 14)) == 16
+    more = space(bounds=checkpoint_bounds(free, own, allow_model_changes=True, allow_more_k=True))
+    assert max(more.topks(1, 7)) == 49
 
 
 def test_fingerprint_names_the_content() -> None:

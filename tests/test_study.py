@@ -149,9 +149,9 @@ def test_resumed_study_does_not_repeat_its_draws(tmp_path: Path) -> None:
     for _ in range(2):
         ledger = Ledger(url, "s", ["ms"], sampler="random", seed=1)
         for _ in range(3):
-            trial = ledger.propose(suggest)
+            trial, x = ledger.propose(suggest)
             ledger.complete(trial, [0.0])
-            draws.append(trial.params["x"])
+            draws.append(x)
     assert draws[:3] != draws[3:]
 
 
@@ -169,7 +169,9 @@ def test_every_sampler_proposes_with_two_objectives(tmp_path: Path, name: str) -
     except MissingPackageError as error:
         pytest.skip(str(error))
     for _ in range(3):
-        trial = ledger.propose(lambda t: (t.suggest_int("x", 0, 5), t.suggest_categorical("b", ["p", "q"])))
+        trial, _ = ledger.propose(
+            lambda t: (t.suggest_int("x", 0, 5), t.suggest_categorical("b", ["p", "q"]))
+        )
         ledger.complete(trial, [1.0, 2.0])
     assert len(ledger.trials("COMPLETE")) == 3
 

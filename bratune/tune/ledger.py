@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bratune.errors import StoreError, UsageError
 from bratune.tune.storage import make_sampler, open_storage
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 __all__ = ["Ledger", "Worker", "derived_seed"]
+
+Proposal = TypeVar("Proposal")
 
 # A trial of another host counts as lost when nothing was heard of it for this long.
 LEASE_S = 900.0
@@ -196,12 +198,11 @@ class Ledger:
             return trial
         return None
 
-    def propose(self, suggest: Callable[[Trial], Any]) -> Trial:
-        """A trial with parameters from the sampler (or from the queue, where something waits)."""
+    def propose(self, suggest: Callable[[Trial], Proposal]) -> tuple[Trial, Proposal]:
+        """A trial with parameters from the sampler, and what ``suggest`` made of them."""
         trial = self.study.ask()
         self._own(trial)
-        suggest(trial)
-        return trial
+        return trial, suggest(trial)
 
     def _own(self, trial: Trial) -> None:
         trial.set_user_attr(

@@ -115,7 +115,8 @@ class Bounds:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Bounds:
         """The inverse of `to_dict`."""
-        return cls(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

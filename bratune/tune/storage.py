@@ -5,6 +5,7 @@ SQLite is not for several workers: two processes can pop the same waiting trial,
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -141,9 +142,7 @@ def make_sampler(name: str, seed: int, *, several: bool = True) -> BaseSampler:
         if name == "brute":
             return samplers.BruteForceSampler(seed=seed)
         if name == "gp":
-            try:
-                import scipy  # noqa: F401
-            except ImportError:
-                raise MissingPackageError("scipy", "the sampler gp") from None
+            if importlib.util.find_spec("scipy") is None:
+                raise MissingPackageError("scipy", "the sampler gp")
             return samplers.GPSampler(seed=seed, deterministic_objective=False)
     raise UsageError(f"sampler {name!r} is not known; these are: {', '.join(SAMPLERS)}")

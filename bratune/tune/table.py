@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from bratune.measure.statistics import quantile
 from bratune.tune import stats
 from bratune.tune.front import Point, combine, layers
 from bratune.tune.space import Setting, Space
 
 __all__ = ["Candidate", "Entry", "Table", "TableError"]
 
-# A model's latency predicted worse than this is no base for choosing what to verify next.
+# Latency predicted worse than this is no base for choosing what to verify next. Ranks say something only
+# where settings differ by more than noise: the slow ones must take a quarter longer than the fast ones.
 MAX_MAPE = 0.15
 MIN_KENDALL = 0.8
+MIN_SPREAD = 1.25
 
 
 @dataclass(frozen=True, order=True, kw_only=True)
@@ -71,17 +74,20 @@ class TableError:
         mape: Mean absolute error as a fraction; NaN for n = 0.
         kendall: Rank correlation tau-b; NaN below two settings.
         spearman: Rank correlation rho.
+        spread: 90th over 10th percentile of the measured times.
     """
 
     n: int
     mape: float
     kendall: float
     spearman: float
+    spread: float = 1.0
 
     @property
     def trustworthy(self) -> bool:
         """Whether the table may go on choosing what is verified next."""
-        return not (self.mape > MAX_MAPE or (self.n >= 4 and self.kendall < MIN_KENDALL))
+        shuffled = self.n >= 5 and self.spread >= MIN_SPREAD and self.kendall < MIN_KENDALL
+        return not (self.mape > MAX_MAPE or shuffled)
 
     def __str__(self) -> str:
         if not self.n:
@@ -203,4 +209,5 @@ class Table:
             mape=stats.mape(predicted, seen),
             kendall=stats.kendall(predicted, seen) if pairs else float("nan"),
             spearman=stats.spearman(predicted, seen),
+            spread=quantile(sorted(seen), 0.9) / quantile(sorted(seen), 0.1) if seen else 1.0,
         )

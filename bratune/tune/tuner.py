@@ -1,0 +1,459 @@
+"""Tuner: from a request to a plan.
+
+First the reference, the authors' setting and the other named ones, end to end. Then the table: every option
+of every stage once, the divergence of every model-changing option. The exact front of the table says which
+settings to verify end to end; the table's own error, measured on them, says whether it may go on saying so.
+`bratune.tune.conclude` then picks, compares with the default and makes the plan.
+
+Every step is a trial of a study: a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from bratune.engine import Engine
+from bratune.errors import UsageError
+from bratune.kernels.tuned import machine_key
+from bratune.record import Record
+from bratune.tune.bench import Bench, Offers
+from bratune.tune.constraints import violations
+from bratune.tune.encoding import Encoding
+from bratune.tune.fidelity_source import FidelitySource
+from bratune.tune.ledger import Ledger
+from bratune.tune.pick import Verified
+from bratune.tune.progress import Clock, Pace, Say
+from bratune.tune.request import Request
+from bratune.tune.space import Setting
+from bratune.tune.table import Entry, Table, TableError
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial, Trial
+
+__all__ = ["Tuner"]
+
+# Shares of the budget after which a phase must be over.
+CELLS_UNTIL, LOSSES_UNTIL = 0.55, 0.7
+POLL_S = 0.5
+
+
+class Tuner:
+    """One worker of a tuning run.
+
+    Args:
+        engine: Who turns cells into records; it must measure anew whenever it is asked.
+        request: What is tuned.
+        url: Storage of the studies; see `bratune.tune.storage`.
+        study: Name of the study; by default `Request.study_name`.
+        offers: Which backends accept a call; by default the registry's answer.
+        fidelity: Judges settings; needed where the request's second objective is ``loss``.
+        say: Told what happens, a line at a time.
+        clock: Seconds that only grow.
+
+    Raises:
+        UsageError: the study was made on another kind of machine, or no fidelity source is given.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        url: str,
+        *,
+        study: str = "",
+        offers: Offers | None = None,
+        fidelity: FidelitySource | None = None,
+        say: Say = lambda text: None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.request, self.engine, self.fidelity, self.say = request, engine, fidelity, say
+        self.bench = Bench(engine, request, offers)
+        self.space = self.bench.space
+        self.second = request.second
+        if self.second == "loss" and fidelity is None:
+            raise UsageError("the second objective is the divergence and nothing was given to measure it")
+        self.pace = Pace(clock, request.budget_s)
+        self.clock = clock
+        self.reference = self.bench.with_default_backends(request.reference)
+        here = machine_key(engine.machine)
+        name = study or f"{request.study_name}-{here}"
+        objectives = ["latency_ms", "divergence" if self.second == "loss" else "peak_alloc_mb"]
+        self.settings = Ledger(url, name, objectives, sampler=request.sampler, seed=request.seed)
+        shared = self.settings.storage
+        self.cells = Ledger(url, f"{request.cells_name}-{here}:cells", ["block_ms"], storage=shared)
+        self.losses: Ledger | None = None
+        if self.second == "loss" and fidelity is not None:
+            self.losses = Ledger(url, f"{name}:fidelity-{fidelity.key}", ["divergence"], storage=shared)
+        self._check_machine(here)
+        self.encoding = Encoding(self.space, self._backend_names(), request.regimes)
+        self.table = Table(self.space, (), objective=self.second)
+
+    def _check_machine(self, here: str) -> None:
+        known = self.settings.study.user_attrs.get("machine")
+        if known not in (None, here):
+            raise UsageError(
+                f"the study {self.settings.name!r} was measured on {known} and this is {here}; "
+                "another --study name would work"
+            )
+        self.settings.keep(machine=here, request=self.request.to_dict())
+
+    def _backend_names(self) -> tuple[str, ...]:
+        names = [
+            name
+            for i in self.space.routed
+            for s, k in self.space.model_choices(i)
+            for name, _ in self.bench.offered(i, s, k)
+        ]
+        known = self.settings.study.user_attrs.get("backends", [])
+        names = list(dict.fromkeys([*known, *names, *(b for b in self.reference.backends if b)]))
+        self.settings.keep(backends=names)
+        return tuple(names)
+
+    # --- the phases -------------------------------------------------------------------------
+
+    def search(self) -> None:
+        """Measure until the effort is done or the budget is spent; what was done before is not repeated.
+
+        Raises:
+            KeyboardInterrupt: the trial at hand went back to the queue; everything else is kept.
+        """
+        self.reap()
+        self.enqueue_settings(self.named().items())
+        self.drain_settings()
+        if self.request.table:
+            self.measure_table()
+            self.verify()
+        else:
+            from bratune.tune.black_box import black_box
+
+            black_box(self)
+        self.try_regimes()
+        self.settings.keep(finished=True)
+
+    def reap(self) -> None:
+        """Queue again what dead workers left running."""
+        for ledger in self._ledgers():
+            count = ledger.reap()
+            if count:
+                self.say(f"{count} unfinished trial(s) of dead workers are queued again")
+
+    def _ledgers(self) -> Iterator[Ledger]:
+        yield from (x for x in (self.cells, self.losses, self.settings) if x is not None)
+
+    def named(self) -> dict[str, Setting]:
+        """The settings that are measured before any other, by name; the first one is the default."""
+        found = {"default": self.reference}
+        for name, setting in self.request.first_settings().items():
+            found[name] = self.bench.with_default_backends(setting)
+        if "gather" in self.encoding.backends:  # what the official code runs
+            paper = found.get("paper", self.reference)
+            published = self.space.setting(paper.n_win, paper.topks, "gather", regime=self.request.regimes[0])
+            offered = (self.bench.offered(i, paper.n_win[i], paper.topks[i]) for i in self.space.routed)
+            if all("gather" in [name for name, _ in some] for some in offered):
+                found["published"] = published
+        return found
+
+    def measure_table(self) -> None:
+        """Measure options of stages, the most promising first, then divergences; sets `table`."""
+        self.cells.enqueue(self._cell_items(self._ordered_options()))
+        self._drain(self.cells, self._run_cell, CELLS_UNTIL, "stage options")
+        if self.losses is not None:
+            self.losses.enqueue(self._loss_items())
+            self._drain(self.losses, self._run_loss, LOSSES_UNTIL, "divergences")
+        self.read_table()
+        if self.request.how_much.configs > 1:
+            front = {entry for c in self.table.candidates() for entry in self.table.find(c.setting) or ()}
+            most = self.request.how_much.configs
+            more = [other for entry in sorted(front) for other in self.bench.other_configs(entry, most)]
+            if self.cells.enqueue(self._cell_items(more)):
+                self._drain(self.cells, self._run_cell, LOSSES_UNTIL, "backend settings")
+                self.read_table()
+
+    def verify(self) -> None:
+        """Measure the best settings of the table end to end, then the next ones, while that helps."""
+        effort = self.request.how_much
+        limit = next((c.limit for c in self.request.limits if c.field == "peak_alloc_mb"), None)
+        depth, already = 1, len(self.verified())
+        while self.time_left():
+            room = effort.verify - len(self.verified())
+            error = self.error()
+            if room <= 0:
+                break
+            if already and error.n >= 5 and not error.trustworthy:
+                self.say(f"{error}: the sampler takes over from the table")
+                from bratune.tune.black_box import black_box
+
+                black_box(self)
+                break
+            candidates = self.table.candidates(depth=depth, max_memory_mb=limit)
+            added = self.enqueue_settings([("", c.setting) for c in candidates], most=room)
+            if not added and depth >= 6:
+                break
+            self.drain_settings()
+            depth, already = depth + 1, already + added
+        if self.table.entries:
+            self.say(str(self.error()))
+
+    def try_regimes(self) -> None:
+        """Measure the three fastest settings in the other regimes."""
+        others = self.request.regimes[1:]
+        if not others or not self.time_left():
+            return
+        best = sorted((v for v in self.verified() if v.feasible), key=lambda v: v.ms)[:3]
+        self.enqueue_settings([("", v.setting.replace(regime=r)) for v in best for r in others])
+        self.drain_settings()
+
+    def help(self, *, patience_s: float = 60.0) -> int:
+        """Work on what another worker queued until it says that it is finished; returns trials done."""
+        done, idle_since = 0, self.clock()
+        while True:
+            worked = 0
+            for ledger, run in (
+                (self.cells, self._run_cell),
+                (self.losses, self._run_loss),
+                (self.settings, self._run_setting),
+            ):
+                if ledger is not None:
+                    worked += self._step(ledger, run, "shared work")
+            done += worked
+            if worked:
+                idle_since = self.clock()
+                continue
+            if self.settings.study.user_attrs.get("finished") or self.clock() - idle_since > patience_s:
+                return done
+            time.sleep(POLL_S)
+
+    # --- queues -----------------------------------------------------------------------------
+
+    def time_left(self) -> bool:
+        """Whether another whole model can be measured before the closing comparison must start."""
+        reserve = 2 * self.request.how_much.rounds * self.pace.typical("setting")
+        return self.pace.left() > reserve * 1.2
+
+    def enqueue_settings(self, named: Any, *, most: int | None = None) -> int:
+        """Queue settings that were not measured yet; ``named`` are pairs of a name (or "") and a setting."""
+        known = {t.user_attrs.get("key") for t in self.settings.trials()}
+        fresh = [(name, s) for name, s in named if s.key not in known][:most]
+        return self.settings.enqueue(
+            (s.key, self.encoding.params(s), {"setting": s.to_dict(), "name": name}) for name, s in fresh
+        )
+
+    def drain_settings(self) -> None:
+        """Measure every waiting setting."""
+        self._drain(self.settings, self._run_setting, None, "settings")
+
+    def _drain(self, ledger: Ledger, run: Callable[[Trial], str], share: float | None, what: str) -> None:
+        while True:
+            in_time = self.time_left() if share is None else self.pace.left(share) > 0
+            if not in_time:
+                left = len(ledger.trials("WAITING"))
+                if left:
+                    self.say(f"the budget for {what} is spent; {left} stay queued for the next run")
+                return
+            if self._step(ledger, run, what):
+                continue
+            if not ledger.busy_elsewhere():
+                return
+            time.sleep(POLL_S)
+            ledger.reap()
+
+    def _step(self, ledger: Ledger, run: Callable[[Trial], str], what: str) -> bool:
+        """Claim and run one trial; False where nothing waits."""
+        suggest = self.encoding.suggest if ledger is self.settings else self._suggest_option
+        trial = ledger.claim(suggest)
+        if trial is None:
+            return False
+        kind = "setting" if ledger is self.settings else "cell" if ledger is self.cells else "loss"
+        start = self.clock()
+        try:
+            text = run(trial)
+        except BaseException:
+            ledger.release(trial)
+            raise
+        self.pace.note(kind, self.clock() - start)
+        waiting = len(ledger.trials("WAITING"))
+        eta = self.pace.eta(kind, waiting)
+        best = min((v.ms for v in self.verified() if v.feasible), default=None) if kind == "setting" else None
+        parts = [
+            text,
+            f"best {best:.3f} ms" if best else "",
+            f"{waiting} {what} waiting" if waiting else "",
+            eta,
+        ]
+        self.say(" · ".join(part for part in parts if part))
+        return True
+
+    # --- stage options ----------------------------------------------------------------------
+
+    def _ordered_options(self) -> list[Entry]:
+        """Options of every stage: those of the named settings first, then by how close and how heavy."""
+        named = {(i, s.n_win[i], s.topks[i]) for s in self.named().values() for i in self.space.routed}
+        base = self.request.reference
+
+        def distance(entry: Entry) -> tuple[int, float, str]:
+            problem = self.space.stage(entry.stage, entry.n_win, entry.topk).problem
+            own = self.space.stage(entry.stage, base.n_win[entry.stage], base.topks[entry.stage]).problem
+            assert problem is not None
+            assert own is not None
+            ratio = problem.keys_per_query / own.keys_per_query
+            first = 0 if (entry.stage, entry.n_win, entry.topk) in named else 1
+            # Distance from the reference, less for a stage with many blocks: that is where time is.
+            return first, max(ratio, 1 / ratio) / self.space.variant.depths[entry.stage], entry.backend
+
+        found = [entry for i in self.space.routed for entry in self.bench.options(i)]
+        return sorted(found, key=lambda e: (distance(e), e))
+
+    def _cell_items(self, entries: list[Entry]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        for entry in entries:
+            attrs = {"entry": dataclasses.asdict(entry)}
+            yield self.bench.block_cell(entry).cell_id, self._option_params(entry), attrs
+
+    def _option_params(self, entry: Entry) -> dict[str, Any]:
+        return {"stage": entry.stage + 1, "n_win": entry.n_win, "topk": entry.topk}
+
+    @staticmethod
+    def _suggest_option(trial: Trial) -> None:
+        # Wide enough for any map: these trials are never proposed, only recorded.
+        trial.suggest_int("stage", 1, 16)
+        trial.suggest_int("n_win", 1, 4096)
+        trial.suggest_int("topk", 1, 4096**2)
+
+    def _run_cell(self, trial: Trial) -> str:
+        entry = Entry(**trial.user_attrs["entry"])
+        record = self.bench.measure(self.bench.block_cell(entry))
+        what = f"stage {entry.stage + 1} S={entry.n_win} k={entry.topk} {entry.backend}"
+        what += f" {entry.config}" if entry.config != "{}" else ""
+        if record.ok:
+            self.cells.complete(trial, [record.median_ms or 0.0], record=_summary(record))
+            return f"{what}: {record.median_ms:.3f} ms per block"
+        self.cells.prune(trial, record.reason, constraints=_failure(record), record=_summary(record))
+        return f"{what}: {record.outcome}, {record.reason}"
+
+    def _loss_items(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        for i in self.space.routed:
+            for s, k in self.space.model_choices(i):
+                entry = Entry(stage=i, n_win=s, topk=k, backend="")
+                yield f"{i}:{s}:{k}", self._option_params(entry), {"option": [i, s, k]}
+
+    def _run_loss(self, trial: Trial) -> str:
+        assert self.fidelity is not None
+        assert self.losses is not None
+        i, s, k = trial.user_attrs["option"]
+        loss = self.fidelity.stage_loss(i, s, k)
+        self.losses.complete(trial, [loss])
+        return f"stage {i + 1} S={s} k={k}: divergence {loss:.4f}"
+
+    def read_table(self) -> Table:
+        """The table from every cell that was ever measured for this space."""
+        entries = []
+        legal = {i: set(self.space.model_choices(i)) for i in self.space.routed}
+        names = set(self.encoding.backends)
+        for trial in self.cells.trials("COMPLETE"):
+            entry = Entry(**trial.user_attrs["entry"])
+            own = entry.stage, entry.n_win, entry.topk
+            wanted = (entry.n_win, entry.topk) in legal[entry.stage] or own in self._reference_options()
+            if wanted and entry.backend in names:
+                record = Record.from_dict(trial.user_attrs["record"])
+                entries.append(self.bench.entry(entry, record))
+        table = Table(self.space, entries, objective=self.second)
+        if self.losses is not None:
+            losses = {tuple(t.user_attrs["option"]): t.values[0] for t in self.losses.trials("COMPLETE")}
+            table = table.with_losses(losses)
+        default = self.find(self.reference)
+        self.table = table.calibrated(self.reference, default.ms) if default else table
+        return self.table
+
+    def _reference_options(self) -> set[tuple[int, int, int]]:
+        return {(i, self.reference.n_win[i], self.reference.topks[i]) for i in self.space.routed}
+
+    # --- whole settings ---------------------------------------------------------------------
+
+    def _run_setting(self, trial: Trial) -> str:
+        setting = Setting.from_dict(trial.user_attrs["setting"])
+        return self.measure_setting(trial, setting)
+
+    def measure_setting(self, trial: Trial, setting: Setting) -> str:
+        """Measure a setting end to end and finish its trial; returns a line about it."""
+        record = self.bench.measure(self.bench.model_cell(setting))
+        name = trial.user_attrs.get("name", "")
+        what = f"{setting} ({name})" if name else str(setting)
+        common: dict[str, Any] = {"record": _summary(record), "setting": setting.to_dict()}
+        if not record.ok:
+            self.settings.prune(trial, record.reason, constraints=_failure(record), **common)
+            return f"{what}: {record.outcome}, {record.reason}"
+        over = violations(self.request.limits, record)
+        if not self.request.allows(setting):
+            over["floors"] = 1.0
+        second = record.peak_alloc_mb or 0.0
+        text = f"{what}: {record.median_ms:.3f} ms"
+        if self.fidelity is not None and self.second == "loss":
+            fidelity = self.fidelity.joint(setting)
+            second = fidelity.loss
+            common |= {"evidence": fidelity.evidence.to_dict()}
+            text += f", {fidelity.evidence}"
+        predicted = self.table.predict_ms(setting)
+        if predicted is not None:
+            common |= {"predicted_ms": predicted}
+        self.settings.complete(trial, [record.median_ms or 0.0, second], constraints=over, **common)
+        broken = [name for name, value in over.items() if value > 0]
+        return text + (f", breaks {', '.join(broken)}" if broken else "")
+
+    def verified(self) -> list[Verified]:
+        """Every setting that was measured end to end, once each."""
+        return [self._verified(t) for t in self.settings.by_key().values() if t.values is not None]
+
+    def _verified(self, trial: FrozenTrial) -> Verified:
+        record = Record.from_dict(trial.user_attrs["record"])
+        ms = trial.values[0]
+        low, high = record.ci_lo_ms, record.ci_hi_ms
+        return Verified(
+            trial=trial.number,
+            setting=Setting.from_dict(trial.user_attrs["setting"]),
+            ms=ms,
+            ci=(ms if low is None else low, ms if high is None else high),
+            memory_mb=record.peak_alloc_mb,
+            loss=trial.values[1] if self.second == "loss" else None,
+            feasible=all(value <= 0 for value in trial.constraints.values()),
+            predicted_ms=self.table.predict_ms(Setting.from_dict(trial.user_attrs["setting"])),
+        )
+
+    def find(self, setting: Setting) -> Verified | None:
+        """The measurement of a setting; None when there is none."""
+        return next((v for v in self.verified() if v.setting.key == setting.key), None)
+
+    def error(self) -> TableError:
+        """How well the table predicts what was measured end to end, the calibrating default left out."""
+        regime = self.request.regimes[0]
+        return self.table.error(
+            (v.setting, v.ms)
+            for v in self.verified()
+            if v.setting.key != self.reference.key and v.setting.regime == regime
+        )
+
+
+def _summary(record: Record) -> dict[str, Any]:
+    """What later steps and readers of the study need; the full row is in the records."""
+    kept = [
+        "cell_id",
+        "outcome",
+        "reason",
+        "evidence",
+        "median_ms",
+        "ci_lo_ms",
+        "ci_hi_ms",
+        "n_samples",
+        "noise_pct",
+        "peak_alloc_mb",
+        "images_per_s",
+        "run_id",
+        "timestamp_utc",
+    ]
+    data = record.to_dict()
+    return {name: data[name] for name in kept if data[name] not in (None, "")}
+
+
+def _failure(record: Record) -> dict[str, float]:
+    return {"memory" if record.outcome == "oom" else record.outcome: 1.0}
