@@ -22,6 +22,7 @@ __all__ = [
     "CONTEXT",
     "DTYPE_NAMES",
     "BatchSize",
+    "Dtype",
     "Duration",
     "Name",
     "Numbers",
@@ -149,13 +150,14 @@ class Name(ParamType):
         return text
 
 
-class _Dtype(Name):
+class Dtype(Name):
     """A dtype by its short or its long name, as its long name."""
 
     def __init__(self) -> None:
         super().__init__("dtype", lambda: DTYPE_NAMES)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The long name; raises `UnknownNameError`."""
         return DTYPE_NAMES[super().convert(value, param, ctx)]
 
 
@@ -227,7 +229,7 @@ work_options = _stack(
         "-b", "--batch-size", type=BatchSize(), multiple=True, help="Images per call, or auto; repeatable."
     ),
     click.option(
-        "--dtype", type=_Dtype(), help="fp32, fp16, bf16 or fp64.  [default: bf16 on a GPU, fp32 on a CPU]"
+        "--dtype", type=Dtype(), help="fp32, fp16, bf16 or fp64.  [default: bf16 on a GPU, fp32 on a CPU]"
     ),
     click.option("--amp", is_flag=True, help="Autocast to --dtype and keep float32 weights."),
     click.option("--channels-last", is_flag=True, help="Images and maps in channels-last memory order."),

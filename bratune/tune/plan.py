@@ -189,6 +189,18 @@ class Plan:
         sides = {s for s, k in zip(self.n_win, self.topks, strict=True) if k > 0}
         return sides.pop() if len(sides) == 1 else None
 
+    def model_arguments(self) -> dict[str, Any]:
+        """What `bratune.create_model` passes to the model's constructor."""
+        arguments: dict[str, Any] = {
+            "n_win": self.n_win,
+            "topks": self.topks,
+            "backend": tuple(name or "auto" for name in self.backends),
+            "config": tuple(config or None for config in self.configs),
+        }
+        if VARIANTS[self.model].layout == "biformer":
+            arguments["auto_pad"] = self.pads
+        return arguments
+
     @property
     def file_name(self) -> str:
         """Where `install` puts it below a folder: architecture, then what it is for."""

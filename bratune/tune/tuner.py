@@ -37,6 +37,8 @@ __all__ = ["Tuner"]
 
 # Shares of the budget after which a phase must be over.
 CELLS_UNTIL, LOSSES_UNTIL = 0.55, 0.7
+# Largest share kept free for the closing comparison.
+MOST_RESERVED = 0.35
 POLL_S = 0.5
 
 
@@ -230,8 +232,10 @@ class Tuner:
 
     def time_left(self) -> bool:
         """Whether another whole model can be measured before the closing comparison must start."""
-        reserve = 2 * self.request.how_much.rounds * self.pace.typical("setting")
-        return self.pace.left() > reserve * 1.2
+        reserve = 2.4 * self.request.how_much.rounds * self.pace.typical("setting")
+        if self.request.budget_s:
+            reserve = min(reserve, MOST_RESERVED * self.request.budget_s)
+        return self.pace.left() > reserve
 
     def enqueue_settings(self, named: Any, *, most: int | None = None) -> int:
         """Queue settings that were not measured yet; ``named`` are pairs of a name (or "") and a setting."""

@@ -1,0 +1,260 @@
+"""``bratune tune``: search S, top-k and backend per stage; write the best plan."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bratune.cli import options
+from bratune.errors import UsageError
+
+if TYPE_CHECKING:
+    from bratune.engine import Engine
+    from bratune.machine import Machine
+    from bratune.tune.fidelity_source import FidelitySource
+    from bratune.tune.request import Request
+    from bratune.tune.session import Result
+
+FORMATS = ("table", "json", "csv", "md")
+
+
+@click.command("tune", context_settings=options.CONTEXT)
+@options.target_options
+@options.what_options
+@click.option("-b", "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images.")
+@click.option(
+    "--dtype", type=options.Dtype(), help="fp32, fp16 or bf16.  [default: bf16 on a GPU, else fp32]"
+)
+@click.option("--amp", is_flag=True, help="Autocast to --dtype and keep float32 weights.")
+@click.option(
+    "--channels-last/--no-channels-last", default=True, help="Memory order.  [default: channels last]"
+)
+@click.option("--direction", type=click.Choice(["fwd", "fwd-bwd"]), default="fwd", show_default=True)
+@click.option("--backend", multiple=True, help="Only this backend; repeatable.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights: tune for them.")
+@click.option("--trained-res", type=options.Resolution(), help="Image size they were trained at.")
+@click.option(
+    "--images", type=click.Path(path_type=Path), metavar="DIR", help="Pictures to judge fidelity on."
+)
+@click.option("--labels", is_flag=True, help="The subfolders of --images are classes.")
+@click.option("--shared-run", is_flag=True, help="Without weights: judge by one weight-shared training run.")
+@click.option("--calibration-images", type=click.IntRange(8), default=128, show_default=True)
+@click.option("--allow-model-changes", is_flag=True, help="With weights: S and top-k may change.")
+@click.option("--allow-more-k", is_flag=True, help="With weights: more keys than in training too.")
+@click.option("--per-stage-s/--shared-s", default=None, help="S may differ between stages.")
+@click.option(
+    "--omega", type=click.FloatRange(0, 1), default=1.0, help="Without data: share of keys to keep."
+)
+@click.option("--objective", type=click.Choice(["auto", "fidelity", "memory"]), default="auto")
+@click.option("--constraint", multiple=True, metavar="EXPR", help="E.g. 'peak_alloc_mb<=20000'; repeatable.")
+@click.option(
+    "--pick", default="balanced", show_default=True, help="knee, fastest, lightest, safe, trial:N ..."
+)
+@click.option("--trials", type=click.IntRange(1), help="Settings measured end to end, at most.")
+@click.option("--sampler", type=click.Choice(["tpe", "nsga2", "gp", "random", "brute"]), default="tpe")
+@click.option("--no-lut", is_flag=True, help="Whole models only: let the sampler search.")
+@click.option("--storage", default="", metavar="URL", help="sqlite:///F, journal:///F or postgresql://...")
+@click.option("--study", default="", metavar="NAME", help="Name of the study.")
+@click.option("--join", default="", metavar="URL", help="Help the run that has this storage (and --study).")
+@click.option("--replay", type=click.Path(path_type=Path), metavar="DIR", help="Answer from records.")
+@click.option("--no-isolate", is_flag=True, help="Measure in this process.")
+@click.option("--no-install", is_flag=True, help='Do not put the plan where backend="auto" finds it.')
+@options.measuring_options
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the results."
+)
+@click.option("--format", "style", type=click.Choice(FORMATS), default="table", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Say what would be searched.")
+@options.config_file
+@click.pass_context
+def command(ctx: click.Context, /, **asked: Any) -> int:
+    """Search S, top-k and backend per stage; write the best plan.
+
+    The same command again goes on where it stopped. Without weights and without data nothing is said about
+    accuracy: every stage keeps at least the authors' keys per query. With --checkpoint only the cost
+    changes, unless --allow-model-changes.
+
+    \b
+    bratune tune --model biformer_small --res 512 --task segmentation
+    bratune tune --model biformer_tiny --checkpoint best.pth --images photos --allow-model-changes
+    bratune tune --join postgresql://me@host/studies --study NAME --device cuda:3
+    """  # noqa: D301
+    if asked["dump_config"]:
+        click.echo(options.dump_config(ctx))
+        return 0
+    from bratune.profile.target import find_target
+    from bratune.tune import session
+
+    target = find_target(asked["gpu"], asked["device"])
+    target.require_present()
+    if asked["join"]:
+        return _join(asked, target.machine)
+    request = _request(asked, target.machine)
+    if asked["dry_run"]:
+        _show_space(request)
+        return 0
+    folder = asked["output"] or Path("runs") / "tune" / request.study_name
+    try:
+        result = session.run(
+            _engine(asked, request, target.machine, folder),
+            request,
+            folder,
+            url=asked["storage"],
+            study=asked["study"],
+            fidelity=_fidelity(request, target.machine),
+            say=lambda text: click.echo(text, err=True),
+            command=_again(),
+            put_in_cache=not asked["no_install"] and not asked["replay"],
+        )
+    except KeyboardInterrupt:
+        click.echo(f"what was measured is in {folder}; the same command goes on: {_again()}", err=True)
+        raise
+    _show(result, asked["style"])
+    where = f" and {result.installed}" if result.installed else ""
+    click.echo(f"results: {result.path}{where}   again: {_again()}", err=True)
+    return 0
+
+
+def _request(asked: dict[str, Any], machine: Machine) -> Request:
+    from bratune.tune.request import Request
+    from bratune.variant import get_task
+
+    models = asked["model"] or ("biformer_tiny",)
+    if len(models) > 1:
+        raise UsageError(f"tune takes one model, not {len(models)}: {', '.join(models)}")
+    task = get_task(asked["task"] or "classification")
+    height, width = task.padded(*(asked["res"] or (task.height, task.width)))
+    if asked["n_win"] and not asked["checkpoint"]:
+        raise UsageError(
+            "--n-win and --topks say what a --checkpoint was trained with; without one S is tuned"
+        )
+    n_win = asked["n_win"] or ()
+    return Request(
+        model=models[0],
+        task=task.name,
+        height=height,
+        width=width,
+        batch=asked["batch_size"],
+        dtype=asked["dtype"] or ("bfloat16" if machine.is_cuda else "float32"),
+        amp=asked["amp"],
+        direction=asked["direction"],
+        layout="nhwc" if asked["channels_last"] else "nchw",
+        regimes=tuple(asked["regime"]) or ("eager",),
+        l2=asked["l2"] or ("cold" if machine.is_cuda else "warm"),
+        backends=tuple(asked["backend"]),
+        per_stage_s=asked["per_stage_s"],
+        checkpoint=str(asked["checkpoint"] or ""),
+        trained_n_win=n_win * 4 if len(n_win) == 1 else n_win,
+        trained_topks=asked["topks"] or (),
+        trained_res=asked["trained_res"] or (0, 0),
+        images=str(asked["images"] or ""),
+        labels=asked["labels"],
+        shared_run=asked["shared_run"],
+        calibration_images=asked["calibration_images"],
+        allow_model_changes=asked["allow_model_changes"],
+        allow_more_k=asked["allow_more_k"],
+        objective=asked["objective"],
+        constraints=tuple(asked["constraint"]),
+        pick=asked["pick"],
+        omega=asked["omega"],
+        trials=asked["trials"] or 0,
+        sampler=asked["sampler"],
+        table=not asked["no_lut"],
+        effort=asked["effort"] or ("standard" if machine.is_cuda else "quick"),
+        budget_s=asked["budget"] or 0.0,
+        seed=asked["seed"],
+    )
+
+
+def _engine(asked: dict[str, Any], request: Request, machine: Machine, folder: Path) -> Engine:
+    from bratune.measure.settings import MeterSettings
+    from bratune.profile.engine import LocalEngine
+    from bratune.store import Store
+
+    changes = {
+        "min_time_s": asked["min_time"],
+        "max_noise_pct": asked["max_noise"],
+        "timeout_s": asked["timeout"],
+    }
+    settings = MeterSettings.for_effort(
+        request.effort, **{name: value for name, value in changes.items() if value is not None}
+    )
+    run_id = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    return LocalEngine(machine, settings, store=Store(folder / "records.jsonl"), run_id=run_id)
+
+
+def _fidelity(request: Request, machine: Machine) -> FidelitySource | None:
+    from bratune.tune.open_fidelity import open_fidelity
+
+    return open_fidelity(request, machine, say=lambda text: click.echo(text, err=True))
+
+
+def _join(asked: dict[str, Any], machine: Machine) -> int:
+    from bratune.tune.request import Request
+    from bratune.tune.storage import open_storage, serves_several
+    from bratune.tune.tuner import Tuner
+
+    if not serves_several(asked["join"]):
+        raise UsageError(
+            "SQLite serves one process only; start the run with --storage journal:///FILE (one host) "
+            "or postgresql://... (several) and join that"
+        )
+    import optuna
+
+    storage = open_storage(asked["join"])
+    known = {s.study_name: s.user_attrs for s in optuna.get_all_study_summaries(storage)}
+    open_ones = [name for name, attrs in known.items() if "request" in attrs]
+    name = asked["study"] or (open_ones[0] if len(open_ones) == 1 else "")
+    if name not in open_ones:
+        raise UsageError(f"--study must name one of: {', '.join(open_ones) or 'none is there yet'}")
+    request = Request.from_dict(known[name]["request"])
+    folder = asked["output"] or Path("runs") / "tune" / f"{name}-joined"
+    tuner = Tuner(
+        _engine(asked, request, machine, folder),
+        request,
+        asked["join"],
+        study=name,
+        fidelity=_fidelity(request, machine),
+        say=lambda text: click.echo(text, err=True),
+    )
+    click.echo(f"{tuner.help()} trials done for {name}", err=True)
+    return 0
+
+
+def _show_space(request: Request) -> None:
+    space = request.space
+    for i in space.routed:
+        choices = list(space.model_choices(i))
+        height, width = space.variant.maps(space.height, space.width)[i]
+        click.echo(f"stage {i + 1}, {height}x{width} tokens: {len(choices)} choices of S and top-k")
+        for s in space.windows(i):
+            waste = space.stage(i, s, 1).padding_waste
+            click.echo(f"  S={s} (padding {waste:.0%}): k in {', '.join(map(str, space.topks(i, s)))}")
+    for name, setting in request.first_settings().items():
+        click.echo(f"tried first: {name}: {setting}")
+
+
+def _again() -> str:
+    return shlex.join(["bratune", *sys.argv[1:]])
+
+
+def _show(result: Result, style: str) -> None:
+    if style == "json":
+        click.echo(json.dumps({"plan": result.plan.to_dict(), "front": result.rows}, indent=1))
+        return
+    from bratune.report.tables import to_csv
+    from bratune.tune.summary import front_table, plan_text
+
+    if style == "csv":
+        columns = list(result.rows[0])
+        click.echo(to_csv(columns, [[row[name] for name in columns] for row in result.rows]))
+        return
+    click.echo(front_table(result.rows, markdown=style == "md"))
+    click.echo(plan_text(result.plan))

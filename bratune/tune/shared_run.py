@@ -1,0 +1,237 @@
+"""Shared run: one short training in which S and top-k are drawn anew at every step.
+
+S and top-k own no parameters, so that one set of weights can be trained for all settings at once and then be
+validated with each. It ranks settings for training from scratch about as well as one short training of every
+setting, at the cost of one; differences within two standard errors are no differences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bratune.kernels.backbone import Backbone
+from bratune.kernels.biformer import build
+from bratune.tune import evidence
+from bratune.tune.checkpoint_fidelity import BACKEND, outputs
+from bratune.tune.fidelity_source import Fidelity
+from bratune.tune.ledger import derived_seed
+from bratune.tune.pictures import Pictures, load_pictures
+from bratune.tune.progress import Say
+from bratune.tune.request import Request
+from bratune.tune.rerouting import reroute
+from bratune.tune.space import Setting, Space
+
+__all__ = ["Recipe", "SharedRun", "train_shared"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a shared run trains.
+
+    Attributes:
+        steps: Of every seed.
+        seeds: Runs; two are the fewest that give a standard error.
+        norm_batches: Batches on which running statistics are taken anew for every setting.
+    """
+
+    steps: int = 300
+    batch: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    seeds: int = 2
+    norm_batches: int = 8
+
+
+def draw(space: Space, rng: random.Random) -> Setting:
+    """A setting for one step: a quarter the largest top-k, a quarter the smallest, half at random."""
+    kind = rng.random()
+    if space.per_stage:
+        sides = {i: rng.choice(space.windows(i)) for i in space.routed}
+    else:
+        one = rng.choice([w.n_win for w in space.shared_windows()])
+        sides = dict.fromkeys(space.routed, one)
+    n_win = [space.base_n_win] * len(space.variant.dims)
+    topks = list(space.variant.topks)
+    for i in space.routed:
+        legal = space.topks(i, sides[i])
+        n_win[i] = sides[i]
+        topks[i] = legal[-1] if kind < 0.25 else legal[0] if kind < 0.5 else rng.choice(legal)
+    return space.setting(n_win, topks)
+
+
+def train_shared(
+    model: Backbone,
+    images: Tensor,
+    labels: Tensor,
+    choose: Callable[[], Setting],
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+) -> list[float]:
+    """Train a classifier, every step with the setting that ``choose`` returns; returns the loss of each step.
+
+    Args:
+        model: On the device to use.
+        images: ``[N, 3, H, W]``.
+        labels: ``[N]`` int64.
+        choose: Called once per step; always the same setting makes it an ordinary training.
+        recipe: How.
+        seed: Of the order of the images.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps)
+    generator = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    model.train()
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(recipe.steps):
+        if len(order) < min(recipe.batch, len(images)):
+            order = torch.randperm(len(images), generator=generator)
+        rows, order = order[: recipe.batch], order[recipe.batch :]
+        setting = choose()
+        reroute(model, setting.n_win, setting.topks)
+        logits = model(images[rows].to(device))
+        loss = nn.functional.cross_entropy(logits, labels[rows].to(device), label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def renorm(model: Backbone, images: Tensor, *, batch: int, batches: int) -> None:
+    """Take the running statistics of batch normalisation anew, for the setting that is in place."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    kept = [m.momentum for m in norms]
+    device = next(model.parameters()).device
+    model.train()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+    with torch.no_grad():
+        for some in images[: batch * batches].split(batch):
+            if len(some) > 1:
+                model(some.to(device))
+    for norm, momentum in zip(norms, kept, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+class SharedRun:
+    """A `bratune.tune.fidelity_source.FidelitySource` over weights that were trained for all settings.
+
+    The loss of a setting is how far its validation accuracy falls below the reference's by more than two
+    standard errors, as a fraction; so settings that cannot be told apart share the loss 0.
+
+    Args:
+        models: One per seed, trained by `train_shared`.
+        space: Model and resolution.
+        reference: What is compared with.
+        train: Pictures that running statistics are taken on.
+        valid: Labelled pictures that were not trained on.
+        recipe: How the models were trained.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Backbone],
+        space: Space,
+        reference: Setting,
+        train: Pictures,
+        valid: Pictures,
+        recipe: Recipe,
+    ) -> None:
+        self.models, self.space, self.reference = list(models), space, reference
+        self.train_pictures, self.valid, self.recipe = train, valid, recipe
+        self._seen: dict[str, list[Tensor]] = {}
+
+    @classmethod
+    def train(
+        cls, request: Request, *, device: str, recipe: Recipe | None = None, say: Say = lambda text: None
+    ) -> SharedRun:
+        """Train one model per seed on four fifths of the request's pictures."""
+        recipe = recipe or Recipe()
+        size = request.height, request.width
+        whole = load_pictures(request.images, *size, count=10**9, labels=True, seed=request.seed)
+        assert whole.labels is not None
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(request.seed))
+        cut = len(whole) * 4 // 5
+        train, valid = (
+            dataclasses.replace(whole, images=whole.images[rows], labels=whole.labels[rows])
+            for rows in (order[:cut], order[cut:])
+        )
+        assert train.labels is not None
+        models, space = [], request.space
+        for index in range(recipe.seeds):
+            seed = derived_seed(request.seed, "shared run", index)
+            torch.manual_seed(seed)
+            options = {"auto_pad": True} if space.variant.layout == "biformer" else {}
+            model = build(space.model, num_classes=len(whole.classes), backend=BACKEND, **options).to(device)
+            rng = random.Random(seed)
+            losses = train_shared(
+                model, train.images, train.labels, lambda rng=rng: draw(space, rng), recipe, seed=seed
+            )
+            say(f"shared run {index + 1} of {recipe.seeds}: loss {losses[0]:.3f} to {losses[-1]:.3f}")
+            models.append(model)
+        return cls(models, space, request.reference, train, valid, recipe)
+
+    @property
+    def key(self) -> str:
+        """Pictures, recipe and reference."""
+        text = f"{self.valid.key}-{self.recipe}-{self.space.model_key(self.reference)}"
+        return "shared-" + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Indistinguishable from the reference, by every rule."""
+        return dict.fromkeys(("safe", "balanced", "fast"), 0.0)
+
+    def stage_loss(self, index: int, n_win: int, topk: int) -> float:
+        """The loss of the reference with only one stage changed."""
+        sides, topks = list(self.reference.n_win), list(self.reference.topks)
+        sides[index], topks[index] = n_win, topk
+        return self.joint(self.space.setting(sides, topks)).loss
+
+    def joint(self, setting: Setting) -> Fidelity:
+        """How far validation accuracy falls below the reference's, and the evidence for it."""
+        own, reference = self._correct(setting), self._correct(self.reference)
+        gains = [float((a.double() - b.double()).mean()) for a, b in zip(own, reference, strict=True)]
+        gain = sum(gains) / len(gains)
+        error = self._error(own, reference, gains)
+        found = evidence.shared_run(gain=100 * gain, error=100 * error, seeds=len(gains))
+        return Fidelity(loss=max(0.0, -gain - 2 * error), evidence=found)
+
+    def _error(self, own: list[Tensor], reference: list[Tensor], gains: list[float]) -> float:
+        """Standard error of the mean gain: between seeds, and of the pictures within a seed."""
+        count = len(gains)
+        mean = sum(gains) / count
+        between = sum((g - mean) ** 2 for g in gains) / max(count - 1, 1) / count
+        within = [
+            float((a.double() - b.double()).var()) / len(a) for a, b in zip(own, reference, strict=True)
+        ]
+        return float((between + sum(within) / count / count) ** 0.5)
+
+    def _correct(self, setting: Setting) -> list[Tensor]:
+        key = self.space.model_key(setting)
+        if key not in self._seen:
+            assert self.valid.labels is not None
+            found = []
+            for model in self.models:
+                reroute(model, setting.n_win, setting.topks)
+                recipe = self.recipe
+                renorm(model, self.train_pictures.images, batch=recipe.batch, batches=recipe.norm_batches)
+                found.append(outputs(model, self.valid.images)[0].argmax(1) == self.valid.labels)
+            self._seen[key] = found
+        return self._seen[key]

@@ -1,0 +1,70 @@
+"""Summary: the front and the plan in words, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bratune.tune.plan import Plan
+
+__all__ = ["front_table", "plan_text"]
+
+
+def front_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) -> str:
+    """Verified settings, one per line: ``*`` is on the front, ``>`` is the pick."""
+    head = ["", "trial", "setting", "ms", "+-95 %", "predicted", "peak MB", "divergence", "what it is"]
+    body = [head]
+    for row in rows:
+        mark = (">" if row["picked"] else "") + ("*" if row["front"] else "")
+        low, high = row["ci_ms"]
+        body.append(
+            [
+                mark + ("" if row["feasible"] else "x"),
+                str(row["trial"]),
+                row["setting"],
+                f"{row['ms']:.3f}",
+                f"{(high - low) / 2:.3f}",
+                "" if row["predicted_ms"] is None else f"{row['predicted_ms']:.3f}",
+                "" if row["peak_alloc_mb"] is None else f"{row['peak_alloc_mb']:.0f}",
+                "" if row["divergence"] is None else f"{row['divergence']:.4f}",
+                row["name"],
+            ]
+        )
+    if markdown:
+        lines = ["| " + " | ".join(line) + " |" for line in body]
+        return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
+    widths = [max(len(line[i]) for line in body) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in (0, 2, 8) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in body
+    )
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan in a few lines: what, why, how much faster, on what evidence."""
+    end = plan.end_to_end
+    lines = [f"plan: {plan}", f"why: {plan.reason}"]
+    if end.speedup is not None and end.speedup_ci is not None:
+        low, high = end.speedup_ci
+        lines.append(
+            f"against the default ({plan.default}): {end.verdict}, {end.speedup:.3f}x "
+            f"[{low:.3f}, {high:.3f}], {end.rounds} interleaved pairs, "
+            f"{plan.measured} on {plan.machine.gpu_name}"
+        )
+    else:
+        lines.append(f"against the default ({plan.default}): {end.verdict}: {end.reason}")
+    lines.append(f"accuracy: {plan.evidence}")
+    error = plan.table_error
+    if error.get("n"):
+        text = f"table of stages against whole models: MAPE {error['mape']:.1%} over {error['n']} settings"
+        if "kendall" in error and "spearman" in error:
+            text += f", Kendall {error['kendall']:.2f}, Spearman {error['spearman']:.2f}"
+        lines.append(text)
+    if not plan.complete:
+        lines.append(
+            "incomplete: the budget was spent before everything was measured; the same command goes on"
+        )
+    return "\n".join(lines)
