@@ -39,8 +39,7 @@ def recall_curves(
         own, keys = (to_head_regions(x[i : i + 1], region, heads)[0].float() for x in (q, k))
         count, tokens = own.shape[1], own.shape[2]
         logits = own.flatten(1, 2) @ keys.flatten(1, 2).transpose(-1, -2) * scale
-        mass = logits.softmax(-1).unflatten(-1, (count, tokens)).sum(-1)  # [heads, R * n, R]
-        mass = mass.unflatten(1, (count, tokens)).mean((0, 2))  # [R, R]
+        mass = logits.softmax(-1).view(heads, count, tokens, count, tokens).sum(-1).mean((0, 2))  # [R, R]
         routed.append(mass.gather(-1, order[i]).cumsum(-1).mean(0))
         best.append(mass.sort(-1, descending=True).values.cumsum(-1).mean(0))
     return torch.stack(routed).mean(0), torch.stack(best).mean(0)

@@ -27,7 +27,7 @@ def reroute(model: Backbone, n_win: Sequence[int], topks: Sequence[int]) -> None
             if _is_routed(module):
                 module.n_win, module.topk = s, k  # type: ignore[assignment]  # nn.Module types them as tensors
     if hasattr(model, "n_wins"):
-        model.n_wins = tuple(n_win)
+        model.n_wins = tuple(n_win)  # type: ignore[assignment]
 
 
 def _is_routed(module: nn.Module) -> bool:

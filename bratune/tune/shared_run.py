@@ -8,10 +8,12 @@ setting, at the cost of one; differences within two standard errors are no diffe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +123,7 @@ def renorm(model: Backbone, images: Tensor, *, batch: int, batches: int) -> None
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
     with torch.no_grad():
-        for some in images[: batch * batches].split(batch):
+        for some in torch.split(images[: batch * batches], batch):  # type: ignore[no-untyped-call]
             if len(some) > 1:
                 model(some.to(device))
     for norm, momentum in zip(norms, kept, strict=True):
@@ -177,12 +179,11 @@ class SharedRun:
         for index in range(recipe.seeds):
             seed = derived_seed(request.seed, "shared run", index)
             torch.manual_seed(seed)
-            options = {"auto_pad": True} if space.variant.layout == "biformer" else {}
+            options: dict[str, Any] = {"auto_pad": True} if space.variant.layout == "biformer" else {}
             model = build(space.model, num_classes=len(whole.classes), backend=BACKEND, **options).to(device)
             rng = random.Random(seed)
-            losses = train_shared(
-                model, train.images, train.labels, lambda rng=rng: draw(space, rng), recipe, seed=seed
-            )
+            choose = functools.partial(draw, space, rng)
+            losses = train_shared(model, train.images, train.labels, choose, recipe, seed=seed)
             say(f"shared run {index + 1} of {recipe.seeds}: loss {losses[0]:.3f} to {losses[-1]:.3f}")
             models.append(model)
         return cls(models, space, request.reference, train, valid, recipe)
