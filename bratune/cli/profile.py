@@ -36,7 +36,11 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
 @options.work_options
 @click.option("--stage", type=click.IntRange(1, 4), multiple=True, help="Only this stage; repeatable.")
 @click.option("--suite", metavar="NAME", help="A list of measurements, see `bratune list suites`.")
-@click.option("--whole-model/--no-whole-model", default=True, help="Time whole models too.  [default: yes]")
+@click.option(
+    "--whole-model/--no-whole-model",
+    default=None,
+    help="Time whole models too.  [default: yes, without --stage]",
+)
 @options.measuring_options
 @options.engine_options
 @options.output_options
@@ -71,7 +75,8 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     if asked["measured"]:
         target.require_present()
     values = options.request_values(asked)
-    values |= {"regimes": asked["regime"], "l2": asked["l2"], "whole_model": asked["whole_model"]}
+    whole = not asked["stage"] if asked["whole_model"] is None else asked["whole_model"]
+    values |= {"regimes": asked["regime"], "l2": asked["l2"], "whole_model": whole}
     request = make_request(target.machine, **values)
     if target.absent:
         gpus.check_dtype(target.absent, request.dtype)
@@ -125,9 +130,10 @@ def _run(
         with _engine(target, replayed, settings, store, asked, progress, flags) as engine:
             for record in session.run(request, engine, stages):
                 rows.append(record)
-                progress.finish(record)
                 if target.absent:
                     store.append(record)
+                else:
+                    progress.finish(record)
     except KeyboardInterrupt:
         progress.close()
         click.echo(f"{len(rows)} rows are in {path}", err=True)

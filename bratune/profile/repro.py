@@ -33,7 +33,7 @@ def command_for(cell: Cell, *, extra: Sequence[str] = ()) -> str:
     if cell.part == "model":
         words += [f"--n-win={cell.n_win}", f"--topks={cell.topk}"]
     else:
-        words += ["--stage", str(cell.stage), "--no-whole-model"]
+        words += ["--stage", str(cell.stage)]
         words += ["--routes", cell.route_distribution] if cell.route_distribution != "recorded" else []
     for name in dict.fromkeys(cell.backend.split(",")):
         words += ["--backend", name] if name else []

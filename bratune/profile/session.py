@@ -6,12 +6,14 @@ then put into a whole block, and the fastest of all stages together into the who
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bratune.cell import Cell
 from bratune.engine import Engine
 from bratune.profile.cells import BASELINE, Scene, scenes
+from bratune.profile.engine import Baselines
 from bratune.profile.request import Request
 from bratune.profile.summary import best_attention
 from bratune.record import Record
@@ -59,9 +61,10 @@ def run(request: Request, engine: Engine, stages: tuple[int, ...] = ()) -> Itera
     """
     for scene in scenes(request):
         rows: list[Record] = []
+        baselines = Baselines()
         for record in _scene_rows(scene, engine, rows, stages):
-            rows.append(record)
-            yield record
+            rows.append(baselines.compared(Cell.from_dict(json.loads(record.cell)), record))
+            yield rows[-1]
 
 
 def _scene_rows(

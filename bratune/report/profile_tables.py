@@ -61,9 +61,11 @@ def _attention_table(rows: Sequence[Record]) -> Table:
     attention = [row for row in rows if row.part == "attention"]
     kinds = {row.route_distribution for row in attention}
     floors = any(row.roofline_pct is not None for row in attention)
+    memory = any(row.peak_alloc_mb is not None for row in attention)
     columns = ["<stage", "<map", "<regions", "top-k", "keys/query", "<backend"]
     columns += ["<routes"] if len(kinds) > 1 else []
-    columns += ["median ms", "±95 %", "vs gather", "peak MB"]
+    columns += ["median ms", "±95 %", "vs gather"]
+    columns += ["peak MB"] if memory else []
     columns += ["of floor"] if floors else []
     found: list[Row] = []
     last: tuple[object, ...] = ()
@@ -81,10 +83,14 @@ def _attention_table(rows: Sequence[Record]) -> Table:
         if row.median_ms is None:
             found.append(Note(who, _why(row)))
             continue
+        peak = (_megabytes(row.peak_alloc_mb),) if memory else ()
         floor = (_percent(row.roofline_pct),) if floors else ()
-        numbers = (_ms(row.median_ms), _spread(row), _speedup(row, attention), _megabytes(row.peak_alloc_mb))
-        found.append((*who, *numbers, *floor))
-    return Table(tuple(columns), tuple(found), title="attention by backend, one block")
+        found.append((*who, _ms(row.median_ms), _spread(row), _speedup(row, attention), *peak, *floor))
+    return Table(
+        tuple(columns),
+        tuple(found),
+        title="attention of one block, by backend; regions: how many (tokens in each)",
+    )
 
 
 def _stage_cells(row: Record) -> tuple[str, ...]:
@@ -94,7 +100,7 @@ def _stage_cells(row: Record) -> tuple[str, ...]:
     if row.topk.startswith("-"):
         return stage, f"{height}x{width}", "whole map", "all", str(height * width)
     grid = -(-height // rh), -(-width // rw)
-    regions = f"{grid[0]}x{grid[1]} of {rh}x{rw}"
+    regions = f"{grid[0]}x{grid[1]} ({rh * rw})"
     return (
         stage,
         f"{height}x{width}",
@@ -123,7 +129,7 @@ def _parts_table(rows: Sequence[Record]) -> Table:
     return Table(
         ("stage", *parts, "sum", "block", "residual"),
         tuple(cells),
-        title="one block with its fastest backend, median ms: parts, their sum, the whole block measured",
+        title="one block with its fastest backend, median ms: its parts, their sum, the block as a whole",
     )
 
 
@@ -166,7 +172,12 @@ def _ms(value: float | None) -> str:
 
 
 def _spread(row: Record) -> str:
-    return DASH if row.noise_pct is None else f"±{row.noise_pct:.1f} %"
+    """Half the interval of the median in percent of it."""
+    if row.noise_pct is not None:
+        return f"±{row.noise_pct:.1f} %"
+    if not row.median_ms or row.ci_lo_ms is None or row.ci_hi_ms is None:
+        return DASH
+    return f"±{100 * (row.ci_hi_ms - row.ci_lo_ms) / 2 / row.median_ms:.0f} %"
 
 
 def _percent(value: float | None) -> str:

@@ -49,13 +49,14 @@ class Table:
         return tuple(c.removeprefix("<") for c in self.columns)
 
 
-def to_text(table: Table, *, width: int = WIDTH, gap: str = "  ") -> str:
-    """Aligned columns for a terminal."""
+def to_text(table: Table, *, width: int = WIDTH) -> str:
+    """Aligned columns for a terminal; they move closer where they would be wider than the width."""
     heads = table.headings
     sizes = [len(head) for head in heads]
     for row in table.rows:
         cells = row.before if isinstance(row, Note) else row
         sizes = [max(size, len(cell)) for size, cell in zip(sizes, _filled(cells, len(heads)), strict=True)]
+    gap = "  " if sum(sizes) + 2 * (len(sizes) - 1) <= width else " "
     left = [column.startswith("<") for column in table.columns]
 
     def line(cells: Sequence[str]) -> str:
