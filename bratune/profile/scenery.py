@@ -72,9 +72,9 @@ def block_for(cell: Cell, device: str) -> Residual:
     variant, index = get_variant(cell.model), cell.stage - 1
     full = -1 if variant.layout == "stl_nchw" else -2
     count = len(variant.dims)
-    topks, windows = [full] * count, [1] * count
-    topks[index], windows[index] = int(cell.topk), max(1, int(cell.n_win))
-    model = _seeded(cell.model, cell.seed, n_win=windows, topks=topks, depth=(1,) * count)
+    topks, windows, depth = [full] * count, [1] * count, [0] * count
+    topks[index], windows[index], depth[index] = int(cell.topk), max(1, int(cell.n_win)), 1
+    model = _seeded(cell.model, cell.seed, n_win=windows, topks=topks, depth=depth, num_classes=0)
     block = _first_block(model.stages[index])
     published = scenery_for(cell, device).weights[index]
     own = block.state_dict()

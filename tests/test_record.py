@@ -1,0 +1,152 @@
+"""Records: units in the names, absent stays absent, failures carry a reason, JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from bratune.cell import Cell
+from bratune.errors import BratuneError, ProblemError, StoreError, UnknownNameError
+from bratune.machine import Machine
+from bratune.problem import Problem
+from bratune.record import OUTCOMES, SCHEMA, Record
+
+PROBLEM = Problem(batch=2, height=56, width=56, heads=2, head_dim=32, region=(8, 8), topk=1)
+CELL = Cell(
+    part="attention",
+    problem=PROBLEM,
+    backend="gather",
+    model="biformer_tiny",
+    task="classification",
+    image=(224, 224),
+    stage=1,
+    block_count=2,
+    n_win="7",
+    topk="1",
+)
+MACHINE = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="Some CPU", sm_count=2, threads=2)
+
+
+def test_a_record_of_a_cell_says_what_how_and_where() -> None:
+    row = Record.of(CELL, MACHINE, median_ms=1.5, n_samples=10)
+    assert row.cell_id == CELL.cell_id
+    assert (row.model, row.stage, row.backend, row.region, row.image_height) == (
+        "biformer_tiny",
+        1,
+        "gather",
+        "8x8",
+        224,
+    )
+    assert (row.gpu_name, row.threads, row.compute_capability) == ("Some CPU", 2, "")
+    assert row.ok
+    assert Cell.from_dict(json.loads(row.cell)) == CELL
+
+
+def test_absent_fields_are_left_out_of_the_line_and_come_back_as_none() -> None:
+    line = Record.of(CELL, MACHINE, outcome="started").to_json()
+    assert "median_ms" not in json.loads(line)
+    assert Record.from_json(line).median_ms is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Record(),
+        Record.of(CELL, MACHINE, median_ms=0.25, git_dirty=False, launch_bound=True, max_rel_err=0.0),
+        Record.of(CELL, MACHINE, outcome="oom", reason='asked for 34 GiB, "24" are there\nsecond line'),
+    ],
+    ids=["empty", "measured", "failed"],
+)
+def test_a_record_survives_its_line(row: Record) -> None:
+    assert "\n" not in row.to_json()
+    assert Record.from_json(row.to_json()) == row
+
+
+@pytest.mark.parametrize("outcome", [o for o in OUTCOMES if o not in ("measured", "modelled", "started")])
+def test_a_failure_needs_a_reason(outcome: str) -> None:
+    with pytest.raises(StoreError, match="needs a reason"):
+        Record.of(CELL, MACHINE, outcome=outcome)
+    row = Record.of(CELL, MACHINE, outcome=outcome, reason="because")
+    assert not row.ok
+
+
+@pytest.mark.parametrize(
+    ("values", "said"), [({"outcome": "fine"}, "outcome 'fine'"), ({"evidence": "hearsay"}, "evidence")]
+)
+def test_unknown_words_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(StoreError, match=said):
+        Record(**values)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_none_cannot_be_written(number: float) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        Record.of(CELL, MACHINE, median_ms=number).to_json()
+
+
+def test_fields_of_a_newer_version_are_ignored_and_a_newer_schema_is_refused() -> None:
+    data = Record.of(CELL, MACHINE).to_dict()
+    assert Record.from_dict({**data, "aura": "purple"}).cell_id == CELL.cell_id
+    with pytest.raises(StoreError, match="a newer bratune would read them"):
+        Record.from_dict({**data, "schema": SCHEMA + 1})
+
+
+@pytest.mark.parametrize("line", ["", "{", "[1, 2]", '{"outcome": "fine"}'])
+def test_a_line_that_is_no_record_is_refused(line: str) -> None:
+    with pytest.raises(StoreError):
+        Record.from_json(line)
+
+
+# --- cells -------------------------------------------------------------------------------------------
+
+
+def test_a_cell_has_the_same_name_in_every_process() -> None:
+    assert CELL.cell_id == Cell.from_dict(json.loads(json.dumps(CELL.to_dict()))).cell_id
+    assert len(CELL.cell_id) == 16
+    assert int(CELL.cell_id, 16) >= 0
+
+
+def test_settings_are_the_same_however_they_are_spelt() -> None:
+    one, other = CELL.replace(config='{"b": 1, "a": 2}'), CELL.replace(config='{"a":2,"b":1}')
+    assert one == other
+    assert one.cell_id == other.cell_id
+    assert one.settings == {"a": 2, "b": 1}
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Cell) if f.name != "problem"])
+def test_every_field_of_a_cell_is_part_of_its_name(field: str) -> None:
+    others: dict[str, Any] = {
+        "part": "block",
+        "config": '{"x": 1}',
+        "image": (256, 256),
+        "regime": "graph",
+        "l2": "warm",
+        "route_distribution": "random",
+        "extra": '{"x": 1}',
+    }
+    value = getattr(CELL, field)
+    if field not in others:
+        others[field] = not value if isinstance(value, bool) else value + type(value)(1)
+    assert CELL.replace(**{field: others[field]}).cell_id != CELL.cell_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"part": "soul"}, UnknownNameError),
+        ({"regime": "lazy"}, UnknownNameError),
+        ({"l2": "tepid"}, UnknownNameError),
+        ({"route_distribution": "scenic"}, UnknownNameError),
+        ({"config": "{"}, ProblemError),
+    ],
+)
+def test_a_cell_is_checked_when_it_is_made(changes: dict[str, str], kind: type[BratuneError]) -> None:
+    with pytest.raises(kind):
+        CELL.replace(**changes)
+
+
+def test_cells_with_different_problems_have_different_names() -> None:
+    assert CELL.replace(problem=PROBLEM.replace(batch=3)).cell_id != CELL.cell_id
