@@ -63,7 +63,8 @@ def run(request: Request, engine: Engine, stages: tuple[int, ...] = ()) -> Itera
         rows: list[Record] = []
         baselines = Baselines()
         for record in _scene_rows(scene, engine, rows, stages):
-            rows.append(baselines.compared(Cell.from_dict(json.loads(record.cell)), record))
+            cell = Cell.from_dict(json.loads(record.cell))
+            rows.append(baselines.compared(cell, record))
             yield rows[-1]
 
 
