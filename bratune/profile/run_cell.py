@@ -12,6 +12,7 @@ from bratune.errors import BratuneError, UnsupportedError
 from bratune.kernels import registry
 from bratune.machine import Machine
 from bratune.measure import gate
+from bratune.measure.energy import energy_fields
 from bratune.measure.meter import Meter
 from bratune.measure.settings import MeterSettings
 from bratune.predict.model import bound_cell
@@ -87,6 +88,8 @@ def _measure(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings
     measured = meter.measure(made.call, settings)
     values = {**checked, **measured.to_record_fields()}
     values |= derived(cell, measured.median_ms, made.images) | _floor(cell, machine, measured.median_ms)
+    if cell.part == "model":
+        values |= energy_fields(made.call, machine, made.images)
     return Result(Record.of(cell, machine, outcome="measured", **values), measured.samples_ms)
 
 

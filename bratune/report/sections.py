@@ -139,7 +139,7 @@ def _energy(source: _Source) -> Section:
     return Section(
         name="energy",
         title="How much energy does an image take?",
-        lead="Board energy above idle, over windows of at least one second.",
+        lead="Energy of the whole board, its idle share included, over windows of at least one second.",
         panels=tuple(bars.energy_panels(rows)),
         rows=tuple(rows),
         missing="no record has an energy (it needs a GPU whose driver reports power)",
