@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator
@@ -12,11 +13,12 @@ import pytest
 
 from bratune.cell import Cell
 from bratune.errors import UsageError
+from bratune.profile.finalists import Final
 from bratune.record import Record
 from bratune.tune.conclude import conclude, front_rows
 from bratune.tune.encoding import Encoding
 from bratune.tune.fidelity_source import FidelitySource
-from bratune.tune.guard import compare
+from bratune.tune.guard import judged
 from bratune.tune.plan import Plan, load_plan
 from bratune.tune.request import Request
 from bratune.tune.synthetic import BACKENDS, SyntheticFidelity, SyntheticWorld, offers
@@ -49,7 +51,12 @@ def tuner(folder: Path, world: Any, asked: Request, *, kind: str = "journal", **
 def tune(folder: Path, world: Any, asked: Request, **more: Any) -> Plan:
     worker = tuner(folder, world, asked, **more)
     worker.search()
-    return conclude(worker)
+    return end(worker)
+
+
+def end(worker: Tuner, **more: Any) -> Plan:
+    """Conclude, the comparison on the engine of the search."""
+    return conclude(worker, lambda: contextlib.nullcontext(worker.engine), **more)
 
 
 WITH_WEIGHTS = {"checkpoint": "w.pth", "images": "d"}
@@ -94,7 +101,7 @@ def test_with_images_and_permission_the_pick_keeps_the_divergence_limit(tmp_path
     asked = request(**WITH_WEIGHTS, allow_model_changes=True, pick="safe", effort="standard")
     worker = tuner(tmp_path, SyntheticWorld(seed=1), asked)
     worker.search()
-    plan = conclude(worker)
+    plan = end(worker)
     found = worker.find(plan.setting)
     assert found is not None
     assert found.loss is not None
@@ -128,7 +135,7 @@ def test_constraint_keeps_settings_out_of_the_pick(tmp_path: Path) -> None:
     asked = request(constraints=(f"median_ms>={1.05 * fastest}",))
     worker = tuner(tmp_path, SyntheticWorld(seed=1), asked)
     worker.search()
-    chosen = worker.find(conclude(worker).setting)
+    chosen = worker.find(end(worker).setting)
     assert chosen is not None
     assert chosen.ms >= 1.05 * fastest
     assert any(not v.feasible for v in worker.verified())
@@ -207,7 +214,7 @@ def test_search_without_a_table_measures_whole_models_only(tmp_path: Path, sampl
     asked = request(table=False, sampler=sampler, trials=12)
     worker = tuner(tmp_path, world, asked)
     worker.search()
-    plan = conclude(worker)
+    plan = end(worker)
     assert {c.part for c in world.measured} == {"model"}
     assert 3 <= len(worker.verified()) <= 12
     assert plan.end_to_end.verdict == "faster"
@@ -221,7 +228,7 @@ def test_budget_stops_the_search_and_keeps_what_is_there(tmp_path: Path) -> None
     asked = request(budget_s=60.0)
     worker = tuner(tmp_path, SyntheticWorld(seed=1), asked, clock=lambda: float(next(ticks)), say=said.append)
     worker.search()
-    plan = conclude(worker, complete=False)
+    plan = end(worker, complete=False)
     assert any("stay queued for the next run" in line for line in said)
     assert not plan.complete
     assert worker.cells.trials("WAITING")
@@ -256,7 +263,7 @@ def test_workers_that_join_share_the_work(tmp_path: Path) -> None:
     for helper in helpers:
         helper.start()
     worker.search()
-    plan = conclude(worker)
+    plan = end(worker)
     for helper in helpers:
         helper.join()
     assert [h.exitcode for h in helpers] == [0, 0]
@@ -282,19 +289,34 @@ def test_encoding_gives_back_the_setting(model: str, size: tuple[int, int]) -> N
 
 
 @pytest.mark.parametrize(
-    ("pairs", "verdict"),
+    ("verdict", "expected"),
     [
-        ([(2.0, 1.0)] * 6, "faster"),
-        ([(2.0, 1.0)] * 5, "default kept"),  # too few for a 95 % interval
-        ([(1.0, 2.0)] * 8, "default kept"),
-        ([(2.0, 1.0)] * 7 + [(1.0, 1.1)], "default kept"),
-        ([], "not compared"),
+        ("faster", "faster"),
+        ("same", "default kept"),
+        ("ambiguous", "default kept"),
+        ("slower", "default kept"),
     ],
 )
-def test_comparison_needs_the_whole_interval_above_one(
-    pairs: list[tuple[float, float]], verdict: str
-) -> None:
-    assert compare(pairs).verdict == verdict
+def test_only_a_confirmed_gain_replaces_the_default(verdict: str, expected: str) -> None:
+    cell = Cell(part="model", problem=request().space.stage(0, 7, 1).problem)  # type: ignore[arg-type]
+    final = Final(
+        candidate=cell,
+        default=cell,
+        candidate_ms=(1.0,) * 6,
+        default_ms=(1.1,) * 6,
+        speedup=1.1,
+        ci_lo=1.05,
+        ci_hi=1.2,
+        confidence=0.95,
+        verdict=verdict,
+    )
+    assert judged(final).verdict == expected
+
+
+def test_comparison_without_a_time_decides_nothing() -> None:
+    cell = Cell(part="model", problem=request().space.stage(0, 7, 1).problem)  # type: ignore[arg-type]
+    found = judged(Final(candidate=cell, default=cell, reason="the candidate is oom"))
+    assert (found.verdict, found.reason) == ("not compared", "the candidate is oom")
 
 
 @pytest.mark.parametrize(

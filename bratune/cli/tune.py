@@ -15,9 +15,11 @@ from bratune.cli import options
 from bratune.errors import UsageError
 
 if TYPE_CHECKING:
-    from bratune.engine import Engine
     from bratune.machine import Machine
+    from bratune.profile.engine import CellEngine
+    from bratune.profile.replay import ReplayRunner
     from bratune.tune.fidelity_source import FidelitySource
+    from bratune.tune.guard import Fresh
     from bratune.tune.request import Request
     from bratune.tune.session import Result
 
@@ -89,30 +91,34 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     if asked["dump_config"]:
         click.echo(options.dump_config(ctx))
         return 0
-    from bratune.profile.target import find_target
     from bratune.tune import session
 
-    target = find_target(asked["gpu"], asked["device"])
-    target.require_present()
+    replayed = _replayed(asked)
+    machine = replayed.machine if replayed else _machine(asked)
     if asked["join"]:
-        return _join(asked, target.machine)
-    request = _request(asked, target.machine)
+        return _join(asked)
+    request = _request(asked, machine)
     if asked["dry_run"]:
         _show_space(request)
         return 0
     folder = asked["output"] or Path("runs") / "tune" / request.study_name
+    if replayed:
+        click.echo(f"replayed from {asked['replay']}: nothing is measured", err=True)
     try:
-        result = session.run(
-            _engine(asked, request, target.machine, folder),
-            request,
-            folder,
-            url=asked["storage"],
-            study=asked["study"],
-            fidelity=_fidelity(request, target.machine),
-            say=lambda text: click.echo(text, err=True),
-            command=_again(),
-            put_in_cache=not asked["no_install"] and not asked["replay"],
-        )
+        engine, fresh = _engines(asked, request, folder)
+        with engine:
+            result = session.run(
+                engine,
+                fresh,
+                request,
+                folder,
+                url=asked["storage"],
+                study=asked["study"],
+                fidelity=_fidelity(request, machine),
+                say=lambda text: click.echo(text, err=True),
+                command=_again(),
+                put_in_cache=not asked["no_install"] and not replayed,
+            )
     except KeyboardInterrupt:
         click.echo(f"what was measured is in {folder}; the same command goes on: {_again()}", err=True)
         raise
@@ -173,9 +179,11 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
     )
 
 
-def _engine(asked: dict[str, Any], request: Request, machine: Machine, folder: Path) -> Engine:
+def _engines(asked: dict[str, Any], request: Request, folder: Path) -> tuple[CellEngine, Fresh]:
+    """The engine of the search, and what makes one for the closing comparison."""
     from bratune.measure.settings import MeterSettings
-    from bratune.profile.engine import LocalEngine
+    from bratune.profile.engine import CellEngine, LocalEngine
+    from bratune.profile.isolated import IsolatedEngine
     from bratune.store import Store
 
     changes = {
@@ -187,7 +195,40 @@ def _engine(asked: dict[str, Any], request: Request, machine: Machine, folder: P
         request.effort, **{name: value for name, value in changes.items() if value is not None}
     )
     run_id = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    return LocalEngine(machine, settings, store=Store(folder / "records.jsonl"), run_id=run_id)
+    store = Store(folder / "records.jsonl")
+    runner, machine = _replayed(asked), None if asked["replay"] else _machine(asked)
+
+    def make(**more: Any) -> CellEngine:
+        given = {"store": store, "run_id": run_id, **more}
+        if runner is not None:
+            return CellEngine(runner, settings, **given)
+        kind = LocalEngine if asked["no_isolate"] else IsolatedEngine
+        assert machine is not None
+        return kind(machine, settings, **given)
+
+    return make(), lambda: make(fresh=True)
+
+
+def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
+    """The records that ``--replay`` answers from."""
+    if asked["replay"] is None:
+        return None
+    from bratune.profile.replay import ReplayRunner
+
+    return ReplayRunner.of([asked["replay"]], gpu="" if asked["gpu"] == "auto" else asked["gpu"])
+
+
+def _machine(asked: dict[str, Any]) -> Machine:
+    """The machine to measure on.
+
+    Raises:
+        TargetError: the board that was asked for is not here: a plan needs measurements.
+    """
+    from bratune.profile.target import find_target
+
+    target = find_target(asked["gpu"], asked["device"])
+    target.require_present()
+    return target.machine
 
 
 def _fidelity(request: Request, machine: Machine) -> FidelitySource | None:
@@ -196,7 +237,7 @@ def _fidelity(request: Request, machine: Machine) -> FidelitySource | None:
     return open_fidelity(request, machine, say=lambda text: click.echo(text, err=True))
 
 
-def _join(asked: dict[str, Any], machine: Machine) -> int:
+def _join(asked: dict[str, Any]) -> int:
     from bratune.tune.request import Request
     from bratune.tune.storage import open_storage, serves_several
     from bratune.tune.tuner import Tuner
@@ -216,15 +257,17 @@ def _join(asked: dict[str, Any], machine: Machine) -> int:
         raise UsageError(f"--study must name one of: {', '.join(open_ones) or 'none is there yet'}")
     request = Request.from_dict(known[name]["request"])
     folder = asked["output"] or Path("runs") / "tune" / f"{name}-joined"
-    tuner = Tuner(
-        _engine(asked, request, machine, folder),
-        request,
-        asked["join"],
-        study=name,
-        fidelity=_fidelity(request, machine),
-        say=lambda text: click.echo(text, err=True),
-    )
-    click.echo(f"{tuner.help()} trials done for {name}", err=True)
+    engine, _ = _engines(asked, request, folder)
+    with engine:
+        tuner = Tuner(
+            engine,
+            request,
+            asked["join"],
+            study=name,
+            fidelity=_fidelity(request, engine.machine),
+            say=lambda text: click.echo(text, err=True),
+        )
+        click.echo(f"{tuner.help()} trials done for {name}", err=True)
     return 0
 
 

@@ -67,7 +67,7 @@ def outputs(model: Backbone, images: Tensor, *, batch: int = 32) -> list[Tensor]
     first = next(model.parameters())
     parts: list[list[Tensor]] = []
     with torch.no_grad():
-        for some in torch.split(images, batch):  # type: ignore[no-untyped-call]
+        for some in torch.split(images, batch):
             made: Any = model(some.to(device=first.device, dtype=first.dtype))
             made = made if isinstance(made, tuple | list) else (made,)
             parts.append([t.float().cpu() for t in made])

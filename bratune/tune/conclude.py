@@ -12,7 +12,7 @@ from typing import Any
 from bratune.errors import UsageError
 from bratune.record import Record, utc_now
 from bratune.tune.evidence import Evidence, prior_only
-from bratune.tune.guard import compare, in_turns
+from bratune.tune.guard import Fresh, challenge
 from bratune.tune.pick import Verified, pick
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
 from bratune.tune.space import Setting
@@ -23,11 +23,12 @@ from bratune.variant import stages
 __all__ = ["conclude", "front_rows"]
 
 
-def conclude(tuner: Tuner, *, command: str = "", complete: bool = True) -> Plan:
+def conclude(tuner: Tuner, fresh: Fresh, *, command: str = "", complete: bool = True) -> Plan:
     """The plan of a finished or interrupted search.
 
     Args:
         tuner: After `Tuner.search`.
+        fresh: Makes engines for the comparison; see `bratune.tune.guard`.
         command: What makes this plan again.
         complete: The search ran to its end.
 
@@ -45,7 +46,7 @@ def conclude(tuner: Tuner, *, command: str = "", complete: bool = True) -> Plan:
     if limits is None and rule in ("safe", "balanced", "fast"):
         rule = "fastest"  # the model is the reference's, or its floors hold: only cost is left to choose by
     found = pick(rule, tuner.verified(), limits=limits)
-    chosen, outcome, reason = _decide(tuner, default, found.chosen, found.reason, rule)
+    chosen, outcome, reason = _decide(tuner, fresh, default, found.chosen, found.reason, rule)
     setting = chosen.setting
     request = tuner.request
     parts = stages(
@@ -87,7 +88,7 @@ def conclude(tuner: Tuner, *, command: str = "", complete: bool = True) -> Plan:
 
 
 def _decide(
-    tuner: Tuner, default: Verified, chosen: Verified, reason: str, rule: str
+    tuner: Tuner, fresh: Fresh, default: Verified, chosen: Verified, reason: str, rule: str
 ) -> tuple[Verified, EndToEnd, str]:
     if chosen.setting.key == default.setting.key:
         outcome = EndToEnd(
@@ -97,11 +98,8 @@ def _decide(
         )
         return default, outcome, reason
     bench, rounds = tuner.bench, tuner.request.how_much.rounds
-    tuner.say(f"comparing {chosen.setting} with the default in {rounds} interleaved rounds")
-    pairs = in_turns(
-        tuner.engine, bench.model_cell(default.setting), bench.model_cell(chosen.setting), rounds
-    )
-    outcome = compare(pairs)
+    tuner.say(f"comparing {chosen.setting} with the default in {rounds} fresh processes")
+    outcome = challenge(bench.model_cell(default.setting), bench.model_cell(chosen.setting), fresh, rounds)
     tuner.say(outcome.reason)
     if outcome.verdict == "faster" or rule.startswith("trial:"):
         return chosen, outcome, reason

@@ -81,14 +81,14 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEnd:
-    """The whole model with the default and with the plan, measured interleaved.
+    """The whole model with the default and with the plan, measured side by side in fresh processes.
 
     Attributes:
         default_ms: Median latency of the default; None when not compared.
         tuned_ms: Median latency of the plan.
         speedup: Median of the paired ratios default / plan.
         speedup_ci: Its distribution-free 95 % interval.
-        rounds: Pairs measured.
+        rounds: Fresh processes that measured both.
         verdict: ``faster``, ``default kept`` or ``not compared``.
         reason: Why, in one sentence.
     """
@@ -188,18 +188,6 @@ class Plan:
         """The one S of all routed stages; None where they differ."""
         sides = {s for s, k in zip(self.n_win, self.topks, strict=True) if k > 0}
         return sides.pop() if len(sides) == 1 else None
-
-    def model_arguments(self) -> dict[str, Any]:
-        """What `bratune.create_model` passes to the model's constructor."""
-        arguments: dict[str, Any] = {
-            "n_win": self.n_win,
-            "topks": self.topks,
-            "backend": tuple(name or "auto" for name in self.backends),
-            "config": tuple(config or None for config in self.configs),
-        }
-        if VARIANTS[self.model].layout == "biformer":
-            arguments["auto_pad"] = self.pads
-        return arguments
 
     @property
     def file_name(self) -> str:

@@ -25,7 +25,7 @@ class Effort:
 
     Attributes:
         verify: Settings measured end to end, at most.
-        rounds: Pairs of the closing comparison; six is the fewest that give a 95 % interval.
+        rounds: Processes of the closing comparison; six are the fewest that give a 95 % interval.
         configs: Settings of a backend that are tried for the options that matter.
     """
 
@@ -34,7 +34,7 @@ class Effort:
     configs: int
 
 
-EFFORTS = {"quick": Effort(8, 6, 1), "standard": Effort(20, 8, 4), "full": Effort(60, 12, 16)}
+EFFORTS = {"quick": Effort(8, 6, 1), "standard": Effort(20, 7, 4), "full": Effort(60, 10, 16)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from bratune.errors import StoreError
 from bratune.tune.bench import Offers
 from bratune.tune.conclude import conclude, front_rows
 from bratune.tune.fidelity_source import FidelitySource
+from bratune.tune.guard import Fresh
 from bratune.tune.plan import Plan, install
 from bratune.tune.progress import Say
 from bratune.tune.request import Request
@@ -48,6 +49,7 @@ def default_storage(folder: Path) -> str:
 
 def run(
     engine: Engine,
+    fresh: Fresh,
     request: Request,
     folder: Path,
     *,
@@ -63,6 +65,7 @@ def run(
 
     Args:
         engine: See `bratune.tune.tuner.Tuner`.
+        fresh: Makes engines for the closing comparison; see `bratune.tune.guard`.
         request: What is tuned.
         folder: Where the files go; the same folder again resumes.
         url: Storage; by default `default_storage`.
@@ -91,7 +94,7 @@ def run(
     )
     tuner.search()
     complete = not any(ledger.trials("WAITING") for ledger in (tuner.cells, tuner.settings))
-    plan = conclude(tuner, command=command, complete=complete)
+    plan = conclude(tuner, fresh, command=command, complete=complete)
     rows = front_rows(tuner, plan)
     path = plan.save(folder / "plan.json")
     (folder / "front.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -123,7 +123,7 @@ def renorm(model: Backbone, images: Tensor, *, batch: int, batches: int) -> None
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
     with torch.no_grad():
-        for some in torch.split(images[: batch * batches], batch):  # type: ignore[no-untyped-call]
+        for some in torch.split(images[: batch * batches], batch):
             if len(some) > 1:
                 model(some.to(device))
     for norm, momentum in zip(norms, kept, strict=True):

@@ -51,7 +51,7 @@ def plan_text(plan: Plan) -> str:
         low, high = end.speedup_ci
         lines.append(
             f"against the default ({plan.default}): {end.verdict}, {end.speedup:.3f}x "
-            f"[{low:.3f}, {high:.3f}], {end.rounds} interleaved pairs, "
+            f"[{low:.3f}, {high:.3f}], {end.rounds} interleaved processes, "
             f"{plan.measured} on {plan.machine.gpu_name}"
         )
     else:

@@ -46,7 +46,7 @@ class Tuner:
     """One worker of a tuning run.
 
     Args:
-        engine: Who turns cells into records; it must measure anew whenever it is asked.
+        engine: Who turns cells into records.
         request: What is tuned.
         url: Storage of the studies; see `bratune.tune.storage`.
         study: Name of the study; by default `Request.study_name`.
