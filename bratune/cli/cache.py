@@ -1,0 +1,153 @@
+"""``bratune cache``: look at, merge and prune stored records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bratune.errors import StoreError, UsageError
+
+if TYPE_CHECKING:
+    from bratune.record import Record
+
+DEFAULT = (Path("runs"),)
+
+several = click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
+
+
+@click.group("cache", context_settings={"help_option_names": ["-h", "--help"]})
+def command() -> None:
+    """Look at, merge and prune stored records.
+
+    A path is a records file or a folder of them; without one, ./runs is meant.
+    """
+
+
+@command.command("ls")
+@several
+def ls(paths: tuple[Path, ...]) -> None:
+    """List files with their rows, outcomes and machines."""
+    from bratune.store import read_records, record_files
+
+    for path in record_files(paths or DEFAULT):
+        rows = list(read_records([path]))
+        outcomes = Counter(row.outcome for row in rows)
+        machines = sorted({row.gpu_key for row in rows})
+        counts = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.most_common())
+        click.echo(f"{path}  {path.stat().st_size / 1e6:.2f} MB  {', '.join(machines)}  {counts}")
+
+
+@command.command("show")
+@click.argument("cell")
+@several
+def show(cell: str, paths: tuple[Path, ...]) -> None:
+    """Show every row of a cell, field by field; CELL is its id or the beginning of it."""
+    for row in _rows_of(cell, paths):
+        for name, value in row.to_dict().items():
+            if value not in (None, "") and name != "cell":
+                click.echo(f"{name:20} {value}")
+        click.echo("")
+
+
+@command.command("why")
+@click.argument("cell")
+@several
+@click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
+@click.option("--effort", default=None, metavar="NAME", help="quick, standard or full.  [default: as stored]")
+def why(cell: str, paths: tuple[Path, ...], device: str, effort: str | None) -> None:
+    """Say whether a cell would be measured again here and now, and which fields decide that.
+
+    CELL is the id of a stored cell, or the beginning of one.
+    """
+    from bratune.machine import detect
+    from bratune.measure.settings import EFFORTS, MeterSettings
+    from bratune.profile.cache import Cache
+
+    rows = _rows_of(cell, paths)
+    efforts = [MeterSettings.for_effort(name) for name in ([effort] if effort else EFFORTS)]
+    settings = next((s for s in efforts if s.sampling == rows[-1].sampling), efforts[0])
+    cache = Cache(detect(device), settings, rows)
+    click.echo(f"{rows[-1].cell_id}  {_cell_of(rows[-1])}")
+    click.echo(str(cache.why(_cell_of(rows[-1]))))
+
+
+@command.command("merge")
+@click.argument("into", type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+def merge(into: Path, paths: tuple[Path, ...]) -> None:
+    """Append the rows of PATHS that the file INTO does not hold yet."""
+    from bratune.profile.upkeep import merge as merged
+
+    click.echo(f"{merged(into, paths)} rows added to {into}", err=True)
+
+
+@command.command("import")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--into",
+    type=click.Path(path_type=Path),
+    default=DEFAULT[0],
+    show_default=True,
+    help="Folder; rows go into one subfolder per GPU key.",
+)
+def import_(paths: tuple[Path, ...], into: Path) -> None:
+    """Take in records of other machines, each kind of machine in a folder of its own."""
+    from bratune.profile.upkeep import import_records
+
+    for path, number in import_records(into, paths).items():
+        click.echo(f"{number} rows added to {path}", err=True)
+
+
+@command.command("prune")
+@several
+@click.option("--keep", type=click.IntRange(1), default=1, show_default=True, help="Rows to keep per cell.")
+@click.option("--yes", is_flag=True, help="Rewrite the files; without it, only say what would go.")
+def prune(paths: tuple[Path, ...], keep: int, yes: bool) -> None:
+    """Drop "started" lines that have an outcome, and rows that a later one of the same key replaces."""
+    from bratune.profile.upkeep import prune as pruned
+    from bratune.store import record_files
+
+    verb = "dropped from" if yes else "would be dropped from"
+    for path in record_files(paths or DEFAULT):
+        gone, kept = pruned(path, keep=keep, rewrite=yes)
+        click.echo(f"{gone} rows {verb} {path}, {kept} stay", err=True)
+
+
+@command.command("compact")
+@several
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE", help="A .parquet file."
+)
+def compact(paths: tuple[Path, ...], output: Path) -> None:
+    """Write records as one Parquet file, which pandas reads many times faster; needs pyarrow."""
+    from bratune.profile.upkeep import compact as compacted
+
+    if output.suffix != ".parquet":
+        raise UsageError(f"--output must be a .parquet file, not {output}")
+    number = compacted(paths or DEFAULT, output)
+    click.echo(f"{number} rows in {output}, {output.stat().st_size / 1e6:.2f} MB", err=True)
+
+
+def _rows_of(cell: str, paths: tuple[Path, ...]) -> list[Record]:
+    """Rows of the one cell whose id begins so."""
+    from bratune.store import read_records
+
+    rows = [row for row in read_records(paths or DEFAULT) if row.cell_id.startswith(cell) and row.cell]
+    ids = sorted({row.cell_id for row in rows})
+    where = ", ".join(map(str, paths or DEFAULT))
+    if not ids:
+        raise StoreError(f"no cell of {where} has an id that begins with {cell!r}; cache ls shows the files")
+    if len(ids) > 1:
+        raise UsageError(f"{len(ids)} cells of {where} begin with {cell!r}: {', '.join(ids[:5])}")
+    return rows
+
+
+def _cell_of(row: Record) -> Cell:
+    import json
+
+    from bratune.cell import Cell
+
+    return Cell.from_dict(json.loads(row.cell))
