@@ -63,6 +63,16 @@ class Store:
             self._append_line(self.samples_path, json.dumps(line, separators=(",", ":")))
         self._append_line(self.path, record.to_json())
 
+    def extend(self, records: Iterable[Record]) -> None:
+        """Write several records in one step; on return all are on disk.
+
+        Raises:
+            StoreError: the disk is full or the file went away; earlier records are intact.
+        """
+        lines = [record.to_json() for record in records]
+        if lines:
+            self._append_line(self.path, "\n".join(lines))
+
     @property
     def samples_path(self) -> Path:
         """Where raw samples go."""

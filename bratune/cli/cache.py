@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import click
 from bratune.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
+    from bratune.cell import Cell
     from bratune.record import Record
 
 DEFAULT = (Path("runs"),)
@@ -146,8 +148,6 @@ def _rows_of(cell: str, paths: tuple[Path, ...]) -> list[Record]:
 
 
 def _cell_of(row: Record) -> Cell:
-    import json
-
     from bratune.cell import Cell
 
     return Cell.from_dict(json.loads(row.cell))

@@ -23,7 +23,16 @@ from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.record import Record
 
-__all__ = ["NOT_FINISHED", "NOT_STARTED", "Cache", "Why", "key_fields", "key_fields_of", "source_hash"]
+__all__ = [
+    "NOT_FINISHED",
+    "NOT_STARTED",
+    "Cache",
+    "Why",
+    "key_fields",
+    "key_fields_of",
+    "key_of",
+    "source_hash",
+]
 
 # Outcomes that say something about the cell and not about the run that was interrupted.
 _NO_ANSWER = ("started",)
@@ -85,7 +94,7 @@ class Cache:
     def add(self, record: Record) -> None:
         """Take a row in, if it can answer anything."""
         if record.cell and record.outcome not in _NO_ANSWER and not record.reason.startswith(_NO_TURN):
-            self._rows[_key(key_fields_of(record))] = record
+            self._rows[key_of(record)] = record
 
     def find(self, cell: Cell) -> Record | None:
         """The row that answers a cell; None when it has to be measured."""
@@ -116,6 +125,11 @@ def key_fields_of(record: Record) -> dict[str, str]:
     """The same of a stored row."""
     values = {name: getattr(record, name) for name in (*_MACHINE_FIELDS, "source_hash", "sampling")}
     return _flat(json.loads(record.cell)) | {name: str(value or "") for name, value in values.items()}
+
+
+def key_of(record: Record) -> str:
+    """A name for everything that can change a row's time; rows of one key replace each other."""
+    return _key(key_fields_of(record))
 
 
 def source_hash(cell: Cell) -> str:

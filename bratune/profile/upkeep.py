@@ -26,22 +26,12 @@ _BATCH = 65_536
 
 
 def merge(into: Path, paths: Paths) -> int:
-    """Append rows that a file does not hold yet; returns how many.
+    """Append rows that a file does not hold yet; returns how many. Raw samples stay where they are.
 
     Raises:
         StoreError: a file cannot be read or written.
     """
-    target = into / "records.jsonl" if into.is_dir() or not into.suffix else into
-    store = Store(target)
-    held = {row.to_json() for row in store.records()}
-    added = 0
-    for row in list(read_records(paths)):
-        line = row.to_json()
-        if line not in held:
-            held.add(line)
-            store.append(row)
-            added += 1
-    return added
+    return _add(into / "records.jsonl" if into.is_dir() or not into.suffix else into, read_records(paths))
 
 
 def import_records(into: Path, paths: Paths) -> dict[Path, int]:
@@ -58,16 +48,10 @@ def import_records(into: Path, paths: Paths) -> dict[Path, int]:
         if not row.gpu_key:
             raise StoreError(f"row {row.cell_id or '(without an id)'} does not say which machine it is of")
         by_machine[row.gpu_key].append(row)
-    added = {}
-    for gpu_key, rows in by_machine.items():
-        path = into / gpu_key / "records.jsonl"
-        store = Store(path)
-        held = {row.to_json() for row in store.records()}
-        new = [row for row in rows if row.to_json() not in held]
-        for row in new:
-            store.append(row)
-        added[path] = len(new)
-    return added
+    return {
+        path: _add(path, rows)
+        for path, rows in ((into / key / "records.jsonl", rows) for key, rows in by_machine.items())
+    }
 
 
 def prune(path: Path, *, keep: int = 1, rewrite: bool = True) -> tuple[int, int]:
@@ -123,6 +107,16 @@ def compact(paths: Paths, output: Path) -> int:
     except OSError as error:
         raise StoreError(f"records cannot be written to {output}: {error.strerror or error}") from None
     return count
+
+
+def _add(path: Path, rows: Iterable[Record]) -> int:
+    """Append the rows that a file does not hold yet; returns how many."""
+    store = Store(path)
+    new = {row.to_json(): row for row in rows}
+    for row in store.records():
+        new.pop(row.to_json(), None)
+    store.extend(new.values())
+    return len(new)
 
 
 def _batches(rows: Iterable[Record]) -> Iterator[list[Record]]:
