@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bratune.backend import Config
-from bratune.kernels import layout
+from bratune.kernels import layout, routing
 from bratune.machine import Machine
 from bratune.problem import Problem
 
@@ -64,17 +64,13 @@ class DenseBackend:
     @staticmethod
     def _mask(routes: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
         """What is added to the logits, ``[B, 1 or heads, H * W, Nk]``."""
-        graph = routes.long() if problem.per_head else routes.long()[:, None]  # [B, heads, R, topk]
-        counts = torch.zeros(*graph.shape[:3], problem.kv_regions, dtype=dtype, device=routes.device)
-        counts = counts.scatter_add(3, graph, torch.ones_like(graph, dtype=dtype))
-        by_token = layout.spread(
-            counts.log().transpose(2, 3), problem.height, problem.width, problem.region
-        ).transpose(2, 3)  # [B, heads, H * W, Rk]
+        by_region = routing.multiplicity_bias(routes, problem, dtype).transpose(2, 3)
+        by_token = layout.spread(by_region, problem.height, problem.width, problem.region)
         # Masked padding is left out of the keys altogether.
         height, width = (
             problem.kv_padded if problem.padding == "zeros" else (problem.kv_height, problem.kv_width)
         )
-        return layout.spread(by_token, height, width, problem.kv_region)
+        return layout.spread(by_token.transpose(2, 3), height, width, problem.kv_region)
 
     @staticmethod
     def _keys(problem: Problem) -> int:

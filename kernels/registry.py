@@ -31,6 +31,7 @@ _BUILT_IN = {
     "dense": "bratune.kernels.dense:DenseBackend",
     "sparse": "bratune.kernels.sparse:SparseBackend",
     "gather": "bratune.kernels.gather:GatherBackend",
+    "flex": "bratune.kernels.flex:FlexBackend",
     "reference": "bratune.kernels.reference:ReferenceBackend",
 }
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from bratune.errors import ProblemError, UnknownNameError
 from bratune.kernels import layout
+from bratune.problem import Problem
 
-__all__ = ["ROUTERS", "region_means", "route"]
+__all__ = ["ROUTERS", "multiplicity_bias", "region_means", "route"]
 
 # Ways to compute `route`; ``auto`` is the first.
 ROUTERS = ("torch", "triton")
@@ -88,3 +89,13 @@ def route(
             raise ProblemError(f"top-k {topk} of {count} key regions; 1 to {count} would work")
         affinity = means_q @ means_k.transpose(1, 2)  # [B, R, Rk]
         return affinity.topk(topk, dim=-1).indices
+
+
+def multiplicity_bias(routes: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
+    """What routes add to the logits of full attention, ``[B, 1 or heads, R, Rk]``.
+
+    Minus infinity where a key region is not routed, else the logarithm of how often it is: 0 for once.
+    """
+    graph = routes.long() if problem.per_head else routes.long()[:, None]  # [B, 1 or heads, R, topk]
+    counts = torch.zeros(*graph.shape[:3], problem.kv_regions, dtype=dtype, device=routes.device)
+    return counts.scatter_add(3, graph, torch.ones_like(graph, dtype=dtype)).log()

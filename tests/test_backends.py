@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from bratune.testing import BackendConformance
+from typing import ClassVar
+
+import pytest
+
+from bratune.backend import Config
+from bratune.testing import CASES, BackendConformance
 
 
 class TestReference(BackendConformance):
@@ -23,3 +28,21 @@ class TestDense(BackendConformance):
 
 class TestSparse(BackendConformance):
     backend = "sparse"
+
+
+class TestFlex(BackendConformance):
+    backend = "flex"
+    # Each call of uncompiled FlexAttention traces anew, half a second, and to compile takes many: a few cases
+    # here, all of them below.
+    config: ClassVar[Config] = {"compiled": False}
+    cases = CASES[::4]
+
+    @pytest.mark.slow
+    def test_no_setting_changes_the_result(self, device: str) -> None:
+        super().test_no_setting_changes_the_result(device)
+
+
+@pytest.mark.slow
+class TestFlexOnEveryCase(BackendConformance):
+    backend = "flex"
+    config: ClassVar[Config] = {"compiled": False}
