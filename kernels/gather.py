@@ -111,7 +111,11 @@ class GatherSDPABackend:
             queries = layout.to_head_regions(q, problem.region, heads).flatten(0, 2)[:, None]
         else:
             queries = self._split(layout.to_regions(q, problem.region).flatten(0, 1), heads)
-        keys, values = (self._routed(x, routes, problem) for x in (k, v))
+        if problem.kv_regions == 1:
+            keys, values = (self._only_region(x, problem) for x in (k, v))
+        else:
+            rows = self._rows(routes, problem)
+            keys, values = (self._take(x, rows, problem) for x in (k, v))
         mask = self._mask(routes, problem) if _mask_matters(problem) else None
         attended = _fused_attention(queries, keys, values, mask, problem.scale)
         if problem.per_head:
@@ -125,26 +129,29 @@ class GatherSDPABackend:
         """``[N, L, heads * D]`` as ``[N, heads, L, D]`` without a copy."""
         return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
-    def _routed(self, x: Tensor, routes: Tensor, problem: Problem) -> Tensor:
+    @staticmethod
+    def _rows(routes: Tensor, problem: Problem) -> Tensor:
+        """Where the routed tokens are in the padded maps of all images as one list, one number each.
+
+        Per head, a row of that list is one head of one token.
+        """
+        ids = layout.token_ids(problem.kv_height, problem.kv_width, problem.kv_region, routes.device)
+        tokens = ids[routes].flatten(-2)  # [B, R, topk * Tk], per head [B, heads, R, topk * Tk]
+        first = torch.arange(problem.batch, device=routes.device) * ids.numel()
+        if not problem.per_head:
+            return (tokens + first[:, None, None]).flatten()
+        head = torch.arange(problem.heads, device=routes.device)[:, None, None]
+        return ((tokens + first[:, None, None, None]) * problem.heads + head).flatten()
+
+    def _take(self, x: Tensor, rows: Tensor, problem: Problem) -> Tensor:
         """The routed tokens of a map, ``[B * R, heads, topk * Tk, D]``.
 
         Per head, ``[B * heads * R, 1, topk * Tk, D]``.
         """
-        batch, heads = problem.batch, problem.heads
-        if problem.kv_regions == 1:
-            return self._only_region(x, problem)
         x = layout.pad_to_regions(x, problem.kv_region)
-        ids = layout.token_ids(problem.kv_height, problem.kv_width, problem.kv_region, x.device)
-        tokens = ids[routes].flatten(-2)  # [B, R, topk * Tk], per head [B, heads, R, topk * Tk]
-        first = torch.arange(batch, device=x.device) * (x.shape[1] * x.shape[2])
-        if not problem.per_head:
-            rows = (tokens + first[:, None, None]).flatten()
-            gathered = x.reshape(-1, x.shape[3]).index_select(0, rows)
-            return self._split(gathered.view(batch * problem.regions, problem.keys_per_query, -1), heads)
-        head = torch.arange(heads, device=x.device)
-        rows = ((tokens + first[:, None, None, None]) * heads + head[:, None, None]).flatten()
-        gathered = x.reshape(-1, x.shape[3] // heads).index_select(0, rows)
-        return gathered.view(batch * heads * problem.regions, 1, problem.keys_per_query, -1)
+        width = x.shape[3] // problem.heads if problem.per_head else x.shape[3]
+        taken = x.reshape(-1, width).index_select(0, rows).view(-1, problem.keys_per_query, width)
+        return self._split(taken, 1 if problem.per_head else problem.heads)
 
     def _only_region(self, x: Tensor, problem: Problem) -> Tensor:
         """The whole map, seen by every query region: with one key region there is nothing to gather."""

@@ -30,6 +30,10 @@ class TestSparse(BackendConformance):
     backend = "sparse"
 
 
+class TestTriton(BackendConformance):
+    backend = "triton"
+
+
 class TestFlex(BackendConformance):
     backend = "flex"
     # Each call of uncompiled FlexAttention traces anew, half a second, and to compile takes many: a few cases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 from bratune.backend import Config
 from bratune.kernels import registry
 from bratune.kernels.api import routed_attention
-from bratune.machine import detect
+from bratune.machine import Machine, detect
 from bratune.measure.gate import max_rel_err
 from bratune.problem import Problem
 
@@ -87,11 +88,6 @@ def golden(path: Path) -> Golden:
     )
 
 
-def refusals(backend: str, case: Golden, direction: str) -> tuple[str, ...]:
-    problem = case.problem.replace(direction=direction)
-    return registry.get(backend).why_not(problem, detect("cpu"))
-
-
 # `flex` has no gradients on a CPU and a test of its own.
 BACKENDS = [name for name in registry.BACKENDS if name != "flex"]
 
@@ -99,7 +95,7 @@ BACKENDS = [name for name in registry.BACKENDS if name != "flex"]
 def assert_close(found: Tensor, path: Path, name: str) -> None:
     tolerance = OUTPUT_TOLERANCE if name == "out" else GRADIENT_TOLERANCE.get(path.stem, 1e-5)
     error = max_rel_err(found, golden(path).expected[name])
-    assert error <= tolerance, f"{name} differs by {error:.1e} of its largest value"
+    assert error <= tolerance, f"{name} of {path.stem} differs by {error:.1e} of its largest value"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -107,7 +103,8 @@ def assert_close(found: Tensor, path: Path, name: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backend_repeats_the_official_result(backend: str, path: Path, dtype: torch.dtype) -> None:
     case = golden(path)
-    if reasons := refusals(backend, case, "fwd-bwd"):
+    problem = case.problem.replace(direction="fwd-bwd", dtype=str(dtype).removeprefix("torch."))
+    if reasons := registry.get(backend).why_not(problem, detect("cpu")):
         pytest.skip("; ".join(reasons))
     q, k, v = (x.to(dtype).requires_grad_() for x in case.inputs)
     out = case.attend(q, k, v, backend)
@@ -117,6 +114,20 @@ def test_backend_repeats_the_official_result(backend: str, path: Path, dtype: to
         assert_close(gradient, path, name)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", registry.BACKENDS)
+def test_backend_repeats_the_official_results_on_a_gpu(backend: str) -> None:
+    for path in FILES:
+        case = golden(path)
+        if registry.get(backend).why_not(case.problem.replace(direction="fwd-bwd"), detect("cuda")):
+            continue
+        q, k, v = (x.float().cuda().requires_grad_() for x in case.inputs)
+        out = dataclasses.replace(case, routes=case.routes.cuda()).attend(q, k, v, backend)
+        gradients = torch.autograd.grad(out, (q, k, v), case.cotangent.float().cuda())
+        for name, found in zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True):
+            assert_close(found.cpu(), path, name)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_flex_repeats_the_official_output(path: Path) -> None:
     case = golden(path)
@@ -124,21 +135,41 @@ def test_flex_repeats_the_official_output(path: Path) -> None:
     assert_close(case.attend(q, k, v, "flex", {"compiled": False}), path, "out")
 
 
+# Whom a CPU refuses, and why; on a GPU nobody refuses.
+CPU_REFUSALS = {
+    "flex": {"FlexAttention has no backward pass on a CPU; the direction fwd would work"},
+    "triton": {
+        "needs a CUDA device (or TRITON_INTERPRET=1 in the environment, which is very slow), found a CPU"
+    },
+}
+CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="a CPU", memory_gib=16.0)
+GPU = Machine(
+    kind="cuda",
+    device="cuda:0",
+    gpu_key="h100",
+    gpu_name="a GPU",
+    compute_capability="9.0",
+    sm_count=132,
+    memory_gib=80.0,
+    smem_per_block_kib=227,
+    triton="3.7.1",
+)
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("backend", registry.BACKENDS)
-def test_backend_accepts_every_case_with_the_same_regions_and_shared_routes(backend: str) -> None:
-    refused = {
-        (path.stem, direction, reason)
-        for path in FILES
+def test_backend_accepts_every_case_with_the_same_regions_and_shared_routes(
+    backend: str, machine: Machine
+) -> None:
+    problems = [golden(path).problem for path in FILES]
+    reasons = {
+        reason
+        for problem in problems
         for direction in ("fwd", "fwd-bwd")
-        for reason in refusals(backend, golden(path), direction)
-        if golden(path).problem.same_regions and not golden(path).problem.per_head
+        for reason in registry.get(backend).why_not(problem.replace(direction=direction), machine)
+        if problem.same_regions and not problem.per_head
     }
-    if backend == "flex":
-        assert {(direction, reason) for _, direction, reason in refused} == {
-            ("fwd-bwd", "FlexAttention has no backward pass on a CPU; the direction fwd would work")
-        }
-    else:
-        assert not refused
+    assert reasons == (set() if machine.is_cuda else CPU_REFUSALS.get(backend, set()))
 
 
 def test_all_cases_are_here() -> None:
