@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bratune.kernels.fused import TritonBackend
+from bratune.kernels.fused_families import backward_families, forward_families
 from bratune.kernels.reference import ReferenceBackend
 from bratune.problem import Problem
 
@@ -62,6 +63,9 @@ class Case:
             per_head=self.routes == "per_head",
         )
 
+    def replace(self, **changes: Any) -> Case:
+        return dataclasses.replace(self, **changes)
+
     def __str__(self) -> str:
         """Whatever differs from the default, as the id of a test."""
         parts = []
@@ -71,6 +75,24 @@ class Case:
                 pairs = value if f.name == "config" else [(f.name, value)]
                 parts += [f"{k}={'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in pairs]
         return ",".join(parts) or "default"
+
+
+# Every forward and every backward family once; statistics are shared, so a pair need not be of one family.
+PAIRS = (("gather", "image"), ("stationary", "gather"), ("image", "key"))
+
+
+def with_pairs(*cases: Case) -> tuple[Case, ...]:
+    """Every case once for each of `PAIRS`; where a family cannot, with the most general one, once."""
+    found = {}
+    for case in cases:
+        for forward, backward in PAIRS:
+            legal = forward_families(case.problem), backward_families(case.problem)
+            pair = {
+                "forward": forward if forward in legal[0] else "gather",
+                "backward": backward if backward in legal[1] else "gather",
+            }
+            found[case.replace(config=(*pair.items(), *case.config))] = None
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
