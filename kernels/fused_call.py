@@ -139,10 +139,10 @@ def full_config(problem: Problem, given: Mapping[str, int | str], machine: Machi
     for prefix, kernel in _used(**chosen).items():
         for key, value in launch.settings_for(kernel, problem, machine).items():
             config[f"{prefix}_{key}"] = int(value)
-    for key, value in given.items():
+    for key, setting in given.items():
         if key not in config:
             raise ConfigError(f"setting {key!r} is not one of {', '.join(config)}")
-        config[key] = value if key in chosen else int(value)
+        config[key] = setting if key in chosen else int(setting)
     return config
 
 
@@ -217,7 +217,7 @@ def _kv_stationary_fwd(problem: Problem, own: Settings) -> tuple[dict[str, Any],
     splits = min(own.get("splits", 1), ceil_div(problem.regions, group))
     constants = {
         "BLOCK_M": max(own["block_m"], 1 << (problem.region_tokens - 1).bit_length()),
-        "BLOCK_N": power_of_2(problem.keys_per_query),
+        "BLOCK_N": max(own["block_n"], power_of_2(problem.keys_per_query)),
         "GROUP": group,
         "SPLITS": splits,
         "REGIONS_PER_PROGRAM": ceil_div(problem.regions, splits),

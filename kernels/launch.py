@@ -179,10 +179,12 @@ def _gather_fwd(problem: Problem) -> dict[str, int]:
 
 
 def _kv_stationary_fwd(problem: Problem) -> dict[str, int]:
+    block_n = _clamp(next_power_of_2(problem.keys_per_query), 16, _most_keys(problem))
     # A GPU of 132 SMs wants about 512 programs of four warps; each keeps to one head of one image.
     splits = _clamp(512 // (problem.batch * problem.heads), 1, 8)
     return {
         "block_m": 16,
+        "block_n": block_n,
         "group": 4,
         "splits": splits,
         "num_warps": 4,

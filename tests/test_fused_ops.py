@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fused_cases import Case, sample
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,9 +25,10 @@ SMALL = Case(map=(4, 8), topk=2, heads=2, head_dim=16)
 SINGLE = Case(map=(4, 8), topk=1, head_dim=16)
 
 
-def leaves(case: Case) -> list[Tensor]:
+def leaves(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     s = sample(case)
-    return [x.detach().requires_grad_() for x in (s.q, s.k, s.v)]
+    q, k, v = (x.detach().requires_grad_() for x in (s.q, s.k, s.v))
+    return q, k, v
 
 
 def arguments(case: Case) -> tuple[Any, ...]:
@@ -40,13 +41,11 @@ def arguments(case: Case) -> tuple[Any, ...]:
 def test_the_operators_pass_the_checks_of_pytorch(case: Case) -> None:
     s = sample(case)
     q, k, v = leaves(case)
-    torch.library.opcheck(
-        torch.ops.bratune.routed_attention.default, (q, k, v, s.routes, *arguments(case), True)
-    )
+    library.opcheck(torch.ops.bratune.routed_attention.default, (q, k, v, s.routes, *arguments(case), True))
     with torch.no_grad():
         out, lse = torch.ops.bratune.routed_attention(q, k, v, s.routes, *arguments(case), True)
     for packed in (True, False):
-        torch.library.opcheck(
+        library.opcheck(
             torch.ops.bratune.routed_attention_backward.default,
             (s.grad, s.q, s.k, s.v, s.routes, out, lse, *arguments(case), packed),
             test_utils=("test_schema", "test_faketensor"),
@@ -115,11 +114,12 @@ def test_an_exported_layer_keeps_the_operator() -> None:
 def test_a_recomputed_layer_has_the_same_gradients() -> None:
     layer, s = Layer(), sample(SMALL)
     x = torch.randn(1, 4, 8, 32)
-    grads = []
+    grads: list[Tensor] = []
     for recompute in (False, True):
         layer.zero_grad()
         out = checkpoint(layer, x, s.routes, use_reentrant=False) if recompute else layer(x, s.routes)
         out.backward(s.grad)
+        assert layer.qkv.weight.grad is not None
         grads.append(layer.qkv.weight.grad)
     assert torch.equal(grads[0], grads[1])
 
@@ -143,7 +143,7 @@ def test_the_counter_of_pytorch_counts_the_products_of_both_passes() -> None:
     with FlopCounterMode(display=False) as counter:
         out = attend(*inputs, s.routes, SMALL.problem, "")
         forward = counter.get_total_flops()
-        out.backward(s.grad)
+        torch.autograd.backward(out, s.grad)
     assert forward == TritonBackend().flops(SMALL.problem)
     assert counter.get_total_flops() == forward * 7 // 2
 
