@@ -105,7 +105,7 @@ class Launch:
             resident_warps=self.target.resident_warps(
                 registers=registers, shared_bytes=self.metadata_shared, num_warps=self.num_warps
             ),
-            instructions=self.listing.count(),
+            instructions=len(self.listing.operations),
         )
 
 

@@ -54,7 +54,7 @@ class Listing:
     operations: tuple[str, ...]
     loops: tuple[Loop, ...]
 
-    def classes(self, trips: Sequence[int] = ()) -> dict[str, int]:
+    def classes(self, trips: Sequence[float] = ()) -> dict[str, float]:
         """Instructions of each class that a warp executes.
 
         Args:
@@ -64,24 +64,33 @@ class Listing:
         Raises:
             MeasureError: there are more or fewer trip counts than loops.
         """
-        weights = [1] * len(self.operations)
-        if trips:
-            if len(trips) != len(self.loops):
-                raise MeasureError(
-                    f"{len(trips)} trip counts were given for {len(self.loops)} loops of "
-                    f"{', '.join(str(loop.size) for loop in self.loops)} instructions"
-                )
-            for loop, count in zip(self.loops, trips, strict=True):
-                for i in range(loop.start, loop.end + 1):
-                    weights[i] *= count
         found: Counter[str] = Counter()
-        for operation, weight in zip(self.operations, weights, strict=True):
-            found[_class_of(operation)] += weight
+        for operation, weight in zip(self.operations, self._weights(trips), strict=True):
+            found[_class_of(operation)] += weight  # type: ignore[assignment]
         return dict(sorted(found.items()))
 
-    def count(self, trips: Sequence[int] = ()) -> int:
+    def count(self, trips: Sequence[float] = ()) -> float:
         """Instructions that a warp executes; see `classes`."""
-        return sum(self.classes(trips).values())
+        return sum(self._weights(trips))
+
+    def count_in(self, name: str, loop: Loop) -> int:
+        """Instructions of a class in the body of a loop."""
+        body = self.operations[loop.start : loop.end + 1]
+        return sum(_class_of(operation) == name for operation in body)
+
+    def _weights(self, trips: Sequence[float]) -> list[float]:
+        weights: list[float] = [1] * len(self.operations)
+        if not trips:
+            return weights
+        if len(trips) != len(self.loops):
+            raise MeasureError(
+                f"{len(trips)} trip counts were given for {len(self.loops)} loops of "
+                f"{', '.join(str(loop.size) for loop in self.loops)} instructions"
+            )
+        for loop, count in zip(self.loops, trips, strict=True):
+            for i in range(loop.start, loop.end + 1):
+                weights[i] *= count
+        return weights
 
 
 def _class_of(operation: str) -> str:

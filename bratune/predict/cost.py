@@ -1,0 +1,239 @@
+"""The offline cost of a fused kernel: five lower bounds of its time, from its machine code and counted work.
+
+A kernel cannot be faster than its bytes through memory and through the last-level cache, its exponentials
+through the special function units, its products through the matrix units, and its instructions through the
+schedulers. The last is read off the compiled machine code, loops counted as often as they run, and is what
+ranks tile sizes of the same kernel. Each bound is divided by the share of its peak that good kernels reach;
+the longest is the estimate. Its evidence is ``modelled``: nothing has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bratune.errors import UnknownNameError
+from bratune.gpus import GPU, resolve
+from bratune.predict.compile import Launch
+from bratune.predict.roofline import rates
+from bratune.predict.sass import Listing
+from bratune.problem import Problem, ceil_div
+
+__all__ = ["BOARDS", "Cost", "Work", "board_of", "cost_of", "executed_instructions", "work_of"]
+
+# The board that stands for an architecture where tables are made for the architecture as a whole.
+BOARDS: Mapping[str, str] = {
+    "sm80": "a100",
+    "sm86": "rtx3090",
+    "sm89": "rtx4090",
+    "sm90": "h200",
+    "sm100": "b200",
+    "sm120": "rtx5090",
+}
+
+# Shares of the peaks that well-made kernels reach.
+_MEMORY_SHARE = 0.88
+_ISSUE_SHARE = 0.65
+_EXP_SHARE = 0.80
+_MATRIX_SHARE = 0.60
+# Of every SM, per clock.
+_SCHEDULERS = 4
+_EXPS_PER_CLOCK = 16
+# Programs that saturate the memory, as a share of the SMs.
+_FEEDING_SHARE = 0.5
+# Warps on an SM that keep its schedulers and its loads going.
+_HIDING_WARPS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one launch of a kernel has to do, counted.
+
+    Attributes:
+        memory_bytes: The fewest bytes from and to memory: every tensor once.
+        cache_bytes: Bytes between the last-level cache and the SMs, re-reads included.
+        scores: Entries of score tiles that are computed, padding of the tiles included.
+        products: Tile products per score: two forward, up to five backward.
+        iterations: How often a program goes through its loop over tiles, on average.
+    """
+
+    memory_bytes: float
+    cache_bytes: float
+    scores: float
+    products: int
+    iterations: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Lower bounds of the time of one launch, in microseconds, at full rates.
+
+    Attributes:
+        memory_us: Bytes through memory.
+        cache_us: Bytes through the last-level cache.
+        issue_us: Instructions through the schedulers.
+        exp_us: Exponentials through the special function units.
+        matrix_us: Products through the matrix units.
+        us: The estimate: the longest of the five at the rate that good kernels reach.
+        bound: Which one that is: ``memory``, ``cache``, ``issue``, ``exp`` or ``matrix``.
+    """
+
+    memory_us: float
+    cache_us: float
+    issue_us: float
+    exp_us: float
+    matrix_us: float
+    us: float
+    bound: str
+
+
+def board_of(architecture: str) -> GPU:
+    """The board that stands for an architecture.
+
+    Raises:
+        UnknownNameError: none does.
+    """
+    if architecture not in BOARDS:
+        raise UnknownNameError("architecture", architecture, BOARDS)
+    return resolve(BOARDS[architecture])
+
+
+def work_of(kind: str, problem: Problem, settings: Mapping[str, int]) -> Work:
+    """The counted work of an attention kernel.
+
+    Args:
+        kind: One of `bratune.kernels.launch.KINDS`.
+        problem: The attention call.
+        settings: What is compiled into the kernel: ``BLOCK_M``, ``BLOCK_N`` and, where it has them,
+            ``TAIL`` (keys of a last, shorter tile), ``GROUP`` and ``REGIONS_PER_PROGRAM``.
+
+    Raises:
+        UnknownNameError: no kernel is of that kind.
+    """
+    p = problem
+    block_m, block_n = settings["BLOCK_M"], settings["BLOCK_N"]
+    row = p.channels * p.item_bytes
+    queries, keys = p.batch * p.tokens * row, p.batch * p.kv_tokens * row
+    stats = 4.0 * p.batch * p.heads * p.regions * p.region_tokens
+    # Along the routes: a tile of queries of one region reads the keys of the regions it was routed to.
+    query_tiles = p.batch * p.regions * ceil_div(p.region_tokens, block_m)
+    key_steps = ceil_div(p.keys_per_query, block_n)
+    gathered = 2.0 * query_tiles * p.keys_per_query * row
+    routed_scores = float(p.heads * query_tiles * block_m * key_steps * block_n)
+    # Against the routes: a tile of keys of one region reads the queries that were routed to it, on average.
+    key_tiles = p.batch * p.kv_regions * ceil_div(p.kv_region_tokens, block_n)
+    routed_queries = p.regions * p.topk * p.region_tokens / p.kv_regions
+    query_steps = max(1.0, routed_queries / block_m)
+    inverse_scores = p.heads * key_tiles * block_n * query_steps * block_m
+    scattered = key_tiles * routed_queries * row
+    # The whole map, under a mask; the last keys may have a tile of their own, behind the loop.
+    tail = settings.get("TAIL", 0)
+    image_steps = p.kv_tokens // block_n if tail else ceil_div(p.kv_tokens, block_n)
+    image_tiles = p.batch * ceil_div(p.tokens, block_m)
+    image_scores = float(p.heads * image_tiles * block_m * (image_steps * block_n + tail))
+    image_reads = 2.0 * image_tiles * p.kv_tokens * row
+    # Regions of a head one after the other.
+    resident_steps = settings.get("REGIONS_PER_PROGRAM", p.regions) / settings.get("GROUP", 1)
+
+    forward = 2 * queries + 2 * keys + (stats if p.backward else 0.0)
+    backward = 4 * queries + 4 * keys + stats
+    table = {
+        "gather_fwd": (forward, 2 * queries + gathered, routed_scores, 2, key_steps),
+        # K and V of a head stay in L1 while its program goes through the regions.
+        "kv_stationary_fwd": (forward, forward, routed_scores, 2, resident_steps),
+        "image_fwd": (forward, 2 * queries + image_reads, image_scores, 2, image_steps),
+        "gather_dq": (
+            4 * queries + 2 * keys + 2 * stats,
+            4 * queries + gathered,
+            routed_scores,
+            3,
+            key_steps,
+        ),
+        "gather_dkv": (
+            2 * queries + 4 * keys + 2 * stats,
+            4 * keys + 2 * scattered,
+            inverse_scores,
+            4,
+            query_steps,
+        ),
+        "k1_bwd": (backward, 4 * keys + 4 * scattered, inverse_scores, 5, query_steps),
+        "image_bwd": (backward, 2 * backward, image_scores, 5, image_steps),
+    }
+    if kind not in table:
+        raise UnknownNameError("kind of kernel", kind, table)
+    memory, cache, scores, products, iterations = table[kind]
+    return Work(
+        memory_bytes=memory,
+        cache_bytes=cache,
+        scores=scores,
+        products=products,
+        iterations=max(1.0, iterations),
+    )
+
+
+def executed_instructions(listing: Listing, *, iterations: float, exps: float) -> float:
+    """Instructions that a warp executes on its way through a kernel that loops over tiles.
+
+    The compiler may unroll the loop. How often its body then runs is told by its exponentials: a body
+    with twice those of one tile runs half as often. Loops without any are run once.
+
+    Args:
+        listing: The machine code.
+        iterations: Tiles that the kernel goes through.
+        exps: Exponentials of a warp for one tile.
+    """
+    trips = []
+    for loop in listing.loops:
+        found = listing.count_in("exp", loop)
+        unrolled = max(1, round(found / exps)) if exps else 1
+        trips.append(max(1.0, iterations / unrolled) if found else 1.0)
+    return listing.count(trips)
+
+
+def cost_of(launch: Launch, kind: str, problem: Problem, board: GPU) -> Cost:
+    """The cost of one compiled launch of an attention kernel on a board.
+
+    Raises:
+        UsageError: no source gives one of the board's peaks.
+    """
+    work = work_of(kind, problem, launch.settings)
+    peak = rates(board, problem.dtype)
+    lanes = launch.programs * launch.num_warps * launch.target.warp_size
+    instructions = executed_instructions(
+        launch.listing, iterations=work.iterations, exps=work.scores / lanes / work.iterations
+    )
+    clock = (board.boost_mhz or 0.0) * 1e6
+    per_clock = peak.sm_count * clock
+    channels = int(launch.settings["BLOCK_D"])
+    seconds = {
+        "memory": work.memory_bytes / peak.memory,
+        "cache": work.cache_bytes / peak.cache,
+        "issue": instructions * launch.num_warps * launch.programs / (_SCHEDULERS * per_clock),
+        "exp": work.scores / (_EXPS_PER_CLOCK * per_clock),
+        "matrix": 2 * work.products * work.scores * channels / peak.matrix,
+    }
+    # A grid that leaves SMs idle, or fills its last wave badly, gets less of everything.
+    waves = ceil_div(launch.programs, peak.sm_count)
+    busy = launch.programs / (waves * peak.sm_count)
+    feeding = min(1.0, launch.programs / (_FEEDING_SHARE * peak.sm_count))
+    # Too few warps on an SM cannot hide the latency of each other's instructions.
+    warps = min(launch.resources.resident_warps, launch.num_warps * ceil_div(launch.programs, peak.sm_count))
+    hiding = min(1.0, warps / _HIDING_WARPS)
+    shares = {
+        "memory": _MEMORY_SHARE * feeding,
+        "cache": feeding * hiding,
+        "issue": _ISSUE_SHARE * busy * hiding,
+        "exp": _EXP_SHARE * busy,
+        "matrix": _MATRIX_SHARE * busy,
+    }
+    reached = {name: 1e6 * value / shares[name] for name, value in seconds.items()}
+    bound = max(reached, key=lambda name: reached[name])
+    return Cost(
+        memory_us=1e6 * seconds["memory"],
+        cache_us=1e6 * seconds["cache"],
+        issue_us=1e6 * seconds["issue"],
+        exp_us=1e6 * seconds["exp"],
+        matrix_us=1e6 * seconds["matrix"],
+        us=reached[bound],
+        bound=bound,
+    )
