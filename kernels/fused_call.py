@@ -103,7 +103,7 @@ def call_for(problem: Problem, settings: str, machine: Machine) -> Call:
         }
         constants, programs = _LAUNCHES[kernel](problem, own)
         options = {key: own[key] for key in ("num_warps", "num_stages")}
-        kernels[kernel] = _geometry(problem) | constants | options
+        kernels[kernel] = constants | options
         grids[kernel] = (programs,)
     return Call(
         forward=str(config["forward"]),
@@ -139,10 +139,10 @@ def full_config(problem: Problem, given: Mapping[str, int | str], machine: Machi
     for prefix, kernel in _used(**chosen).items():
         for key, value in launch.settings_for(kernel, problem, machine).items():
             config[f"{prefix}_{key}"] = int(value)
-    for key, value in given.items():
+    for key, setting in given.items():
         if key not in config:
             raise ConfigError(f"setting {key!r} is not one of {', '.join(config)}")
-        config[key] = value if key in chosen else int(value)
+        config[key] = setting if key in chosen else int(setting)
     return config
 
 
@@ -183,13 +183,13 @@ def _gather_fwd(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
         "HEADS_PER_PROGRAM": heads,
         "PER_HEAD": problem.per_head,
     }
-    return constants, problem.batch * problem.regions * tiles * (problem.heads // heads)
+    return _geometry(problem) | constants, problem.batch * problem.regions * tiles * (problem.heads // heads)
 
 
 def _gather_dq(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
     tiles = ceil_div(problem.region_tokens, own["block_m"])
     constants = {"BLOCK_M": own["block_m"], "BLOCK_N": own["block_n"]}
-    return constants, problem.batch * problem.regions * tiles * problem.heads
+    return _geometry(problem) | constants, problem.batch * problem.regions * tiles * problem.heads
 
 
 def _gather_dkv(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
@@ -201,7 +201,7 @@ def _gather_dkv(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
         "PER_HEAD": problem.per_head,
         "FUSE_DQ": False,
     }
-    return constants, problem.batch * problem.kv_regions * tiles * problem.heads
+    return _geometry(problem) | constants, problem.batch * problem.kv_regions * tiles * problem.heads
 
 
 def _k1_bwd(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
@@ -211,11 +211,64 @@ def _k1_bwd(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
     return constants | {"FUSE_DQ": True}, programs
 
 
+def _kv_stationary_fwd(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
+    group = own.get("group", 1)
+    # The settings say how many parts the regions of a head are cut into; no part is smaller than a group.
+    splits = min(own.get("splits", 1), ceil_div(problem.regions, group))
+    constants = {
+        "BLOCK_M": max(own["block_m"], 1 << (problem.region_tokens - 1).bit_length()),
+        "BLOCK_N": max(own["block_n"], power_of_2(problem.keys_per_query)),
+        "GROUP": group,
+        "SPLITS": splits,
+        "REGIONS_PER_PROGRAM": ceil_div(problem.regions, splits),
+    }
+    return _geometry(problem) | constants, problem.batch * problem.heads * splits
+
+
+def _image_geometry(problem: Problem) -> dict[str, Any]:
+    names = ("REGIONS", "HEADS", "RH", "RW", "GRID_W", "D", "BLOCK_D", "EVEN", "MASKED")
+    geometry = _geometry(problem)
+    return {name: geometry[name] for name in names} | {"PER_HEAD": problem.per_head}
+
+
+def _span(problem: Problem, keys: int) -> int:
+    """Regions that a tile of keys may touch, as a side of a product."""
+    return power_of_2((keys - 1) // problem.region_tokens + 2)
+
+
+def _image_tiles(problem: Problem, own: Settings) -> dict[str, Any]:
+    tokens = problem.regions * problem.region_tokens
+    rest = tokens % own["block_n"]
+    tail = power_of_2(rest) if rest else 0
+    return _image_geometry(problem) | {
+        "BLOCK_M": own["block_m"],
+        "BLOCK_N": own["block_n"],
+        "SPAN": _span(problem, own["block_n"]),
+        "TAIL": tail,
+        "TAIL_SPAN": _span(problem, max(tail, 1)),
+    }
+
+
+def _image_fwd(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
+    tiles = ceil_div(problem.regions * problem.region_tokens, own["block_m"])
+    return _image_tiles(problem, own), problem.batch * problem.heads * tiles
+
+
+def _image_bwd(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
+    # The kernel has registers for four tiles of queries.
+    least = power_of_2(ceil_div(problem.regions * problem.region_tokens, 4))
+    own = {**own, "block_m": max(own["block_m"], least)}
+    return _image_tiles(problem, own), problem.batch * problem.heads
+
+
 _LAUNCHES: Mapping[str, Callable[[Problem, Settings], tuple[dict[str, Any], int]]] = {
     "gather_fwd": _gather_fwd,
+    "kv_stationary_fwd": _kv_stationary_fwd,
+    "image_fwd": _image_fwd,
     "gather_dq": _gather_dq,
     "gather_dkv": _gather_dkv,
     "k1_bwd": _k1_bwd,
+    "image_bwd": _image_bwd,
 }
 
 

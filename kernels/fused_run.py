@@ -7,6 +7,8 @@ device, so both passes can be captured in a CUDA graph.
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,12 +27,10 @@ def run_forward(
 
     The statistics are empty where they are not to be kept.
     """
-    from bratune.kernels.fused_gather_fwd import gather_fwd
-
     out = q.new_empty(q.shape)
     lse = q.new_empty(call.lse_shape if keep_lse else (0,), dtype=torch.float32)
     with _on(q.device):
-        gather_fwd(q, k, v, routes, out, lse, call)
+        _forward_pass(call.forward)(q, k, v, routes, out, lse, call)
     return out, lse
 
 
@@ -39,19 +39,52 @@ def run_backward(
     *, packed: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k and v: three tensors, or one ``[B, H, W, 3 * C]`` where ``packed``."""
-    from bratune.kernels.fused_gather_bwd import gather_bwd_dkv, gather_bwd_dq
-    from bratune.kernels.fused_inverse import inverse_routes
-
     results = empty_gradients(q, k, v, packed=packed)
     dq, dk, dv = results[0].chunk(3, -1) if packed else results
     with _on(q.device):
-        starts, entries = inverse_routes(routes, call.kv_regions)
-        delta = lse
-        if call.backward == "gather":
-            delta = torch.empty_like(lse)
-            gather_bwd_dq(q, k, v, routes, out, grad, lse, delta, dq, call)
-        gather_bwd_dkv(q, k, v, starts, entries, out, grad, lse, delta, dq, dk, dv, call)
+        run = _image_pass if call.backward == "image" else _gather_pass
+        run(grad, q, k, v, routes, out, lse, dq, dk, dv, call)
     return results
+
+
+@functools.cache
+def _forward_pass(family: str) -> Callable[..., None]:
+    # Triton is imported when the first kernel is launched, not with the list of backends.
+    if family == "stationary":
+        from bratune.kernels.fused_stationary import stationary_fwd
+
+        return stationary_fwd
+    if family == "image":
+        from bratune.kernels.fused_image import image_fwd
+
+        return image_fwd
+    from bratune.kernels.fused_gather_fwd import gather_fwd
+
+    return gather_fwd
+
+
+def _image_pass(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, call: Call,
+) -> None:  # fmt: skip
+    from bratune.kernels.fused_image import image_bwd
+
+    image_bwd(q, k, v, routes, out, grad, lse, dq, dk, dv, call)
+
+
+def _gather_pass(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor,
+    dq: Tensor, dk: Tensor, dv: Tensor, call: Call,
+) -> None:  # fmt: skip
+    from bratune.kernels.fused_gather_bwd import gather_bwd_dkv, gather_bwd_dq
+    from bratune.kernels.fused_inverse import inverse_routes
+
+    starts, entries = inverse_routes(routes, call.kv_regions)
+    delta = lse
+    if call.backward == "gather":
+        delta = torch.empty_like(lse)
+        gather_bwd_dq(q, k, v, routes, out, grad, lse, delta, dq, call)
+    gather_bwd_dkv(q, k, v, starts, entries, out, grad, lse, delta, dq, dk, dv, call)
 
 
 def empty_gradients(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> list[Tensor]:

@@ -180,10 +180,14 @@ def _gather_fwd(problem: Problem) -> dict[str, int]:
 
 def _kv_stationary_fwd(problem: Problem) -> dict[str, int]:
     block_n = _clamp(next_power_of_2(problem.keys_per_query), 16, _most_keys(problem))
+    # A GPU of 132 SMs wants about 512 programs of four warps; each keeps to one head of one image.
+    splits = _clamp(512 // (problem.batch * problem.heads), 1, 8)
     return {
         "block_m": 16,
         "block_n": block_n,
-        "num_warps": 1 if block_n <= 128 else 2,
+        "group": 4,
+        "splits": splits,
+        "num_warps": 4,
         # Pipelined loads bypass L1, where this kernel keeps keys and values.
         "num_stages": 1,
     }
@@ -191,6 +195,11 @@ def _kv_stationary_fwd(problem: Problem) -> dict[str, int]:
 
 def _image(problem: Problem) -> dict[str, int]:
     return {"block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 1}
+
+
+def _image_bwd(problem: Problem) -> dict[str, int]:
+    # Tiles of 64 keys are faster where they fit, but take more tensor memory than an sm100 has.
+    return {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 1}
 
 
 def _query_stationary_bwd(problem: Problem) -> dict[str, int]:
@@ -217,5 +226,5 @@ KINDS: Mapping[str, Callable[[Problem], dict[str, int]]] = {
     "gather_dq": _query_stationary_bwd,
     "gather_dkv": _key_stationary_bwd,
     "k1_bwd": _key_stationary_bwd,
-    "image_bwd": _image,
+    "image_bwd": _image_bwd,
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bratune.kernels.fused import TritonBackend
+from bratune.kernels.fused_families import backward_families, forward_families
 from bratune.kernels.reference import ReferenceBackend
 from bratune.problem import Problem
 
@@ -62,6 +63,9 @@ class Case:
             per_head=self.routes == "per_head",
         )
 
+    def replace(self, **changes: Any) -> Case:
+        return dataclasses.replace(self, **changes)
+
     def __str__(self) -> str:
         """Whatever differs from the default, as the id of a test."""
         parts = []
@@ -71,6 +75,29 @@ class Case:
                 pairs = value if f.name == "config" else [(f.name, value)]
                 parts += [f"{k}={'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in pairs]
         return ",".join(parts) or "default"
+
+
+# Every family at least once, in mixed pairs too: statistics are shared. Of the backward families the first
+# that can compute a case is taken.
+PAIRS = (
+    ("gather", ("image", "gather")),
+    ("stationary", ("gather",)),
+    ("image", ("key", "image", "gather")),
+)
+
+
+def with_pairs(*cases: Case) -> tuple[Case, ...]:
+    """Every case once for each of `PAIRS`, with the general forward family where that one cannot."""
+    found: dict[Case, None] = {}
+    for case in cases:
+        for forward, backwards in PAIRS:
+            legal = forward_families(case.problem), backward_families(case.problem)
+            pair = {
+                "forward": forward if forward in legal[0] else "gather",
+                "backward": next(family for family in backwards if family in legal[1]),
+            }
+            found[case.replace(config=(*pair.items(), *case.config))] = None
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,31 +159,30 @@ def _routes(case: Case, seed: torch.Generator) -> Tensor:
 @contextmanager
 def uninitialised_is_nan() -> Iterator[None]:
     """Fill what is allocated and not written with NaN, so that an element that nobody writes is seen."""
+    settings: Any = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    filled, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        True,
-    )
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = before
 
 
 def fused(case: Case, s: Sample) -> dict[str, Tensor]:
     """Output and gradients of the fused backend."""
-    leaves = [x.detach().requires_grad_() for x in (s.q, s.k, s.v)]
+    q, k, v = (x.detach().requires_grad_() for x in (s.q, s.k, s.v))
     with uninitialised_is_nan():
-        out = TritonBackend().forward(*leaves, s.routes, case.problem, dict(case.config))
-        return dict(zip(NAMES, (out, *torch.autograd.grad(out, leaves, s.grad)), strict=True))
+        out = TritonBackend().forward(q, k, v, s.routes, case.problem, dict(case.config))
+        return dict(zip(NAMES, (out, *torch.autograd.grad(out, (q, k, v), s.grad)), strict=True))
 
 
 def reference(case: Case, s: Sample) -> dict[str, Tensor]:
     """Output and gradients of the reference, in float64 on the CPU."""
-    leaves = [x.detach().cpu().double().requires_grad_() for x in (s.q, s.k, s.v)]
-    out = ReferenceBackend().forward(*leaves, s.routes.cpu(), case.problem)
-    grads = torch.autograd.grad(out, leaves, s.grad.cpu().double())
+    q, k, v = (x.detach().cpu().double().requires_grad_() for x in (s.q, s.k, s.v))
+    out = ReferenceBackend().forward(q, k, v, s.routes.cpu(), case.problem)
+    grads = torch.autograd.grad(out, (q, k, v), s.grad.cpu().double())
     return dict(zip(NAMES, (out.detach(), *grads), strict=True))
 
 

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from fused_cases import LAYOUTS, ROUTES, Case, assert_right, errors, fused, reference, sample
+from fused_cases import (
+    LAYOUTS,
+    ROUTES,
+    TOLERANCES,
+    Case,
+    assert_right,
+    errors,
+    fused,
+    reference,
+    sample,
+    with_pairs,
+)
 
 pytest.importorskip("triton")
 
@@ -33,113 +44,133 @@ REGIONS = (
     Case(map=(8, 12), region=(4, 4), topk=6),
     Case(batch=2, heads=2, map=(8, 8), topk=2),
 )
-RAGGED = (
-    {"map": (7, 8), "region": (4, 3)},
-    {"map": (9, 9), "region": (8, 8), "topk": 1},
-    {"map": (9, 9), "region": (8, 8), "topk": 2},
-    {"map": (5, 5), "region": (8, 8), "topk": 1},
-    {"map": (6, 6), "region": (3, 3), "kv_map": (7, 9), "kv_region": (2, 5)},
+RAGGED = tuple(
+    Case(padding=padding, **shape)
+    for padding in ("zeros", "masked")
+    for shape in (
+        {"map": (7, 8), "region": (4, 3)},
+        {"map": (9, 9), "region": (8, 8), "topk": 1},
+        {"map": (9, 9), "region": (8, 8), "topk": 2},
+        {"map": (5, 5), "region": (8, 8), "topk": 1},
+        {"map": (6, 6), "region": (3, 3), "kv_map": (7, 9), "kv_region": (2, 5)},
+    )
 )
 KV_REGIONS = (
     Case(map=(8, 8), kv_region=(2, 2)),
     Case(map=(8, 8), kv_map=(4, 4), kv_region=(2, 2)),
     Case(map=(8, 8), kv_region=(2, 4), topk=1),
 )
+GATHER: dict[str, int | str] = {"forward": "gather", "backward": "gather"}
+STATIONARY: dict[str, int | str] = {"forward": "stationary", "backward": "gather"}
+IMAGE: dict[str, int | str] = {"forward": "image", "backward": "image"}
 SETTINGS = (
-    {"fwd_block_n": 16},
-    {"fwd_block_n": 32, "fwd_block_m": 32},
-    {"fwd_block_n": 128, "fwd_heads_per_program": 2},
-    {"fwd_heads_per_program": 2, "fwd_block_n": 32},
-    {"dq_block_n": 16, "dkv_block_m": 16},
-    {"dq_block_m": 32, "dkv_block_m": 32, "dkv_block_n": 32},
+    GATHER | {"fwd_block_n": 16},
+    GATHER | {"fwd_block_n": 32, "fwd_block_m": 32},
+    GATHER | {"fwd_block_n": 128, "fwd_heads_per_program": 2},
+    GATHER | {"fwd_heads_per_program": 2, "fwd_block_n": 32, "dq_block_n": 16, "dkv_block_m": 16},
+    GATHER | {"dq_block_m": 32, "dkv_block_m": 32, "dkv_block_n": 32},
+    STATIONARY | {"fwd_group": 1},
+    STATIONARY | {"fwd_group": 2, "fwd_splits": 3},
+    STATIONARY | {"fwd_block_m": 32, "fwd_splits": 4},
+    IMAGE | {"fwd_block_m": 16, "fwd_block_n": 16, "dkv_block_n": 16, "dkv_block_m": 16},
+    IMAGE | {"fwd_block_n": 32, "dkv_block_n": 32},
 )
 
 
 @interpreter
-@pytest.mark.parametrize("case", REGIONS, ids=str)
+@pytest.mark.parametrize("case", with_pairs(*REGIONS), ids=str)
 def test_every_region_and_top_k_agrees_with_the_reference(case: Case) -> None:
     assert_right(case)
 
 
 @interpreter
-@pytest.mark.parametrize("padding", ["zeros", "masked"])
-@pytest.mark.parametrize("shape", RAGGED, ids=str)
-def test_maps_that_regions_do_not_tile_are_padded_as_asked(shape: dict[str, Any], padding: str) -> None:
-    assert_right(Case(padding=padding, **shape))
+@pytest.mark.parametrize("case", with_pairs(*RAGGED), ids=str)
+def test_maps_that_regions_do_not_tile_are_padded_as_asked(case: Case) -> None:
+    assert_right(case)
 
 
 @interpreter
-@pytest.mark.parametrize("head_dim", [8, 16, 24, 48, 64, 96, 128])
-def test_every_size_of_a_head_agrees_with_the_reference(head_dim: int) -> None:
-    assert_right(Case(map=(8, 8), head_dim=head_dim, heads=2, topk=2))
+@pytest.mark.parametrize(
+    "case",
+    with_pairs(*(Case(map=(4, 8), head_dim=d, heads=2, topk=2) for d in (8, 16, 24, 48, 64, 96, 128))),
+    ids=str,
+)
+def test_every_size_of_a_head_agrees_with_the_reference(case: Case) -> None:
+    assert_right(case)
 
 
 @interpreter
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_memory_layout_agrees_with_the_reference(layout: str) -> None:
-    assert_right(Case(batch=2, map=(8, 8), heads=2, topk=2, layout=layout))
+@pytest.mark.parametrize(
+    "case",
+    with_pairs(*(Case(batch=2, map=(4, 8), heads=2, topk=2, layout=layout) for layout in LAYOUTS)),
+    ids=str,
+)
+def test_every_memory_layout_agrees_with_the_reference(case: Case) -> None:
+    assert_right(case)
 
 
 @interpreter
-@pytest.mark.parametrize("routes", ROUTES)
-def test_every_kind_of_routes_agrees_with_the_reference(routes: str) -> None:
-    assert_right(Case(batch=2, map=(8, 8), heads=2, topk=2, routes=routes))
+@pytest.mark.parametrize(
+    "case", with_pairs(*(Case(batch=2, map=(8, 8), topk=2, heads=2, routes=r) for r in ROUTES)), ids=str
+)
+def test_every_kind_of_routes_agrees_with_the_reference(case: Case) -> None:
+    assert_right(case)
 
 
 @interpreter
-@pytest.mark.parametrize("case", KV_REGIONS, ids=str)
+@pytest.mark.parametrize("case", with_pairs(*KV_REGIONS), ids=str)
 def test_keys_may_have_a_map_and_regions_of_their_own(case: Case) -> None:
     assert_right(case)
 
 
 @interpreter
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("region", [(4, 4), (8, 12)], ids=str)
-def test_half_types_agree_with_the_reference(dtype: str, region: tuple[int, int]) -> None:
-    assert_right(Case(dtype=dtype, region=region, topk=1))
+@pytest.mark.parametrize(
+    "case",
+    with_pairs(
+        *(Case(dtype=d, region=r, topk=1) for d in ("float16", "bfloat16") for r in ((4, 4), (8, 12)))
+    ),
+    ids=str,
+)
+def test_half_types_agree_with_the_reference(case: Case) -> None:
+    assert_right(case)
 
 
 @interpreter
 @pytest.mark.parametrize("config", SETTINGS, ids=str)
-def test_settings_change_the_cost_and_not_the_result(config: dict[str, int]) -> None:
+def test_settings_change_the_cost_and_not_the_result(config: dict[str, int | str]) -> None:
     assert_right(Case(map=(8, 8), heads=2, config=tuple(config.items())))
 
 
 @interpreter
-@pytest.mark.parametrize("backward", ["gather", "key"])
-@pytest.mark.parametrize("routes", ["hub", "half_unchosen", "per_head"])
-def test_both_backward_passes_of_a_single_route_agree_with_the_reference(backward: str, routes: str) -> None:
-    assert_right(Case(map=(8, 8), heads=2, topk=1, routes=routes, config=(("backward", backward),)))
-
-
-@interpreter
-def test_every_configuration_on_offer_is_right() -> None:
-    case = Case(map=(8, 8), heads=2, topk=1)
+@pytest.mark.parametrize("case", [Case(map=(8, 8), topk=1), Case(map=(6, 6), region=(2, 2))], ids=str)
+def test_every_configuration_on_offer_is_right(case: Case) -> None:
     s = sample(case)
     true = reference(case, s)
     for config in TritonBackend().configs(case.problem, detect("cpu")):
-        found = errors(fused(Case(map=(8, 8), heads=2, topk=1, config=tuple(config.items())), s), true)
-        assert max(found.values()) < 2e-6, config
+        found = errors(fused(case.replace(config=tuple(config.items())), s), true)
+        assert max(found.values()) < TOLERANCES["float32"], config
 
 
 @interpreter
-def test_a_gradient_that_is_expanded_is_read_with_its_strides() -> None:
-    assert_right(Case(expanded_grad=True))
+@pytest.mark.parametrize("case", with_pairs(Case(map=(4, 8), expanded_grad=True, topk=1)), ids=str)
+def test_a_gradient_that_is_expanded_is_read_with_its_strides(case: Case) -> None:
+    assert_right(case)
 
 
 @interpreter
-def test_scores_of_ten_thousand_stay_finite() -> None:
-    case = Case(magnitude=100.0)
+@pytest.mark.parametrize("case", with_pairs(Case(magnitude=100.0)), ids=str)
+def test_scores_of_ten_thousand_stay_finite(case: Case) -> None:
     found = errors(fused(case, s := sample(case)), reference(case, s))
-    # With one-hot weights the gradients of q and k are what is left of differences of equal numbers.
+    # Between families, weights are known as well as float32 knows a score of ten thousand; with one-hot
+    # weights the gradients of q and k are what is left of differences of equal numbers.
     assert found["out"] < 2e-6
-    assert found["dv"] < 2e-6
+    assert found["dv"] < 1e-2
     assert all(math.isfinite(error) for error in found.values())
 
 
 @interpreter
-def test_two_runs_give_the_same_bits() -> None:
-    case = Case(heads=2, routes="hub")
+@pytest.mark.parametrize("case", with_pairs(Case(heads=2, routes="hub")), ids=str)
+def test_two_runs_give_the_same_bits(case: Case) -> None:
     s = sample(case)
     first, second = fused(case, s), fused(case, s)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -163,7 +194,11 @@ def test_without_a_gradient_no_statistics_are_kept() -> None:
     s = sample(case)
     with torch.no_grad():
         out = TritonBackend().forward(s.q, s.k, s.v, s.routes, case.problem)
-    assert torch.equal(out, fused(case, s)["out"])
+        lse = torch.ops.bratune.routed_attention(
+            s.q, s.k, s.v, s.routes, 1, (4, 4), (4, 4), case.problem.scale, False, "", False
+        )[1]
+    torch.testing.assert_close(out, fused(case, s)["out"])
+    assert lse.numel() == 0
     assert TritonBackend().workspace_bytes(case.problem.replace(direction="fwd")) == 0
 
 
@@ -175,7 +210,7 @@ def test_a_second_derivative_is_refused() -> None:
     out = TritonBackend().forward(q, s.k, s.v, s.routes, case.problem)
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+        torch.autograd.backward(grad.sum())
 
 
 @interpreter
@@ -246,6 +281,6 @@ def test_a_setting_that_does_not_exist_here_is_refused(config: dict[str, Any], m
 
 
 def test_a_configuration_survives_as_text() -> None:
-    config = {"forward": "gather", "fwd_block_m": 64}
+    config: dict[str, int | str] = {"forward": "gather", "fwd_block_m": 64}
     assert from_text(as_text(config)) == config
     assert as_text(None) == as_text({}) == ""
