@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from typing import Any
 
@@ -166,6 +167,8 @@ def _resolve_once(
 ) -> int:
     """The place in `_RESOLVED` of the problem that tensors of these shapes state and of its backend."""
     _check_shapes(q, k, v, heads)
+    if scale is not None and not (scale and math.isfinite(scale)):
+        raise ProblemError(f"scale must be a number other than 0, not {scale}")
     if len(routes) not in (3, 4):
         raise ProblemError(f"routes must be [B, R, topk] or [B, heads, R, topk], not {list(routes)}")
     problem = Problem(

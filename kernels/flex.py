@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ from bratune.machine import Machine
 from bratune.problem import Problem, ceil_div
 
 __all__ = ["FlexBackend"]
+
+# Who asks for ``compiled: False`` knows, and where nothing can be compiled `configs` says so.
+warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
 
 # The compiled kernels work on blocks of tokens; a block of fewer than 16 cannot use matrix units.
 _BLOCKS = (16, 32, 64, 128)

@@ -12,6 +12,7 @@ from bratune.testing import CASES, BackendConformance
 
 class TestReference(BackendConformance):
     backend = "reference"
+    cases = CASES[::4]  # compared with itself; what it must equal is in test_golden_ops.py
 
 
 class TestGather(BackendConformance):

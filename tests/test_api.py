@@ -1,0 +1,142 @@
+"""The one function: what it accepts, what it says when it cannot, and that it can be compiled."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bratune.errors import BratuneError, ConfigError, ProblemError, UnknownNameError, UnsupportedError
+from bratune.kernels.api import route, routed_attention
+
+COMPILABLE = ("gather", "gather-sdpa", "dense")
+
+
+def qkv(dtype: torch.dtype = torch.float32, size: tuple[int, ...] = (2, 13, 11, 64)) -> tuple[Tensor, ...]:
+    rng = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(*size, generator=rng).to(dtype) for _ in "qkv")
+
+
+def attend(**changes: Any) -> Tensor:
+    q, k, v = qkv()
+    call: dict[str, Any] = {"q": q, "k": k, "v": v, "routes": route(q, k, region=(4, 4), topk=3)}
+    call |= {"heads": 2, "region": (4, 4), "backend": "gather-sdpa"}
+    return routed_attention(**(call | changes))
+
+
+WRONG: list[tuple[dict[str, Any], type[BratuneError], str]] = [
+    ({"heads": 3}, ProblemError, "3 heads do not divide the 64 channels of q and the 64 of v"),
+    ({"heads": 0}, ProblemError, "0 heads do not divide"),
+    ({"q": torch.ones(13, 11, 64)}, ProblemError, "must be [B, H, W, C], not [13, 11, 64]"),
+    ({"k": torch.ones(2, 12, 11, 64)}, ProblemError, "k and v must have one map"),
+    ({"q": torch.ones(1, 13, 11, 64)}, ProblemError, "q and k the same batch and channels"),
+    ({"q": torch.ones(2, 13, 11, 64).double()}, ProblemError, "one dtype, not torch.float64, torch.float32"),
+    ({"k": torch.ones(2, 13, 11, 64, device="meta")}, ProblemError, "on one device, not cpu, meta, cpu"),
+    ({"routes": torch.zeros(2, 12, 3)}, ProblemError, "routes must be int32 or int64, not torch.float32"),
+    ({"routes": torch.zeros(12, 3).long()}, ProblemError, "routes must be [B, R, topk] or"),
+    ({"routes": torch.zeros(2, 9, 3).long()}, ProblemError, "routes of shape [2, 9, 3] do not fit"),
+    ({"routes": torch.zeros(2, 9, 3).long()}, ProblemError, "[2, 12, 3] would"),
+    ({"routes": torch.zeros(2, 4, 12, 3).long()}, ProblemError, "[2, 2, 12, 3] would"),
+    ({"routes": torch.zeros(2, 12, 13).long()}, ProblemError, "top-k 13 is more than the 12 key regions"),
+    ({"region": (0, 4)}, ProblemError, "region must be at least 1x1 tokens, not 0x4"),
+    ({"scale": 0.0}, ProblemError, "scale must be a number other than 0, not 0.0"),
+    ({"scale": float("nan")}, ProblemError, "scale must be a number other than 0, not nan"),
+    ({"padding": "reflect"}, ProblemError, "padding 'reflect' is not known; these are: zeros, masked"),
+    ({"backend": "cutlass"}, UnknownNameError, "no backend is called 'cutlass'"),
+    ({"config": {"tile": 3}}, ConfigError, "backend 'gather-sdpa' has no setting 'tile'; it has none"),
+    (
+        {"backend": "flex", "config": {"tile": 3}},
+        ConfigError,
+        "no setting 'tile'; these are: block, compiled",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "text"), WRONG)
+def test_a_wrong_call_is_an_error_that_says_what_was_found(
+    changes: dict[str, Any], error: type[BratuneError], text: str
+) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        attend(**changes)
+
+
+def test_a_backend_that_cannot_differentiate_is_refused_only_for_gradients() -> None:
+    q = qkv()[0].requires_grad_()
+    with pytest.raises(UnsupportedError, match="FlexAttention has no backward pass on a CPU"):
+        attend(q=q, backend="flex")
+    with torch.no_grad():
+        assert attend(q=q, backend="flex", config={"compiled": False}).shape == q.shape
+
+
+def test_the_default_scale_is_that_of_all_channels() -> None:
+    assert torch.equal(attend(), attend(scale=64**-0.5))
+    assert not torch.equal(attend(), attend(scale=32**-0.5))
+
+
+def test_values_may_have_channels_of_their_own() -> None:
+    v = qkv()[2]
+    torch.testing.assert_close(attend(v=v[..., :32], heads=1), attend(heads=1)[..., :32])
+
+
+def test_auto_runs_what_the_registry_chooses() -> None:
+    assert torch.equal(attend(backend="auto"), attend(backend="gather-sdpa"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_its_dtype(dtype: torch.dtype) -> None:
+    q, k, v = qkv()
+    routes = route(q, k, region=(4, 4), topk=3)
+    half = attend(q=q.bfloat16(), k=k.bfloat16(), v=v.bfloat16(), routes=routes)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(q=q.to(dtype), k=k.to(dtype), v=v, routes=routes)  # may be mixed
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, half)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    q, k, v = qkv(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(q=q, k=k, v=v).dtype == torch.float64
+
+
+class Attention(nn.Module):
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.chunk(3, dim=-1)
+        routes = route(q, k, region=(4, 4), topk=3)
+        return routed_attention(q, k, v, routes, heads=2, region=(4, 4), backend=self.backend)
+
+
+@pytest.mark.parametrize("backend", COMPILABLE)
+def test_a_call_compiles_without_a_graph_break(backend: str) -> None:
+    torch.compiler.reset()
+    module = Attention(backend)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for height in (13, 16):  # the second size would otherwise become a symbol
+        x = torch.cat(qkv(size=(2, height, 11, 64)), dim=-1).requires_grad_()
+        (expected,) = torch.autograd.grad(module(x).sum(), x)
+        (found,) = torch.autograd.grad(compiled(x).sum(), x)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize("backend", COMPILABLE)
+def test_a_call_can_be_exported(backend: str, strict: bool) -> None:
+    x = torch.cat(qkv(), dim=-1)
+    module = Attention(backend)
+    exported = torch.export.export(module, (x,), strict=strict)
+    torch.testing.assert_close(exported.module()(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_call_can_be_traced() -> None:
+    x = torch.cat(qkv(), dim=-1)
+    module = Attention("gather")
+    trace: Any = torch.jit.trace
+    torch.testing.assert_close(trace(module, (x,))(x), module(x))
