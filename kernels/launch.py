@@ -185,7 +185,8 @@ def _kv_stationary_fwd(problem: Problem) -> dict[str, int]:
     return {
         "block_m": 16,
         "block_n": block_n,
-        "group": 4,
+        # Four regions of 256 keys at a time spill.
+        "group": 4 if block_n <= 128 else 2,
         "splits": splits,
         "num_warps": 4,
         # Pipelined loads bypass L1, where this kernel keeps keys and values.

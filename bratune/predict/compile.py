@@ -33,6 +33,7 @@ __all__ = ["Launch", "Resources", "compile_for", "record_launches"]
 
 # Device numbers that no machine has, one per target: Triton keeps what it compiled per device.
 _FIRST_DEVICE = 1_000_000
+_TENSOR_MEMORY_COLUMNS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,12 +184,16 @@ def _compile(target: Target, kernel: Any, compile_kernel: Callable[[], Any]) -> 
     except Exception as error:  # Triton, LLVM and the assembler each raise their own
         reason = f"it does not compile for {target.name}: {error}"
         raise UnsupportedError(kernel.__name__, (reason,)) from error
-    limit = target.smem_block_kib * 1024
-    if compiled.metadata.shared > limit:
-        raise UnsupportedError(
-            kernel.__name__,
-            (f"it needs {compiled.metadata.shared} bytes of shared memory; {target.name} has {limit}",),
+    reasons = []
+    if (shared := compiled.metadata.shared) > (limit := target.smem_block_kib * 1024):
+        reasons.append(f"it needs {shared} bytes of shared memory; {target.name} has {limit}")
+    # Where products are accumulated on sm100; other targets have none and need none.
+    if (columns := getattr(compiled.metadata, "tmem_size", None) or 0) > _TENSOR_MEMORY_COLUMNS:
+        reasons.append(
+            f"it needs {columns} columns of tensor memory; {target.name} has {_TENSOR_MEMORY_COLUMNS}"
         )
+    if reasons:
+        raise UnsupportedError(kernel.__name__, reasons)
     return compiled
 
 
