@@ -123,6 +123,15 @@ class Worker:
             outcome = replace(self._run_once(job, payload, limit_s), retried=True)
         return outcome
 
+    def interrupt(self) -> None:
+        """Kill the child in the middle of a job, from another thread than the one that waits for it.
+
+        That thread gets ``crashed``.
+        """
+        child = self._child
+        if child is not None:
+            kill_tree(child.process.pid, child.token)
+
     def close(self) -> None:
         """Kill the child, if there is one, and everything that it started."""
         if self._child is not None:

@@ -50,6 +50,10 @@ class Runner(Protocol):
         """
         ...
 
+    def interrupt(self) -> None:
+        """End the cell that another thread is running here, where that is possible."""
+        ...
+
     def close(self) -> None:
         """Release what it holds."""
         ...
@@ -73,6 +77,9 @@ class LocalRunner:
         if self._meter is None:
             self._meter = meter_for(self.machine)
         return run_cell(cell, self.machine, self._meter, self.settings.replace(give_up_ms=give_up_ms))
+
+    def interrupt(self) -> None:
+        """A cell in this process ends when it ends."""
 
     def close(self) -> None:
         """Nothing to close."""
@@ -157,6 +164,7 @@ class CellEngine:
         self._budget_s = budget_s
         self._deadline = None if budget_s is None else clock() + budget_s
         self._baselines = Baselines()
+        self._cancelled = False
         self.reused = 0
 
     @property
@@ -175,6 +183,8 @@ class CellEngine:
     def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
         """One finished record per cell, in the order of the cells; see `bratune.engine.Engine`."""
         for cell in cells:
+            if self._cancelled:
+                return
             if self._on_start:
                 self._on_start(cell)
             stored = self._cache.find(cell)
@@ -183,11 +193,18 @@ class CellEngine:
                 yield self._baselines.compared(cell, stored)
                 continue
             result = self._turn(cell)
+            if self._cancelled:
+                return
             record = self._baselines.compared(cell, self._signed(cell, result.record))
             self._cache.add(record)
             if self._store:
                 self._store.append(record, result.samples_ms)
             yield record
+
+    def cancel(self) -> None:
+        """End `run` in another thread: the cell in flight is killed and leaves no outcome."""
+        self._cancelled = True
+        self._runner.interrupt()
 
     def _turn(self, cell: Cell) -> Result:
         left = None if self._deadline is None else self._deadline - self._clock()

@@ -66,6 +66,10 @@ class IsolatedRunner:
         reason = outcome.reason + ("; the same in a clean process" if outcome.retried else "")
         return Result(Record.of(cell, self.machine, outcome=outcome.status, reason=reason))
 
+    def interrupt(self) -> None:
+        """Kill the worker in the middle of a cell."""
+        self._worker.interrupt()
+
     def close(self) -> None:
         """End the worker and everything that it started."""
         self._worker.close()

@@ -64,6 +64,9 @@ class ReplayRunner:
             return Result(Record.of(cell, self.machine, outcome="error", evidence="replayed", reason=reason))
         return Result(row.replace(evidence="replayed"))
 
+    def interrupt(self) -> None:
+        """A replayed cell takes no time."""
+
     def close(self) -> None:
         """Nothing to close."""
 

@@ -17,6 +17,7 @@ from bratune.profile.engine import Baselines
 from bratune.profile.request import Request
 from bratune.profile.summary import best_attention
 from bratune.record import Record
+from bratune.variant import Stage
 
 __all__ = ["Planned", "plan", "run"]
 
@@ -51,35 +52,66 @@ def plan(request: Request, stages: tuple[int, ...] = ()) -> list[Planned]:
     return found
 
 
-def run(request: Request, engine: Engine, stages: tuple[int, ...] = ()) -> Iterator[Record]:
+def run(
+    request: Request, engine: Engine, stages: tuple[int, ...] = (), *, answer_first: bool = False
+) -> Iterator[Record]:
     """Measure what a request asks for; every row as soon as it is known.
 
     Args:
         request: What is asked.
         engine: Turns cells into rows.
         stages: Only these stages (1 is the first); all without any.
+        answer_first: For a run that may be cut off: the backends of the stages where most can be gained,
+            then the whole model, then the parts of blocks, which explain and do not decide.
     """
     for scene in scenes(request):
         rows: list[Record] = []
         baselines = Baselines()
-        for record in _scene_rows(scene, engine, rows, stages):
+        for record in _scene_rows(scene, engine, rows, stages, answer_first):
             cell = Cell.from_dict(json.loads(record.cell))
             rows.append(baselines.compared(cell, record))
             yield rows[-1]
 
 
 def _scene_rows(
-    scene: Scene, engine: Engine, rows: list[Record], stages: tuple[int, ...]
+    scene: Scene, engine: Engine, rows: list[Record], stages: tuple[int, ...], answer_first: bool
 ) -> Iterator[Record]:
     """Rows of one scene; ``rows`` holds those that were yielded so far."""
-    for stage in scene.stages:
-        if stages and stage.index not in stages:
-            continue
+    chosen = [stage for stage in scene.stages if not stages or stage.index in stages]
+    if answer_first:
+        chosen.sort(key=_possible_gain, reverse=True)
+        for stage in chosen:
+            yield from engine.run(scene.attention_cells(stage))
+        yield from _model_rows(scene, engine, rows)
+        for stage in chosen:
+            yield from _block_rows(scene, engine, rows, stage)
+        return
+    for stage in chosen:
         yield from engine.run(scene.attention_cells(stage))
-        yield from engine.run(scene.part_cells(stage))
-        best = best_attention(rows, stage.index)
-        if best is not None:
-            yield from engine.run([scene.block_cell(stage, best.backend)])
+        yield from _block_rows(scene, engine, rows, stage)
+    yield from _model_rows(scene, engine, rows)
+
+
+def _possible_gain(stage: Stage) -> int:
+    """Bytes that a model's blocks of a stage move beyond the fewest, by the published method.
+
+    It stands for the time that the best backend can save there: a stage with 18 of 30 blocks comes first.
+    """
+    if stage.problem is None:
+        return 0
+    return stage.blocks * (stage.problem.gathered_bytes + 3 * stage.problem.score_bytes)
+
+
+def _block_rows(scene: Scene, engine: Engine, rows: list[Record], stage: Stage) -> Iterator[Record]:
+    """The parts of a block that no backend computes, and the block with the fastest backend."""
+    yield from engine.run(scene.part_cells(stage))
+    best = best_attention(rows, stage.index)
+    cell = scene.block_cell(stage, best.backend) if best is not None else None
+    if cell is not None:
+        yield from engine.run([cell])
+
+
+def _model_rows(scene: Scene, engine: Engine, rows: list[Record]) -> Iterator[Record]:
     if scene.request.whole_model:
         yield from engine.run(_model_cells(scene, rows))
 
