@@ -39,6 +39,8 @@ def cells(*names: str) -> list[Cell]:
 class FakeRunner:
     """Answers with known times; may do something else for a backend."""
 
+    evidence = "measured"
+
     def __init__(self, machine: Machine = CPU, **special: Callable[[], Result | None]) -> None:
         self.machine = machine
         self.special = special
@@ -46,6 +48,7 @@ class FakeRunner:
         self.limits: list[float] = []
         self.give_up: list[float | None] = []
         self.closed = False
+        self.interrupted = False
 
     def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
         self.ran.append(cell.backend)
@@ -56,6 +59,9 @@ class FakeRunner:
             if result is not None:
                 return result
         return Result(Record.of(cell, self.machine, median_ms=2.0, n_samples=3), (1.0, 2.0, 3.0))
+
+    def interrupt(self) -> None:
+        self.interrupted = True
 
     def close(self) -> None:
         self.closed = True
@@ -128,6 +134,15 @@ def test_a_cell_that_only_started_is_measured_again(tmp_path: Path) -> None:
     runner = FakeRunner()
     list(CellEngine(runner, QUICK, store=store).run(cells("gather", "dense")))
     assert runner.ran == ["dense"]
+
+
+def test_a_replayed_row_in_the_store_never_stands_for_a_measurement(tmp_path: Path) -> None:
+    store = Store(tmp_path / "records.jsonl")
+    (row,) = CellEngine(ReplayRunner([stored()]), QUICK, store=store).run([GATHER])
+    assert row.evidence == "replayed"
+    runner = FakeRunner()
+    (row,) = CellEngine(runner, QUICK, store=store).run([GATHER])
+    assert (row.evidence, runner.ran) == ("measured", ["gather"])
 
 
 def test_a_cell_twice_in_one_run_is_measured_once() -> None:

@@ -208,7 +208,12 @@ target_options = _stack(
         metavar="FILE",
         help="YAML that describes a GPU no table has (or `like: KEY` and what differs).",
     ),
-    click.option("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:N."),
+    click.option(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda or cuda:N; profile: also several, or all.",
+    ),
     click.option(
         "--measured", is_flag=True, help="Fail (exit code 5) rather than model a GPU that is not here."
     ),

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,19 @@ import click
 from bratune import gpus
 from bratune.cli import options
 from bratune.errors import UsageError
+from bratune.store import Store
 
 if TYPE_CHECKING:
+    from bratune.cli.progress import Progress
     from bratune.engine import Engine
+    from bratune.machine import Machine
     from bratune.measure.settings import MeterSettings
     from bratune.profile.engine import CellEngine
     from bratune.profile.replay import ReplayRunner
     from bratune.profile.request import Request
+    from bratune.profile.session import Planned
     from bratune.profile.target import Target
     from bratune.record import Record
-    from bratune.store import Store
 
 FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
 
@@ -60,12 +64,49 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     if asked["dump_config"]:
         click.echo(options.dump_config(ctx))
         return 0
-    from bratune.profile import session
-    from bratune.profile.request import make_request
-    from bratune.profile.target import Target, find_target
+    from bratune.profile.target import device_names
 
     if asked["suite"]:
         asked = _with_suite(asked)
+    names = device_names(asked["device"])
+    jobs = [_job(asked | {"device": name}, several=len(names) > 1) for name in names]
+    if asked["dry_run"]:
+        for job in jobs:
+            _show_plan(job)
+        return 0
+    rows = _run(jobs, asked)
+    for job, found in zip(jobs, rows, strict=True):
+        _show(job.target, sorted(found, key=lambda row: row.stage or 0) if asked["budget"] else found, asked)
+        _say_what_is_missing(found)
+        click.echo(f"results: {job.path}   again: {_again(ctx)}", err=True)
+    failed = any(row.outcome in FAILED for found in rows for row in found)
+    return 4 if asked["strict"] and failed else 0
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is measured on one device, and where it goes."""
+
+    target: Target
+    replayed: ReplayRunner | None
+    request: Request
+    settings: MeterSettings
+    flags: Sequence[str]
+    stages: tuple[int, ...]
+    path: Path
+
+    @property
+    def planned(self) -> Sequence[Planned]:
+        from bratune.profile import session
+
+        return session.plan(self.request, self.stages)
+
+
+def _job(asked: dict[str, Any], *, several: bool) -> _Job:
+    """The options as a job; with several devices, each has a folder of its own."""
+    from bratune.profile.request import make_request
+    from bratune.profile.target import Target, find_target
+
     replayed = _replayed(asked)
     target = (
         Target(replayed.machine)
@@ -81,17 +122,8 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     if target.absent:
         gpus.check_dtype(target.absent, request.dtype)
     settings, flags = _settings(asked, on_gpu=target.machine.is_cuda)
-    stages = tuple(asked["stage"])
-    planned = session.plan(request, stages)
-    if asked["dry_run"]:
-        _show_plan(target, planned, settings)
-        return 0
-    path = _records_path(asked["output"], target.machine.gpu_key)
-    rows = _run(target, replayed, request, settings, path, asked, stages, flags, len(planned))
-    _show(target, rows, asked["format"])
-    click.echo(f"results: {path}   again: {_again(ctx)}", err=True)
-    failed = any(row.outcome in FAILED for row in rows)
-    return 4 if asked["strict"] and failed else 0
+    path = _records_path(asked["output"], target.machine, several=several)
+    return _Job(target, replayed, request, settings, flags, tuple(asked["stage"]), path)
 
 
 def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
@@ -108,97 +140,89 @@ def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
     return runner
 
 
-def _run(
-    target: Target,
-    replayed: ReplayRunner | None,
-    request: Request,
-    settings: MeterSettings,
-    path: Path,
-    asked: dict[str, Any],
-    stages: tuple[int, ...],
-    flags: Sequence[str],
-    total: int,
-) -> list[Record]:
+def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
+    """The rows of every job; several jobs run side by side."""
     from bratune.cli.progress import Progress
-    from bratune.profile import session
-    from bratune.store import Store
+    from bratune.profile import fleet, session
 
-    store = Store(path)
-    progress = Progress(total)
-    rows: list[Record] = []
+    progress = Progress(sum(len(job.planned) for job in jobs))
+    rows: list[list[Record]] = [[] for _ in jobs]
+
+    def measure(number: int, engine: Engine) -> Iterator[Record]:
+        job = jobs[number]
+        return session.run(job.request, engine, job.stages, answer_first=bool(asked["budget"]))
+
     try:
-        with _engine(target, replayed, settings, store, asked, progress, flags) as engine:
-            for record in session.run(request, engine, stages):
-                rows.append(record)
-                if target.absent:
-                    store.append(record)
-                else:
-                    progress.finish(record)
+        with contextlib.ExitStack() as stack:
+            if jobs[0].target.absent:
+                rows[0] += measure(0, _model_engine(jobs[0], asked))
+                Store(jobs[0].path).extend(rows[0])
+                return rows
+            engines = [stack.enter_context(_engine(job, asked, progress)) for job in jobs]
+            for number, record in fleet.run(engines, measure):
+                rows[number].append(record)
+                progress.finish(record)
+            for job, engine in zip(jobs, engines, strict=True):
+                _say_what_was_reused(job, engine)
     except KeyboardInterrupt:
         progress.close()
-        click.echo(f"{len(rows)} rows are in {path}", err=True)
+        for job, found in zip(jobs, rows, strict=True):
+            click.echo(f"{len(found)} rows are in {job.path}", err=True)
         raise
     finally:
         progress.close()
     return rows
 
 
-@contextlib.contextmanager
-def _engine(
-    target: Target,
-    replayed: ReplayRunner | None,
-    settings: MeterSettings,
-    store: Store,
-    asked: dict[str, Any],
-    progress: Any,
-    flags: Sequence[str],
-) -> Iterator[Engine]:
-    """Whoever turns cells into rows, for the length of the run."""
-    if target.absent:
-        from bratune.predict import fit
-        from bratune.predict.model import ModelEngine
+def _model_engine(job: _Job, asked: dict[str, Any]) -> Engine:
+    from bratune.predict import fit
+    from bratune.predict.model import ModelEngine
 
-        model = ModelEngine(target.absent, fit.stored_coefficients())
-        choice = f"; {gpus.describe_choice(asked['gpu'])}" if asked["gpu"] != "auto" else ""
-        click.echo(f"{model.notice}{choice}", err=True)
-        yield model
-        return
-    with _measuring_engine(
-        target,
-        replayed,
-        settings,
-        asked,
-        store=store,
-        fresh=asked["fresh"],
-        run_id=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
-        flags=flags,
-        budget_s=asked["budget"],
-        on_start=progress.start,
-    ) as engine:
-        yield engine
-        if engine.reused:
-            click.echo(
-                f"{engine.reused} rows were in {store.path} already, with the same sources, versions and "
-                "sampling; --fresh measures them again",
-                err=True,
-            )
+    assert job.target.absent is not None
+    model = ModelEngine(job.target.absent, fit.stored_coefficients())
+    choice = f"; {gpus.describe_choice(asked['gpu'])}" if asked["gpu"] != "auto" else ""
+    click.echo(f"{model.notice}{choice}", err=True)
+    return model
 
 
-def _measuring_engine(
-    target: Target,
-    replayed: ReplayRunner | None,
-    settings: MeterSettings,
-    asked: dict[str, Any],
-    **given: Any,
-) -> CellEngine:
+def _engine(job: _Job, asked: dict[str, Any], progress: Progress) -> CellEngine:
+    """Whoever turns cells into rows by measuring or from records."""
     from bratune.profile.engine import CellEngine, LocalEngine
     from bratune.profile.isolated import IsolatedEngine
 
-    if replayed:
-        return CellEngine(replayed, settings, **given)
-    if asked["isolate"]:
-        return IsolatedEngine(target.machine, settings, **given)
-    return LocalEngine(target.machine, settings, **given)
+    given: dict[str, Any] = {
+        "store": Store(job.path),
+        "fresh": asked["fresh"],
+        "run_id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
+        "flags": job.flags,
+        "budget_s": asked["budget"],
+        "on_start": progress.start,
+    }
+    if job.replayed:
+        return CellEngine(job.replayed, job.settings, **given)
+    made = IsolatedEngine if asked["isolate"] else LocalEngine
+    return made(job.target.machine, job.settings, **given)
+
+
+def _say_what_was_reused(job: _Job, engine: CellEngine) -> None:
+    if engine.reused:
+        click.echo(
+            f"{engine.reused} rows were in {job.path} already, with the same sources, versions and "
+            "sampling; --fresh measures them again",
+            err=True,
+        )
+
+
+def _say_what_is_missing(rows: Sequence[Record]) -> None:
+    """An answer that the budget cut short is marked as such."""
+    from bratune.profile.cache import NO_TURN
+
+    missing = sum(row.reason.startswith(NO_TURN) for row in rows)
+    if missing:
+        click.echo(
+            f"incomplete: the budget ended before {missing} of {len(rows)} cells; the same command goes on",
+            err=True,
+        )
 
 
 def _settings(asked: dict[str, Any], *, on_gpu: bool) -> tuple[MeterSettings, list[str]]:
@@ -240,11 +264,13 @@ def _with_suite(asked: dict[str, Any]) -> dict[str, Any]:
     return asked | {name: value for name, value in values.items() if not asked[name]}
 
 
-def _records_path(output: Path | None, gpu_key: str) -> Path:
+def _records_path(output: Path | None, machine: Machine, *, several: bool) -> Path:
     """Where rows go: by default one folder per kind of machine, so that a run goes on where one ended."""
-    folder = output or Path("runs") / gpu_key
+    folder = output or Path("runs") / machine.gpu_key
     if folder.is_file() or folder.suffix == ".jsonl":
         raise UsageError(f"--output takes a folder, {folder} is a file; {folder.parent} would work")
+    if several:
+        folder /= machine.gpu_uuid or machine.device.replace(":", "-")
     return folder / "records.jsonl"
 
 
@@ -253,8 +279,9 @@ def _again(ctx: click.Context) -> str:
     return shlex.join(["bratune", *sys.argv[1:]]) if Path(sys.argv[0]).name != "pytest" else ctx.command_path
 
 
-def _show_plan(target: Target, planned: Sequence[Any], settings: MeterSettings) -> None:
-    click.echo(str(target.machine))
+def _show_plan(job: _Job) -> None:
+    planned, settings = job.planned, job.settings
+    click.echo(str(job.target.machine))
     for step in planned:
         click.echo(step.text)
     least = len(planned) * (settings.warmup_s + settings.min_time_s)
@@ -269,10 +296,11 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _show(target: Target, rows: Sequence[Record], style: str) -> None:
+def _show(target: Target, rows: Sequence[Record], asked: dict[str, Any]) -> None:
     from bratune.report import profile_tables, timm_format
     from bratune.report.tables import to_csv
 
+    style = asked["format"]
     if style == "json":
         click.echo(json.dumps([row.to_dict() for row in rows], indent=1))
     elif style == "csv":

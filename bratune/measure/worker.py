@@ -97,6 +97,7 @@ class Worker:
             "memory_limit_bytes": memory_limit_bytes,
         }
         self._child: _Child | None = None
+        self._interrupted = False
 
     @property
     def pid(self) -> int | None:
@@ -119,7 +120,7 @@ class Worker:
         """
         used = self._child is not None and self._child.jobs > 0
         outcome = self._run_once(job, payload, limit_s)
-        if used and outcome.status in ("oom", "crashed"):
+        if used and outcome.status in ("oom", "crashed") and not self._interrupted:
             outcome = replace(self._run_once(job, payload, limit_s), retried=True)
         return outcome
 
@@ -128,6 +129,7 @@ class Worker:
 
         That thread gets ``crashed``.
         """
+        self._interrupted = True
         child = self._child
         if child is not None:
             kill_tree(child.process.pid, child.token)

@@ -26,6 +26,7 @@ from bratune.record import Record
 __all__ = [
     "NOT_FINISHED",
     "NOT_STARTED",
+    "NO_TURN",
     "Cache",
     "Why",
     "key_fields",
@@ -38,7 +39,7 @@ __all__ = [
 _NO_ANSWER = ("started",)
 # How the reason of a row begins that the budget of its run left without a time.
 NOT_STARTED, NOT_FINISHED = "not started: ", "not finished: "
-_NO_TURN = (NOT_STARTED, NOT_FINISHED)
+NO_TURN = (NOT_STARTED, NOT_FINISHED)
 _MACHINE_FIELDS = ("gpu_key", "torch", "triton", "driver", "threads")
 # What runs around the attention of a block, whichever backend computes it.
 _LAYERS = "bratune.kernels.biformer"
@@ -80,10 +81,18 @@ class Cache:
         machine: Where a cell would be measured now.
         settings: How it would be sampled.
         records: Rows that are there already; of several for one key the last one counts.
+        evidence: Kind of rows that may answer: a replayed or modelled one never stands for a measured one.
     """
 
-    def __init__(self, machine: Machine, settings: MeterSettings, records: Iterable[Record] = ()) -> None:
-        self._machine, self._settings = machine, settings
+    def __init__(
+        self,
+        machine: Machine,
+        settings: MeterSettings,
+        records: Iterable[Record] = (),
+        *,
+        evidence: str = "measured",
+    ) -> None:
+        self._machine, self._settings, self._evidence = machine, settings, evidence
         self._rows: dict[str, Record] = {}
         for record in records:
             self.add(record)
@@ -93,7 +102,8 @@ class Cache:
 
     def add(self, record: Record) -> None:
         """Take a row in, if it can answer anything."""
-        if record.cell and record.outcome not in _NO_ANSWER and not record.reason.startswith(_NO_TURN):
+        silent = record.outcome in _NO_ANSWER or record.reason.startswith(NO_TURN)
+        if record.cell and record.evidence == self._evidence and not silent:
             self._rows[key_of(record)] = record
 
     def find(self, cell: Cell) -> Record | None:

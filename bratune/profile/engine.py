@@ -8,6 +8,7 @@ on disk before a cell is launched and its outcome right after, the budget is kep
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -34,6 +35,11 @@ _CLEARLY_WORSE = 3.0
 
 class Runner(Protocol):
     """Whoever takes the measurement of one cell."""
+
+    @property
+    def evidence(self) -> str:
+        """What its rows are: ``measured`` or ``replayed``."""
+        ...
 
     @property
     def machine(self) -> Machine:
@@ -67,6 +73,8 @@ class LocalRunner:
         settings: How long to measure; regime and cache state come from each cell.
         meter: Takes the times; by default the machine's.
     """
+
+    evidence = "measured"
 
     def __init__(self, machine: Machine, settings: MeterSettings, meter: Meter | None = None) -> None:
         self.machine, self.settings = machine, settings
@@ -155,7 +163,7 @@ class CellEngine:
         self._settings = settings
         self._store = store
         known = store.records() if store and not fresh else ()
-        self._cache = Cache(runner.machine, settings, known)
+        self._cache = Cache(runner.machine, settings, known, evidence=runner.evidence)
         self._run_id = run_id
         self._flags = tuple(flags)
         self._cell_limit_s = cell_limit_s
@@ -164,7 +172,7 @@ class CellEngine:
         self._budget_s = budget_s
         self._deadline = None if budget_s is None else clock() + budget_s
         self._baselines = Baselines()
-        self._cancelled = False
+        self._cancelled = threading.Event()
         self.reused = 0
 
     @property
@@ -183,7 +191,7 @@ class CellEngine:
     def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
         """One finished record per cell, in the order of the cells; see `bratune.engine.Engine`."""
         for cell in cells:
-            if self._cancelled:
+            if self._cancelled.is_set():
                 return
             if self._on_start:
                 self._on_start(cell)
@@ -193,7 +201,7 @@ class CellEngine:
                 yield self._baselines.compared(cell, stored)
                 continue
             result = self._turn(cell)
-            if self._cancelled:
+            if self._cancelled.is_set():
                 return
             record = self._baselines.compared(cell, self._signed(cell, result.record))
             self._cache.add(record)
@@ -203,7 +211,7 @@ class CellEngine:
 
     def cancel(self) -> None:
         """End `run` in another thread: the cell in flight is killed and leaves no outcome."""
-        self._cancelled = True
+        self._cancelled.set()
         self._runner.interrupt()
 
     def _turn(self, cell: Cell) -> Result:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from bratune.profile.engine import CellEngine
 from bratune.record import Record
@@ -13,8 +13,8 @@ __all__ = ["run"]
 
 
 def run(
-    engines: Sequence[CellEngine], session: Callable[[CellEngine], Iterator[Record]]
-) -> Iterator[tuple[int, Record]]:
+    engines: Sequence[CellEngine], session: Callable[[int, CellEngine], Iterator[Record]]
+) -> Generator[tuple[int, Record], None, None]:
     """Rows of every engine as they come, with the number of the engine.
 
     Each engine has a thread, which sleeps while its worker measures. When one fails, or the caller stops (by
@@ -23,19 +23,19 @@ def run(
 
     Args:
         engines: One per device; entered and closed by the caller.
-        session: What to do with an engine.
+        session: What to do with an engine, given its number.
 
     Raises:
         Exception: whatever a session raises.
     """
     if len(engines) == 1:
-        yield from ((0, record) for record in session(engines[0]))
+        yield from ((0, record) for record in session(0, engines[0]))
         return
     inbox: queue.SimpleQueue[tuple[int, Record | BaseException | None]] = queue.SimpleQueue()
 
     def work(number: int) -> None:
         try:
-            for record in session(engines[number]):
+            for record in session(number, engines[number]):
                 inbox.put((number, record))
         except BaseException as error:  # handed to the caller's thread, whatever it is
             inbox.put((number, error))

@@ -35,6 +35,8 @@ class IsolatedRunner:
         memory_limit_bytes: Most memory of the worker; by default 80 % of a CPU's, none on a GPU.
     """
 
+    evidence = "measured"
+
     def __init__(
         self, machine: Machine, settings: MeterSettings, *, memory_limit_bytes: int | None = None
     ) -> None:

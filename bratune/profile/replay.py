@@ -34,6 +34,8 @@ class ReplayRunner:
         TargetError: the records hold nothing of that machine, or several and none was chosen.
     """
 
+    evidence = "replayed"
+
     def __init__(self, records: Iterable[Record], *, gpu: str = "", source: str = "the records") -> None:
         measured = [row for row in records if row.evidence == "measured" and row.cell]
         keys = sorted({row.gpu_key for row in measured})

@@ -11,7 +11,7 @@ from bratune.gpus import GPU
 from bratune.machine import Machine, detect
 from bratune.predict.model import absent_machine
 
-__all__ = ["Target", "find_target"]
+__all__ = ["Target", "device_names", "find_target"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,22 @@ class Target:
                 f"{self.absent.name} was asked for and cannot be measured here: this machine has "
                 f"{self.here}; without --gpu that is what would be measured"
             )
+
+
+def device_names(devices: str) -> tuple[str, ...]:
+    """The devices of ``--device``: one name, several joined by ``,``, or ``all`` for every CUDA device.
+
+    Raises:
+        TargetError: ``all`` was asked for and there is no CUDA device.
+    """
+    if devices.strip().lower() != "all":
+        return tuple(name.strip() for name in devices.split(","))
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        raise TargetError("--device all was asked for and torch finds no CUDA device; cpu would work")
+    return tuple(f"cuda:{index}" for index in range(count))
 
 
 def find_target(gpu: str = "auto", device: str = "auto", spec: Path | None = None) -> Target:
