@@ -1,0 +1,192 @@
+"""Attention page: what queries see, drawn over the image, as PNG and as one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bratune.errors import MissingPackageError, UsageError
+from bratune.report.attention_map import Look
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["attention_html", "draw", "open_image"]
+
+SIDE = 448
+GAP = 12
+QUERY = (255, 214, 10)
+ROUTED = (22, 200, 170)
+# Colours of a weak to a strong response; weak is transparent, so that the image stays visible.
+RAMP = ((20, 90, 120), (30, 160, 130), (250, 200, 60), (235, 80, 40))
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image, ImageDraw
+    except ImportError:
+        raise MissingPackageError("pillow", "drawing attention", extra="vision") from None
+    return Image, ImageDraw
+
+
+def open_image(path: Path, height: int, width: int) -> Image:
+    """A picture scaled to cover ``height x width`` pixels and cut to it around the centre.
+
+    Raises:
+        UsageError: the file is missing or is no picture.
+        MissingPackageError: Pillow is not installed.
+    """
+    _pillow()
+    from PIL import ImageOps, UnidentifiedImageError
+
+    image, _ = _pillow()
+    try:
+        with image.open(path) as opened:
+            found: Image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (width, height))
+    except (OSError, UnidentifiedImageError) as error:
+        raise UsageError(f"{path} cannot be read as a picture: {error}") from None
+    return found
+
+
+def draw(image: Image, looks: Sequence[Look], *, head: int | None = None) -> Image:
+    """One row per query: the routed regions on the left, the response on the right.
+
+    Args:
+        image: The picture that the model saw.
+        looks: What its queries saw.
+        head: A head; by default the mean of all.
+    """
+    module, _ = _pillow()
+    scale = SIDE / max(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    picture = image.resize(size, module.Resampling.BICUBIC)
+    canvas: Image = module.new(
+        "RGB", (2 * size[0] + GAP, len(looks) * size[1] + (len(looks) - 1) * GAP), "white"
+    )
+    for number, seen in enumerate(looks):
+        top = number * (size[1] + GAP)
+        canvas.paste(_regions(picture, seen), (0, top))
+        canvas.paste(_response(picture, seen, head), (size[0] + GAP, top))
+    return canvas
+
+
+def _regions(picture: Image, seen: Look) -> Image:
+    """The picture with everything but the routed regions dimmed."""
+    module, drawing = _pillow()
+    height, width = seen.map_size
+    fx, fy = picture.width / width, picture.height / height
+    dimmed: Image = module.blend(picture, module.new("RGB", picture.size, "white"), 0.62)
+    boxes = [(left * fx, t * fy, r * fx, b * fy) for t, left, b, r in seen.routed]
+    if not boxes:
+        dimmed = picture.copy()
+    for box in boxes:
+        left, top, right, bottom = (round(v) for v in box)
+        dimmed.paste(picture.crop((left, top, right, bottom)), (left, top))
+    pen = drawing.Draw(dimmed)
+    for box in boxes:
+        pen.rectangle([box[0], box[1], box[2] - 1, box[3] - 1], outline=ROUTED, width=2)
+    top, left, bottom, right = seen.region
+    if boxes:
+        pen.rectangle([left * fx, top * fy, right * fx - 1, bottom * fy - 1], outline=QUERY, width=2)
+    _mark(pen, picture, seen)
+    return dimmed
+
+
+def _response(picture: Image, seen: Look, head: int | None) -> Image:
+    """The picture under the attention weights, scaled to the largest one."""
+    module, drawing = _pillow()
+    import numpy as np
+
+    weights = seen.of_head(head).float().numpy()
+    relative = weights / max(float(weights.max()), 1e-12)
+    levels = module.fromarray((relative * 255).astype("uint8"))
+    # One token is many pixels; nearest keeps it visible that the response has that resolution.
+    levels = levels.resize(picture.size, module.Resampling.NEAREST)
+    strength = np.asarray(levels, dtype=np.float32) / 255
+    ramp = np.array(RAMP, dtype=np.float32)
+    position = strength * (len(RAMP) - 1)
+    low = np.clip(position.astype(int), 0, len(RAMP) - 2)
+    part = (position - low)[..., None]
+    colour = ramp[low] * (1 - part) + ramp[low + 1] * part
+    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) * 0.75 + 50
+    alpha = (0.12 + 0.75 * strength**0.6)[..., None] * (strength > 0)[..., None]
+    mixed = grey * (1 - alpha) + colour * alpha
+    out: Image = module.fromarray(np.clip(mixed, 0, 255).astype("uint8"))
+    _mark(drawing.Draw(out), picture, seen)
+    return out
+
+
+def _mark(pen: Any, picture: Image, seen: Look) -> None:
+    """A ring at the centre of the query's token."""
+    height, width = seen.map_size
+    x = (seen.token[1] + 0.5) * picture.width / width
+    y = (seen.token[0] + 0.5) * picture.height / height
+    pen.ellipse([x - 7, y - 7, x + 7, y + 7], outline=(20, 24, 28), width=5)
+    pen.ellipse([x - 6, y - 6, x + 6, y + 6], outline=QUERY, width=3)
+
+
+def attention_html(
+    image: Image, looks: Sequence[Look], *, title: str, facts: str, warning: str = "", head: int | None = None
+) -> str:
+    """The drawing of every query with its numbers, as one file that fetches nothing.
+
+    Args:
+        image: The picture that the model saw.
+        looks: What its queries saw.
+        title: Of the page.
+        facts: Model, stage, block and head in words.
+        warning: Shown above everything, e.g. that the weights are random.
+        head: A head; by default the mean of all.
+    """
+    figures = "".join(_figure(image, seen, head) for seen in looks)
+    note = f'<p class="warning">{html.escape(warning)}</p>' if warning else ""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{html.escape(title)}</title><style>{CSS}</style></head><body><h1>{html.escape(title)}</h1>"
+        f"<p>{html.escape(facts)}</p>{note}{figures}</body></html>\n"
+    )
+
+
+CSS = """
+:root { color-scheme: light dark; }
+body {
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  max-width: 960px; margin: 0 auto; padding: 32px 20px 60px;
+}
+h1 { font-size: 24px; margin: 0 0 4px; letter-spacing: -0.01em; }
+p { margin: 0 0 12px; opacity: 0.75; }
+.warning { opacity: 1; border-left: 3px solid #c8603c; padding: 6px 12px; }
+figure { margin: 28px 0 0; }
+img { width: 100%; height: auto; border-radius: 4px; display: block; }
+figcaption { font-size: 13.5px; margin-top: 8px; opacity: 0.8; }
+"""
+
+
+def _figure(image: Image, seen: Look, head: int | None) -> str:
+    buffer = io.BytesIO()
+    draw(image, [seen], head=head).save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    caption = describe(seen, head)
+    return (
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def describe(seen: Look, head: int | None) -> str:
+    """A query and what it sees in words."""
+    weights = seen.of_head(head)
+    best = int(weights.argmax())
+    row, col = divmod(best, weights.shape[1])
+    tokens = f"{seen.map_size[0]}x{seen.map_size[1]} tokens"
+    regions = f"routed to {len(seen.routed)} regions" if seen.routed else "attends to the whole map"
+    return (
+        f"Query at {seen.query[0]},{seen.query[1]} (token {seen.token[0]},{seen.token[1]} of {tokens}): "
+        f"{regions}; the strongest token, {row},{col}, has {100 * float(weights.max()):.1f} % of the weight, "
+        f"padding {100 * max(0.0, 1 - float(weights.sum())):.1f} %."
+    )
