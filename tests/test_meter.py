@@ -302,3 +302,20 @@ def test_a_gpu_is_measured_for_real(regime: str, l2: str) -> None:
     assert m.workspace_mb == pytest.approx(4.19, rel=0.01)
     assert (m.flush_mb > 0) is (l2 == "cold")
     assert (m.compile_s is not None) is (regime == "graph")
+
+
+@pytest.mark.parametrize(
+    ("l2", "order"), [("warm", ["before", "time"]), ("cold", ["before", "flush", "time"])]
+)
+def test_what_precedes_a_call_runs_ahead_of_every_sample_and_is_not_timed(l2: str, order: list[str]) -> None:
+    device = FakeDevice(times_ms=(2.0,))
+
+    def before() -> None:
+        device.log.append("before")
+        device.clock += 1.0
+
+    settings = WARM.replace(l2=l2, max_samples=7, min_samples=7, timeout_s=100.0)
+    m = DeviceMeter(device).measure(lambda: None, settings, before=before)
+    assert m.median_ms == 2.0
+    sampled = device.log[device.log.index("before") :]
+    assert [entry for entry in sampled if entry in order] == order * m.n_samples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from bratune.profile import work
 from bratune.profile.cells import Scene
 from bratune.profile.request import Request
 from bratune.profile.scenery import block_for, scenery_for
-from bratune.profile.steps import steps_of
+from bratune.profile.steps import State, Step, steps_of
 from bratune.variant import VARIANTS, get_task
 
 CPU = detect("cpu")
@@ -109,7 +110,7 @@ def test_made_routes_replace_those_of_the_model() -> None:
     found = scene(routes=("same",))
     cell = next(iter(found.attention_cells(found.stages[1])))
     (call,) = work.build(cell, CPU).attentions()
-    assert call.routes.unique().tolist() == [0, 1]
+    assert set(call.routes.flatten().tolist()) == {0, 1}
 
 
 def test_candidates_of_a_stage_see_the_same_map_whatever_s_and_top_k_they_try() -> None:
@@ -178,3 +179,35 @@ def test_a_part_that_is_not_there_is_named() -> None:
 
 def test_blocks_are_what_the_steps_take() -> None:
     assert isinstance(block_for(cells(scene(), 1)["block"], "cpu"), Residual)
+
+
+@pytest.mark.parametrize("part", ["norm", "routing", "mlp"])
+def test_a_warm_part_is_preceded_by_the_rest_of_its_block(part: str) -> None:
+    warm = cells(scene(), 1)[part]
+    made = work.build(warm, CPU)
+    assert made.before is not None
+    assert made.before() is None
+    assert work.build(warm.replace(l2="cold"), CPU).before is None
+    assert work.build(cells(scene(), 1)["block"], CPU).before is None
+
+
+def test_the_rest_of_a_block_is_every_other_step_in_the_order_of_the_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[str] = []
+
+    def noting(block: Residual) -> tuple[Step, ...]:
+        return tuple(Step(step.part, functools.partial(note, step)) for step in steps_of(block))
+
+    def note(step: Step, state: State) -> State:
+        ran.append(step.part)
+        return step.run(state)
+
+    monkeypatch.setattr(work, "steps_of", noting)
+    made = work.build(cells(scene(), 1)["routing"], CPU)
+    ran.clear()
+    assert made.before is not None
+    made.before()
+    made.call()
+    expected = ["attention", "lepe", "proj", "norm", "mlp", "pos_embed", "norm", "qkv", "routing"]
+    assert ran == expected

@@ -140,13 +140,15 @@ class Measurement:
 class Meter(Protocol):
     """Whoever can time a call."""
 
-    def measure(self, call: Call, settings: MeterSettings) -> Measurement:
+    def measure(self, call: Call, settings: MeterSettings, *, before: Call | None = None) -> Measurement:
         """Time a call as the settings ask.
 
         Args:
             call: Runs the whole work once (forward, or forward and backward), without waiting for the
                 device; called many times.
             settings: How long, how often, in which regime.
+            before: Run ahead of every sample and not timed: what precedes the call where it is used, so
+                that caches hold what they hold there. A cold cache is flushed after it.
 
         Raises:
             MeasureError: the regime is not possible with this call or device.
@@ -173,14 +175,14 @@ class DeviceMeter:
     def __init__(self, device: Device) -> None:
         self.device = device
 
-    def measure(self, call: Call, settings: MeterSettings) -> Measurement:
+    def measure(self, call: Call, settings: MeterSettings, *, before: Call | None = None) -> Measurement:
         """See `Meter.measure`."""
         device = self.device
         prepared = device.prepare(call, settings.regime)
         self._warm_up(prepared.run, settings.warmup_s)
         memory = device.memory(prepared.probe)
         foreign = device.foreign_processes()
-        kept, throttled, reason = self._sample(prepared.run, settings)
+        kept, throttled, reason = self._sample(prepared.run, settings, before)
         foreign_after = device.foreign_processes()
         if not kept:
             kept, throttled, reason = throttled, [], f"{reason}; every sample was throttled, all kept"
@@ -203,7 +205,9 @@ class DeviceMeter:
         while self.device.now() < end:
             self.device.time(run)
 
-    def _sample(self, run: Call, settings: MeterSettings) -> tuple[list[_Window], list[_Window], str]:
+    def _sample(
+        self, run: Call, settings: MeterSettings, before: Call | None
+    ) -> tuple[list[_Window], list[_Window], str]:
         """Kept windows, throttled windows and the reason to stop."""
         kept: list[_Window] = []
         throttled: list[_Window] = []
@@ -211,7 +215,7 @@ class DeviceMeter:
         start = self.device.now()
         pause = _FIRST_PAUSE_S
         while True:
-            window, reason = self._window(run, settings, rule, start)
+            window, reason = self._window(run, settings, before, rule, start)
             if not window.after.throttled:
                 kept.append(window)
             else:
@@ -226,7 +230,7 @@ class DeviceMeter:
                 return kept, throttled, reason
 
     def _window(
-        self, run: Call, settings: MeterSettings, rule: StopRule, start: float
+        self, run: Call, settings: MeterSettings, before: Call | None, rule: StopRule, start: float
     ) -> tuple[_Window, str]:
         """Samples of at least one call and about 50 ms, then one reading of the sensors."""
         device = self.device
@@ -234,6 +238,8 @@ class DeviceMeter:
         end = device.now() + _WINDOW_S
         reason = ""
         while not reason and (not samples or device.now() < end):
+            if before is not None:
+                before()
             if settings.l2 == "cold":
                 device.flush()
             sample = device.time(run)

@@ -85,7 +85,7 @@ def _measure(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings
     if "reason" in checked:
         return Result(Record.of(cell, machine, outcome="incorrect", **checked))
     settings = settings.replace(l2=cell.l2, regime=cell.regime)
-    measured = meter.measure(made.call, settings)
+    measured = meter.measure(made.call, settings, before=made.before)
     values = {**checked, **measured.to_record_fields()}
     values |= derived(cell, measured.median_ms, made.images) | _floor(cell, machine, measured.median_ms)
     if cell.part == "model":

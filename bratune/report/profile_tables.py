@@ -15,7 +15,10 @@ from bratune.report.tables import Note, Row, Table, to_markdown, to_text
 __all__ = ["profile_markdown", "profile_text", "scene_tables", "scene_title"]
 
 DASH = "-"
-FOOTNOTE = "* fastest of its stage   (..x) intervals overlap: no difference shown"
+FOOTNOTE = (
+    "* fastest of its stage   (..x) intervals overlap: no difference shown\n"
+    "alloc MB: most memory that the call allocated on top of its inputs   ±95 %: interval of the median"
+)
 
 
 def profile_text(records: Sequence[Record]) -> str:
@@ -61,11 +64,11 @@ def _attention_table(rows: Sequence[Record]) -> Table:
     attention = [row for row in rows if row.part == "attention"]
     kinds = {row.route_distribution for row in attention}
     floors = any(row.roofline_pct is not None for row in attention)
-    memory = any(row.peak_alloc_mb is not None for row in attention)
+    memory = any(row.workspace_mb is not None for row in attention)
     columns = ["<stage", "<map", "<regions", "top-k", "keys/query", "<backend"]
     columns += ["<routes"] if len(kinds) > 1 else []
     columns += ["median ms", "±95 %", "vs gather"]
-    columns += ["peak MB"] if memory else []
+    columns += ["alloc MB"] if memory else []
     columns += ["of floor"] if floors else []
     found: list[Row] = []
     last: tuple[object, ...] = ()
@@ -83,7 +86,7 @@ def _attention_table(rows: Sequence[Record]) -> Table:
         if row.median_ms is None:
             found.append(Note(who, _why(row)))
             continue
-        peak = (_megabytes(row.peak_alloc_mb),) if memory else ()
+        peak = (_megabytes(row.workspace_mb),) if memory else ()
         floor = (_percent(row.roofline_pct),) if floors else ()
         found.append((*who, _ms(row.median_ms), _spread(row), _speedup(row, attention), *peak, *floor))
     return Table(
