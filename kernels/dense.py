@@ -13,7 +13,7 @@ from bratune.problem import Problem
 
 __all__ = ["DenseBackend"]
 
-# The mask may take this share of the device's memory: it is written twice while it is built.
+# The mask may take this share of the device's memory.
 _MASK_SHARE = 0.25
 
 
@@ -88,8 +88,10 @@ class DenseBackend:
         return ({},)
 
     def workspace_bytes(self, problem: Problem) -> int:
-        """The mask twice while it is built, and padded keys and values."""
-        return 2 * self._mask_bytes(problem) + problem.io_bytes
+        """The mask and its steps, twice where padding is cut out of it, and padded keys and values."""
+        copies = 2 if problem.padding == "masked" and not problem.divisible else 1
+        maps = problem.io_bytes * (1 if problem.divisible else 2)
+        return copies * self._mask_bytes(problem) + maps
 
     def flops(self, problem: Problem) -> int:
         """Two operations per multiply-add of all pairs, routed or not."""

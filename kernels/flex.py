@@ -104,11 +104,13 @@ class FlexBackend:
         return (*({"compiled": True, "block": block} for block in blocks), eager)
 
     def workspace_bytes(self, problem: Problem) -> int:
-        """Maps in regions, the table of routes, and the lists of blocks."""
+        """Maps in regions, routes and lists of blocks; where the dtype cannot be compiled, all scores."""
         groups = problem.batch * (problem.heads if problem.per_head else 1)
         table = groups * problem.regions * problem.kv_regions * problem.item_bytes
         rows, columns = _blocks(problem, _default_block(problem))
-        return 2 * problem.io_bytes + 3 * table + groups * rows * columns * 16
+        scores = 0 if problem.dtype in _COMPILED_DTYPES else _EAGER_COPIES * _all_scores(problem)
+        lists = groups * rows * columns * 16
+        return 2 * problem.io_bytes + 3 * table + lists + scores * problem.item_bytes
 
     def flops(self, problem: Problem) -> int:
         """Two operations per multiply-add in the most blocks that routes of this problem can touch."""

@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from bratune.backend import Config
-from bratune.testing import CASES, BackendConformance
+from bratune.kernels import registry
+from bratune.measure.memory import cpu_memory
+from bratune.problem import Problem
+from bratune.testing import CASES, BackendConformance, Case, Inputs, problem_id
 
 
 class TestReference(BackendConformance):
@@ -51,3 +56,34 @@ class TestFlex(BackendConformance):
 class TestFlexOnEveryCase(BackendConformance):
     backend = "flex"
     config: ClassVar[Config] = {"compiled": False}
+
+
+WORK = [
+    Problem(batch=2, height=20, width=20, heads=2, head_dim=32, region=(5, 5), topk=3),
+    Problem(batch=1, height=14, width=14, heads=8, head_dim=32, region=(2, 2), topk=16),
+    Problem(batch=1, height=19, width=17, heads=4, head_dim=32, region=(4, 4), topk=4),
+    Problem(batch=1, height=19, width=17, heads=4, head_dim=32, region=(4, 4), topk=4, padding="masked"),
+    Problem(batch=1, height=16, width=16, heads=4, head_dim=32, region=(4, 4), topk=4, per_head=True),
+]
+
+
+@pytest.mark.parametrize("problem", WORK, ids=problem_id)
+@pytest.mark.parametrize("name", ["reference", "gather", "gather-sdpa", "dense"])
+def test_flops_are_those_that_torch_counts(name: str, problem: Problem) -> None:
+    x = Inputs.make(Case(problem), "cpu")
+    backend = registry.get(name)
+    # The counter of torch sees products; those of the fused attention are visible in its plain form.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        backend.forward(x.q, x.k, x.v, x.routes, problem)
+    assert counter.get_total_flops() == backend.flops(problem)
+
+
+@pytest.mark.parametrize("problem", WORK, ids=problem_id)
+@pytest.mark.parametrize("name", ["reference", "gather", "gather-sdpa", "dense", "sparse"])
+def test_workspace_is_an_upper_estimate(name: str, problem: Problem) -> None:
+    x = Inputs.make(Case(problem), "cpu")
+    backend = registry.get(name)
+    memory = cpu_memory(lambda: backend.forward(x.q, x.k, x.v, x.routes, problem))
+    assert memory.workspace_mb is not None
+    taken = memory.workspace_mb * 1e6
+    assert taken <= backend.workspace_bytes(problem) <= 4 * taken
