@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -139,6 +141,19 @@ def test_two_packages_with_one_name_are_both_named(install: Callable[..., None])
     install({"mine": "stranger_backends:Mine"}, "second")
     with pytest.raises(UnsupportedError, match=r"'mine' is taken more than once: (first|second).*uninstall"):
         attend("mine")
+
+
+def test_the_example_of_the_readme_is_a_backend_that_conforms(tmp_path: Path) -> None:
+    readme = (Path(registry.__file__).parent / "README.md").read_text()
+    _, mine, test = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    path = tmp_path / "test_einsum.py"
+    path.write_text(mine + test)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    root = Path(__file__).parent.parent
+    run = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True
+    )
+    assert run.returncode == 0, run.stdout.decode()
 
 
 # --- choosing -----------------------------------------------------------------------------------
