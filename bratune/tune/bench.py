@@ -24,6 +24,8 @@ __all__ = ["Bench", "Offers", "registry_offers"]
 # For an attention call: the backends that accept it, each with its settings, the preferred first.
 Offers = Callable[[Problem], Sequence[tuple[str, tuple[str, ...]]]]
 
+# Full attention is computed by the layer itself; with this name it writes no scores, as `auto` would not.
+FULL_BACKEND = "gather-sdpa"
 # Slow on purpose: it is there to be compared with.
 ORACLE = "reference"
 
@@ -150,7 +152,7 @@ class Bench:
             first.problem,
             n_win=",".join(str(stage.n_win) for stage in found),
             topk=",".join(map(str, setting.topks)),
-            backend=",".join(name or "auto" for name in setting.backends),
+            backend=",".join(name or FULL_BACKEND for name in setting.backends),
             config=json.dumps(configs),
             regime=setting.regime,
         )

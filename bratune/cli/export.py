@@ -1,0 +1,41 @@
+"""``bratune export``: write a plan as a config that training code loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bratune.cli import options
+
+TARGETS = ("plan", "timm", "hydra", "mmseg", "mmdet", "yolo")
+
+
+@click.command("export", context_settings=options.CONTEXT)
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option("--to", "target", type=click.Choice(TARGETS), required=True, help="Who shall load it.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="File or folder.")
+@click.option("--name", default="", help="Name of the registered model (timm, hydra).")
+@click.option("--style", type=click.Choice(["0.x", "1.x"]), default="0.x", show_default=True)
+@click.option("--head", default="", help="sfpn or upernet (mmseg), retinanet or mask_rcnn (mmdet).")
+@click.option("--base", "bases", multiple=True, metavar="FILE", help="Config to inherit from; repeatable.")
+@click.option("--scale", type=click.Choice(["n", "s", "m", "l", "x"]), default="n", help="Size (yolo).")
+def command(plan: Path, target: str, output: Path, **more: Any) -> None:
+    """Write PLAN as a config that training code loads.
+
+    timm: a module that registers the model, for the official classification code (one import line in
+    main.py). hydra: the config group file that chooses it. mmseg, mmdet: a config around the backbone;
+    style 0.x runs on the official repository as it is, 1.x on mmengine with bratune's backbone. yolo: a
+    model file with the tuned blocks. plan: the plan itself, for `bratune.create_model`.
+    """
+    from bratune.export.write import export
+    from bratune.tune.plan import load_plan
+
+    found = load_plan(plan)
+    click.echo(export(found, target, output, **more))
+    if target == "timm":
+        from bratune.export.fields import identifier
+        from bratune.export.timm import launch_line
+
+        click.echo(f"train with: {launch_line(found, identifier(found, more['name']))}", err=True)

@@ -1,0 +1,69 @@
+"""Write: a plan as the files of a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bratune.errors import PlanError, UnknownNameError
+from bratune.export import hydra, mmdet, mmseg, timm, yolo
+from bratune.export.fields import identifier
+from bratune.tune.plan import Plan
+
+__all__ = ["TARGETS", "export"]
+
+TARGETS = ("plan", "timm", "hydra", "mmseg", "mmdet", "yolo")
+_SUFFIX = {"plan": ".json", "yolo": ".yaml", "hydra": ".yaml"}
+
+
+def export(
+    plan: Plan,
+    target: str,
+    output: str | Path,
+    *,
+    name: str = "",
+    style: str = "0.x",
+    head: str = "",
+    bases: Sequence[str] = (),
+    scale: str = "n",
+) -> Path:
+    """Write a plan for a target; returns the file.
+
+    Args:
+        plan: What to export.
+        target: One of `TARGETS`.
+        output: A file, or a folder in which the file is named after the plan.
+        name: Registered name, for ``timm`` and ``hydra``.
+        style: For ``mmseg`` and ``mmdet``: ``0.x`` or ``1.x``.
+        head: For ``mmseg`` and ``mmdet``; by default S-FPN or RetinaNet.
+        bases: For ``mmseg`` and ``mmdet``: config files to inherit from.
+        scale: For ``yolo``.
+
+    Raises:
+        UnknownNameError: a target, style, head or scale is not known.
+        PlanError: the target cannot hold the plan, or the file cannot be written.
+    """
+    if target not in TARGETS:
+        raise UnknownNameError("export target", target, TARGETS)
+    suffix = _SUFFIX.get(target, ".py")
+    path = Path(output)
+    if path.suffix != suffix:
+        path = path / f"{identifier(plan, name)}{suffix}"
+    if target == "timm" and not name and path.stem.isidentifier():
+        name = path.stem  # the module and the model that it registers have one name
+    texts = {
+        "timm": lambda: timm.timm_module(plan, name),
+        "hydra": lambda: hydra.hydra_group(plan, name),
+        "mmseg": lambda: mmseg.mmseg_config(plan, style=style, head=head or "sfpn", bases=bases),
+        "mmdet": lambda: mmdet.mmdet_config(plan, style=style, head=head or "retinanet", bases=bases),
+        "yolo": lambda: yolo.yolo_fragment(plan, scale),
+    }
+    if target == "plan":
+        return plan.save(path)
+    text = texts[target]()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise PlanError(f"the export cannot be written to {path}: {error.strerror or error}") from None
+    return path
