@@ -20,7 +20,9 @@ from bratune.machine import Machine
 from bratune.predict import fit, validate
 from bratune.predict.attention import ATTENTION, attention_ops
 from bratune.predict.coefficients import UNCALIBRATED
-from bratune.predict.model import ModelEngine, bound_cell, estimate, predict_cell
+from bratune.predict.compiled import compiled_time
+from bratune.predict.estimate import estimate
+from bratune.predict.model import ModelEngine, bound_cell, predict_cell
 from bratune.predict.work import backward_ops, fuse
 from bratune.problem import Problem
 from bratune.record import Record
@@ -254,6 +256,36 @@ def test_the_engine_is_an_engine_and_says_first_that_the_gpu_is_absent() -> None
     assert engine.notice.startswith("A100-SXM4-80GB is not here: rows are modelled, not measured")
     rows = list(engine.run([attention(1), attention(2)]))
     assert [row.evidence for row in rows] == ["modelled", "modelled"]
+
+
+# --- compiled kernels ---------------------------------------------------------------------------------
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("key", ["a100", "rtx4090", "h200"])
+def test_the_fused_backend_is_costed_from_kernels_compiled_for_the_board(key: str) -> None:
+    cell, board = attention(2, "triton", batch=64, regime="graph"), gpus.resolve(key)
+    row = predict_cell(cell, board, compiled=True)
+    target = "sm" + board.compute_capability.replace(".", "")
+    assert f"compiled for {target}" in row.reason
+    assert "registers" in row.reason
+    counted = estimate(cell, board)
+    assert row.median_ms is not None
+    assert 0.3 < row.median_ms / counted.ms < 3
+
+
+@pytest.mark.compile
+def test_a_board_without_a_compile_target_is_counted() -> None:
+    cell = attention(2, "gather", batch=64, dtype="float16")
+    assert predict_cell(cell, T4, compiled=True).median_ms == predict_cell(cell, T4).median_ms
+    assert compiled_time(attention(2, "triton", dtype="float16").problem, gpus.resolve("v100")) is None
+
+
+def test_a_process_that_interprets_kernels_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    compiled_time.cache_clear()
+    assert compiled_time(attention(1, "triton").problem, A100) is None
+    compiled_time.cache_clear()
 
 
 # --- fit and check ------------------------------------------------------------------------------------

@@ -33,6 +33,12 @@ BACKENDS = ("gather", "gather-sdpa", "dense", "triton")
     "--regime", type=click.Choice(["eager", "graph", "compile"]), default="eager", show_default=True
 )
 @click.option("--backend", "backends", multiple=True, help="Repeatable; by default the common ones.")
+@click.option(
+    "--compile/--no-compile",
+    "compiled",
+    default=True,
+    help="Compile the fused kernels for the GPU and cost their machine code.  [default: yes]",
+)
 @click.option("--calibrate", "paths", multiple=True, type=click.Path(path_type=Path), help="More records.")
 @click.option(
     "--validate",
@@ -55,6 +61,7 @@ def command(
     direction: str,
     regime: str,
     backends: tuple[str, ...],
+    compiled: bool,
     paths: tuple[Path, ...],
     checked: tuple[Path, ...],
     output: Path | None,
@@ -79,7 +86,7 @@ def command(
     rows: list[Record] = []
     for board in boards:
         for cell in cells:
-            rows += [predict_cell(cell, board, coefficients), bound_cell(cell, board)]
+            rows += [predict_cell(cell, board, coefficients, compiled=compiled), bound_cell(cell, board)]
     if output:
         from bratune.store import Store
 

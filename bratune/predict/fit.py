@@ -24,7 +24,7 @@ from bratune.cell import Cell
 from bratune.errors import BratuneError, StoreError
 from bratune.gpus import GPU
 from bratune.predict.coefficients import TRANSFER_SPREAD, UNCALIBRATED, UNCALIBRATED_SPREAD, Coefficients
-from bratune.predict.model import Estimate, estimate
+from bratune.predict.estimate import Estimate, estimate
 from bratune.record import Record
 
 __all__ = ["CPU_PRIOR", "Sample", "board_of", "calibrate", "combine", "samples_of", "stored_coefficients"]
@@ -103,7 +103,8 @@ def samples_of(records: Iterable[Record]) -> list[Sample]:
             continue
         try:
             cell = Cell.from_dict(json.loads(record.cell))
-            base = estimate(cell, board, CPU_PRIOR if board.architecture == "CPU" else UNCALIBRATED)
+            cpu = board.architecture == "CPU"
+            base = estimate(cell, board, CPU_PRIOR if cpu else UNCALIBRATED, compiled=not cpu)
         except BratuneError:  # a backend of another package, a rate that is not known
             continue
         found.append(

@@ -1,10 +1,7 @@
-"""Model: the time of a cell on a GPU that need not be here.
+"""Model: rows about a GPU that need not be here.
 
-A cell is a list of kernels (`bratune.predict.parts`), each with a working time on the board
-(`bratune.predict.roofline`). Eager, the host launches them one by one and the device follows: the cell takes
-the longer of the two, so that a small batch costs what its launches cost, whatever its size. In a CUDA
-graph only the device counts. Every row has a 95 % interval and says what its coefficients rest on; a `bound`
-row beside it holds what no implementation can beat.
+Every modelled row has a 95 % interval and says what its coefficients rest on; a `bound` row beside it holds
+what no implementation can beat.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import bratune
@@ -24,118 +20,15 @@ from bratune.gpus import GPU
 from bratune.machine import Machine
 from bratune.predict import parts, work
 from bratune.predict.coefficients import UNCALIBRATED, Coefficients
-from bratune.predict.roofline import Rates, op_time, rates
-from bratune.predict.work import Op
+from bratune.predict.estimate import estimate
+from bratune.predict.roofline import rates
 from bratune.record import Record
 
-__all__ = ["Estimate", "ModelEngine", "absent_machine", "bound_cell", "estimate", "predict_cell"]
+__all__ = ["ModelEngine", "absent_machine", "bound_cell", "predict_cell"]
 
-# Host time of starting a captured graph, and of entering a compiled function.
-GRAPH_LAUNCH_US = 8.0
-COMPILED_ENTRY_US = 40.0
 Z95 = 1.96
 # What speedups are relative to: what the paper describes and the official code does.
 BASELINE = "gather"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A modelled time and what it consists of.
-
-    Attributes:
-        ms: Time of one call.
-        device_ms: Time that the device is busy, gaps between kernels included.
-        host_ms: Time that the host needs to launch everything.
-        launches: Kernels launched.
-        bound: What takes the largest share: ``memory``, ``cache``, ``compute``, ``cores`` or ``launches``.
-        memory_bytes: Bytes from and to memory.
-        by_group: Device milliseconds by part or backend, for the attribution of a measured time.
-    """
-
-    ms: float
-    device_ms: float
-    host_ms: float
-    launches: int
-    bound: str
-    memory_bytes: float
-    by_group: tuple[tuple[str, float], ...]
-
-    @property
-    def launch_bound(self) -> bool:
-        """Whether the host is slower than the device."""
-        return self.host_ms > self.device_ms
-
-
-def estimate(cell: Cell, board: GPU, c: Coefficients = UNCALIBRATED) -> Estimate:
-    """The modelled time of a cell on a board.
-
-    Raises:
-        UnsupportedError: the work of its backend is not counted.
-        UsageError: a rate that the model needs is not published.
-    """
-    peak = rates(board, cell.problem.dtype)
-    shares: dict[str, float] = {}
-    by_group: list[tuple[str, float]] = []
-    device_us = memory_bytes = 0.0
-    launches = 0
-    for group in parts.groups(cell):
-        ops = _as_run(group.ops, cell)
-        us, moved = _device_time(ops, cell, peak, c, shares, group.times * c.factor(group.name))
-        device_us += us
-        memory_bytes += moved * group.times
-        launches += group.times * sum(op.launches for op in ops)
-        by_group.append((group.name, us / 1e3))
-    host_us = _host_time(launches, cell, c)
-    # A CPU runs what it launches: nothing overlaps.
-    total_us = device_us + host_us if board.architecture == "CPU" else max(device_us, host_us)
-    bound = max(shares, key=lambda name: shares[name]) if shares else "launches"
-    if host_us > device_us:
-        bound = "launches"
-    return Estimate(
-        ms=total_us / 1e3,
-        device_ms=device_us / 1e3,
-        host_ms=host_us / 1e3,
-        launches=launches,
-        bound=bound,
-        memory_bytes=memory_bytes,
-        by_group=tuple(by_group),
-    )
-
-
-def _as_run(ops: tuple[Op, ...], cell: Cell) -> tuple[Op, ...]:
-    if cell.problem.backward:
-        ops = (*ops, *work.backward_ops(ops))
-    return work.fuse(ops) if cell.regime == "compile" else ops
-
-
-def _device_time(
-    ops: tuple[Op, ...], cell: Cell, peak: Rates, c: Coefficients, shares: dict[str, float], factor: float
-) -> tuple[float, float]:
-    """Microseconds on the device and bytes moved; adds to the shares of each bound."""
-    gap = c.graph_gap_us if cell.regime == "graph" else c.gap_us
-    total = moved = 0.0
-    for op in ops:
-        one = op_time(op, peak, c, warm=cell.l2 == "warm")
-        floor = (c.kernel_us + gap) * op.launches
-        worked = one.us + gap * op.launches
-        bound = one.bound if worked > floor else "launches"
-        us = max(worked, floor) * factor
-        shares[bound] = shares.get(bound, 0.0) + us
-        total += us
-        moved += one.memory_bytes
-    return total, moved
-
-
-def _host_time(launches: int, cell: Cell, c: Coefficients) -> float:
-    if cell.regime == "graph":
-        return GRAPH_LAUNCH_US
-    if cell.regime == "compile":
-        return COMPILED_ENTRY_US + launches * c.compiled_host_us
-    # Autocast adds a cast of every weight.
-    return launches * c.host_us * (1.3 if cell.amp else 1.0)
-
-
-# --- records ------------------------------------------------------------------------------------------
 
 
 def absent_machine(board: GPU) -> Machine:
@@ -163,13 +56,16 @@ def _version(package: str) -> str:
         return ""
 
 
-def predict_cell(cell: Cell, gpu: GPU, coefficients: Coefficients | None = None) -> Record:
+def predict_cell(
+    cell: Cell, gpu: GPU, coefficients: Coefficients | None = None, *, compiled: bool = False
+) -> Record:
     """The modelled row of a cell on a board: a time, its 95 % interval and what limits it.
 
     Args:
         cell: Any cell, a whole model included.
         gpu: The board, e.g. from `bratune.gpus.resolve`.
         coefficients: From `bratune.predict.fit`; by default uncalibrated, with wide intervals.
+        compiled: See `estimate`.
 
     Returns:
         A record with evidence ``modelled``. ``reason`` says what the coefficients rest on. A dtype that the
@@ -180,7 +76,7 @@ def predict_cell(cell: Cell, gpu: GPU, coefficients: Coefficients | None = None)
     machine = absent_machine(gpu)
     reasons = _why_not(cell, gpu, machine)
     try:
-        found = None if reasons else estimate(cell, gpu, c)
+        found = None if reasons else estimate(cell, gpu, c, compiled=compiled)
     except UnsupportedError as error:
         found, reasons = None, error.reasons
     if found is None:
@@ -193,7 +89,7 @@ def predict_cell(cell: Cell, gpu: GPU, coefficients: Coefficients | None = None)
         machine,
         evidence="modelled",
         outcome="modelled",
-        reason=c.describe(name, gpu.key),
+        reason="; ".join(filter(None, (c.describe(name, gpu.key), found.detail))),
         median_ms=found.ms,
         ci_lo_ms=max(floor_ms, found.ms * math.exp(-Z95 * spread)),
         ci_hi_ms=found.ms * math.exp(Z95 * spread),
@@ -368,13 +264,15 @@ class ModelEngine:
     Args:
         gpu: The board.
         coefficients: From `bratune.predict.fit`; by default uncalibrated.
+        compiled: Compile the fused kernels for the board (see `estimate`); seconds per new problem.
 
     Raises:
         UsageError: a rate that the model needs is not published for this board.
     """
 
-    def __init__(self, gpu: GPU, coefficients: Coefficients | None = None) -> None:
+    def __init__(self, gpu: GPU, coefficients: Coefficients | None = None, *, compiled: bool = True) -> None:
         rates(gpu, "float32")
+        self.compiled = compiled
         self.gpu = gpu
         self.coefficients = coefficients or UNCALIBRATED
         self._machine = absent_machine(gpu)
@@ -394,4 +292,4 @@ class ModelEngine:
     def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
         """One modelled row per cell, in the order of the cells."""
         for cell in cells:
-            yield predict_cell(cell, self.gpu, self.coefficients)
+            yield predict_cell(cell, self.gpu, self.coefficients, compiled=self.compiled)

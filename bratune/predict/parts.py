@@ -31,11 +31,13 @@ class Group:
         name: The part, or the backend's name for attention.
         ops: Its kernels, forward.
         times: How often the cell runs them.
+        problem: The routed call that they compute, for attention.
     """
 
     name: str
     ops: tuple[Op, ...]
     times: int = 1
+    problem: Problem | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +163,7 @@ def _block_groups(block: Block, times: int) -> list[Group]:
     skipped = {"pos_embed"} if not block.pos_embed else set()
     if block.kind == "conv":
         skipped |= {"qkv", "routing", "attention", "proj"}
-    found = [
-        Group(block.backend if part == "attention" else part, part_ops(block, part), times)
-        for part in BLOCK_PARTS
-        if part not in skipped
-    ]
+    found = [_group(block, part, times) for part in BLOCK_PARTS if part not in skipped]
     return [group for group in found if group.ops]
 
 
@@ -180,8 +178,14 @@ def groups(cell: Cell) -> tuple[Group, ...]:
     block = block_of(cell)
     if cell.part == "block":
         return tuple(_block_groups(block, 1))
-    name = cell.backend if cell.part == "attention" else cell.part
-    return (Group(name, part_ops(block, cell.part)),)
+    return (_group(block, cell.part, 1),)
+
+
+def _group(block: Block, part: str, times: int) -> Group:
+    if part != "attention":
+        return Group(part, part_ops(block, part), times)
+    routed = block.problem if block.kind == "routed" else None
+    return Group(block.backend, part_ops(block, part), times, routed)
 
 
 # --- whole models ------------------------------------------------------------------------------------
