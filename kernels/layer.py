@@ -19,7 +19,7 @@ from bratune.kernels.composed import TopkRouting, composed_attention, require_co
 from bratune.kernels.kv_pool import kv_pool, pool_regions
 from bratune.kernels.nhwc import conv_nhwc, depthwise, linear_1x1, to_nchw, to_nhwc
 from bratune.kernels.registry import get
-from bratune.kernels.routing import region_means
+from bratune.kernels.routing import region_means, route_pooled
 from bratune.problem import split_map
 
 __all__ = ["BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention"]
@@ -62,6 +62,8 @@ class BiLevelRoutingAttention(nn.Module):
         auto_pad: Pad maps that S does not divide with zeros at the bottom and on the right.
         backend: Which implementation attends, a name of `bratune.kernels.registry.names` or ``auto``.
         config: Settings of the backend.
+        pooled_routing: Route by the region means of the input, projected, instead of those of q and k. The
+            routes are the same in exact arithmetic, and found without reading q and k.
 
     Raises:
         ProblemError: sizes or options that contradict each other.
@@ -89,6 +91,7 @@ class BiLevelRoutingAttention(nn.Module):
         *,
         backend: str = "auto",
         config: Config | None = None,
+        pooled_routing: bool = False,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -99,6 +102,7 @@ class BiLevelRoutingAttention(nn.Module):
         self.topk = topk
         self.auto_pad = auto_pad
         self.soft_routing = soft_routing
+        self.pooled_routing = pooled_routing
         self.set_backend(backend, config)
         _check_heads(num_heads, dim, self.qk_dim)
         _check_routes(n_win, topk)
@@ -108,6 +112,8 @@ class BiLevelRoutingAttention(nn.Module):
             raise ProblemError("param_routing learns nothing without gradients; diff_routing=True would work")
         if diff_routing and not soft_routing:
             raise ProblemError("diff_routing has no weights to differentiate; soft_routing=True would work")
+        if pooled_routing and soft_routing:
+            raise ProblemError("pooled_routing gives no weights for soft_routing; one of them would work")
 
         self.lepe = depthwise(dim, side_dwconv)
         self.router = TopkRouting(
@@ -131,7 +137,8 @@ class BiLevelRoutingAttention(nn.Module):
             ``[B, R, topk]`` each, and the attention matrix ``[B * R, heads, T, topk * Tk]``.
         """
         height, width = x.shape[1:3]
-        q, k, v = self.project(self.pad(x))
+        x = self.pad(x)
+        q, k, v = self.project(x)
         if ret_attn_mask:
             require_composition(self.backend, "the attention matrix")
             routes, weights = self.route_soft(q, k)
@@ -145,7 +152,8 @@ class BiLevelRoutingAttention(nn.Module):
                 q, k, v, routes, weights, fused=self.backend not in ("reference", "gather")
             )
         else:
-            out = self.attend(q, k, v, self.route(q, k))
+            routes = self.route_pooled(x) if self.pooled_routing else self.route(q, k)
+            out = self.attend(q, k, v, routes)
         return self._finish(out, v, height, width)
 
     def set_backend(self, backend: str, config: Config | None = None) -> None:
@@ -185,6 +193,13 @@ class BiLevelRoutingAttention(nn.Module):
         if self.soft_routing:
             return self.route_soft(q, k)[0]
         return route(q, k, region=self.region_of(*q.shape[1:3]), topk=self.topk)
+
+    def route_pooled(self, x: Tensor) -> Tensor:
+        """The routes of `route`, from the padded map that `project` takes."""
+        linear = self.qkv.qkv
+        rows = 2 * self.qk_dim
+        region = self.region_of(*x.shape[1:3])
+        return route_pooled(x, linear.weight[:rows], linear.bias[:rows], region=region, topk=self.topk)
 
     def route_soft(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Routes and their softmax weights, ``[B, R, topk]`` each."""
@@ -268,6 +283,8 @@ class NCHWBiLevelRoutingAttention(nn.Module):
         attn_backend: ``torch``, the only official value; `backend` is what chooses here.
         backend: Which implementation attends, a name of `bratune.kernels.registry.names` or ``auto``.
         config: Settings of the backend.
+        pooled_routing: Route by the region means of the input, projected, instead of those of q and k. The
+            routes are the same in exact arithmetic, and found without reading q and k.
 
     Raises:
         ProblemError: sizes or options that contradict each other.
@@ -287,6 +304,7 @@ class NCHWBiLevelRoutingAttention(nn.Module):
         *,
         backend: str = "auto",
         config: Config | None = None,
+        pooled_routing: bool = False,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -294,6 +312,7 @@ class NCHWBiLevelRoutingAttention(nn.Module):
         self.n_win = n_win
         self.scale = qk_scale or dim**-0.5
         self.topk = topk
+        self.pooled_routing = pooled_routing
         self.set_backend(backend, config)
         _check_heads(num_heads, dim, dim)
         if attn_backend != "torch":
@@ -314,8 +333,9 @@ class NCHWBiLevelRoutingAttention(nn.Module):
         Returns:
             ``[B, dim, H, W]``; with ``ret_attn_mask`` also the matrix ``[B, heads, R, T, topk * T]``.
         """
-        q, k, v = self.project(to_nhwc(x))
-        routes = self.route(q, k)
+        x = to_nhwc(x)
+        q, k, v = self.project(x)
+        routes = self.route_pooled(x) if self.pooled_routing else self.route(q, k)
         attn = None
         if ret_attn_mask:
             require_composition(self.backend, "the attention matrix")
@@ -364,6 +384,18 @@ class NCHWBiLevelRoutingAttention(nn.Module):
     def route(self, q: Tensor, k: Tensor) -> Tensor:
         """The key regions of every query region, ``[B, R, topk]``, without gradient."""
         return route(q, k, region=self.region_of(*q.shape[1:3]), topk=self.topk)
+
+    def route_pooled(self, x: Tensor) -> Tensor:
+        """The routes of `route`, from the NHWC map that `project` takes."""
+        rows = 2 * self.dim
+        weight, bias = self.qkv_linear.weight.flatten(1)[:rows], self.qkv_linear.bias
+        return route_pooled(
+            x,
+            weight,
+            None if bias is None else bias[:rows],
+            region=self.region_of(*x.shape[1:3]),
+            topk=self.topk,
+        )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> Tensor:
         """Level two: from every query region to its routed regions."""

@@ -26,7 +26,15 @@ from torch.utils.flop_counter import register_flop_formula
 from bratune.errors import ProblemError, UnsupportedError
 from bratune.problem import ceil_div
 
-__all__ = ["MAX_REGIONS", "Routing", "region_means", "route_by_means", "route_fused", "why_not"]
+__all__ = [
+    "MAX_REGIONS",
+    "Routing",
+    "check",
+    "region_means",
+    "route_by_means",
+    "route_fused",
+    "why_not",
+]
 
 # Affinities of a block of rows live in registers: 16 rows of this many columns fill eight warps.
 MAX_REGIONS = 1024
@@ -298,6 +306,13 @@ def why_not(q: Tensor, k: Tensor, *, region: tuple[int, int], kv_region: tuple[i
     return tuple(reasons)
 
 
+def check(q: Tensor, k: Tensor, *, region: tuple[int, int], kv_region: tuple[int, int] | None = None) -> None:
+    """Raise `UnsupportedError` with every reason of `why_not`, where there is one."""
+    reasons = why_not(q, k, region=region, kv_region=kv_region or region)
+    if reasons:
+        raise UnsupportedError("triton", reasons, f"routing q {tuple(q.shape)} to k {tuple(k.shape)}")
+
+
 def region_means(
     q: Tensor, k: Tensor | None = None, *, region: tuple[int, int], kv_region: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -362,9 +377,7 @@ def route_fused(
         UnsupportedError: the kernels cannot take these tensors; the message has every reason.
         ProblemError: there are fewer than ``topk`` key regions.
     """
-    reasons = why_not(q, k, region=region, kv_region=kv_region or region)
-    if reasons:
-        raise UnsupportedError("triton", reasons, f"routing q {tuple(q.shape)} to k {tuple(k.shape)}")
+    check(q, k, region=region, kv_region=kv_region)
     with torch.no_grad():
         means = region_means(q, k, region=region, kv_region=kv_region)
         return route_by_means(*means, topk=topk, maps=maps)

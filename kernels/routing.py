@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bratune.errors import ProblemError, UnknownNameError
 from bratune.kernels import layout
 from bratune.problem import Problem
 
-__all__ = ["ROUTERS", "multiplicity_bias", "region_means", "route"]
+__all__ = ["ROUTERS", "multiplicity_bias", "region_means", "route", "route_pooled"]
 
 # Ways to compute `route`; ``auto`` is the first.
 ROUTERS = ("torch", "triton")
 
 
-def region_means(x: Tensor, region: tuple[int, int]) -> Tensor:
-    """The mean of the real tokens of every region, ``[B, R, C]`` in the dtype of x.
+def region_means(x: Tensor, region: tuple[int, int], *, dtype: torch.dtype | None = None) -> Tensor:
+    """The mean of the real tokens of every region, ``[B, R, C]``.
 
     Args:
         x: A map ``[B, H, W, C]``, any strides. Padding does not count where regions do not tile it.
         region: Tokens of a region from top to bottom and from left to right.
+        dtype: That of the means; by default that of x.
 
     Sums of float16 and bfloat16 are held in float32 and rounded once.
     """
     height, width = x.shape[1:3]
     rh, rw = region
+    dtype = dtype or x.dtype
     if height % rh == 0 and width % rw == 0:
-        return layout.tiles(x, region).mean((2, 4)).flatten(1, 2)
+        return layout.tiles(x, region).mean((2, 4), dtype=dtype).flatten(1, 2)
     wide = torch.promote_types(x.dtype, torch.float32)
     sums = layout.to_regions(x, region).sum(2, dtype=wide)  # [B, R, C]
     counts = layout.valid_tokens(height, width, region, x.device).sum(1, keepdim=True)  # [R, 1]
-    return (sums / counts).to(x.dtype)
+    return (sums / counts).to(dtype)
 
 
 def route(
@@ -89,6 +92,59 @@ def route(
             raise ProblemError(f"top-k {topk} of {count} key regions; 1 to {count} would work")
         affinity = means_q @ means_k.transpose(1, 2)  # [B, R, Rk]
         return affinity.topk(topk, dim=-1).indices
+
+
+def route_pooled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    region: tuple[int, int],
+    topk: int,
+    backend: str = "auto",
+) -> Tensor:
+    """The routes between the projections of a map, without projecting the map.
+
+    The mean of a region commutes with the projection: ``mean(x W + b) = mean(x) W + b``. Routing then
+    reads x once instead of q and k, and need not wait for them. In exact arithmetic the routes are those of
+    `route`; here means, projection and affinity are at least float32, also under autocast, so that fewer
+    near ties fall differently than they would in exact arithmetic.
+
+    Args:
+        x: The input of the projection, ``[B, H, W, C]``, any strides.
+        weight: ``[2 * Cq, C]``: the rows that make q, then those that make k.
+        bias: ``[2 * Cq]``.
+        region: Query and key region ``(rh, rw)`` in tokens.
+        topk: Key regions per query region.
+        backend: As in `route`.
+
+    Returns:
+        ``[B, R, topk]`` int64, best first.
+
+    Raises:
+        ProblemError: there are fewer than ``topk`` regions.
+        UnknownNameError: no router has this name.
+        UnsupportedError: ``triton`` was asked for and cannot take these tensors.
+    """
+    if backend not in ("auto", *ROUTERS):
+        raise UnknownNameError("router", backend, ("auto", *ROUTERS))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if backend == "triton":
+            from bratune.kernels import route_fused
+
+            route_fused.check(x, x, region=region)
+            means, _ = route_fused.region_means(x, region=region)
+        else:
+            means = region_means(x, region, dtype=wide)
+        both = F.linear(means, weight.to(wide), None if bias is None else bias.to(wide))
+        means_q, means_k = both.chunk(2, dim=-1)
+        if backend == "triton":
+            return route_fused.route_by_means(means_q, means_k, topk=topk, maps=False).routes
+        count = means_k.shape[1]
+        if not 1 <= topk <= count:
+            raise ProblemError(f"top-k {topk} of {count} key regions; 1 to {count} would work")
+        return (means_q @ means_k.transpose(1, 2)).topk(topk, dim=-1).indices
 
 
 def multiplicity_bias(routes: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
