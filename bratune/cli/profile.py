@@ -45,6 +45,12 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
     default=None,
     help="Time whole models too.  [default: yes, without --stage]",
 )
+@click.option(
+    "--peers",
+    metavar="NAME,NAME",
+    help="Also time these models of timm: swin_tiny, convnext_tiny, pvt_v2_b2, maxvit_tiny, deit_small, "
+    "resnet50, or any name that timm knows.",
+)
 @options.measuring_options
 @options.engine_options
 @options.output_options
@@ -78,9 +84,30 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     for job, found in zip(jobs, rows, strict=True):
         _show(job.target, sorted(found, key=lambda row: row.stage or 0) if asked["budget"] else found, asked)
         _say_what_is_missing(found)
+        found += _run_peers(job, asked["peers"])
         click.echo(f"results: {job.path}   again: {_again(ctx)}", err=True)
     failed = any(row.outcome in FAILED for found in rows for row in found)
     return 4 if asked["strict"] and failed else 0
+
+
+def _run_peers(job: _Job, names: str | None) -> list[Record]:
+    """The rows of timm's models, shown one per line; none where nothing can be measured."""
+    if not names:
+        return []
+    if job.target.absent or job.replayed:
+        click.echo("peers are only ever measured, not modelled or replayed: left out", err=True)
+        return []
+    from bratune.profile.peers import measure_peers, peer_cells
+    from bratune.store import Store
+
+    cells = peer_cells([name.strip() for name in names.split(",")], job.request)
+    run_id = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    rows = []
+    for row in measure_peers(cells, job.target.machine, job.settings, store=Store(job.path), run_id=run_id):
+        rows.append(row)
+        time_or_reason = f"{row.images_per_s:.1f} images/s, {row.median_ms:.4g} ms" if row.ok else row.reason
+        click.echo(f"{row.model} (timm), batch {row.batch}, {row.regime}: {time_or_reason}")
+    return rows
 
 
 @dataclass(frozen=True)

@@ -256,20 +256,23 @@ def _extra(record: Record) -> dict[str, object]:
 
 
 def peers(records: Sequence[Record], gmacs: Mapping[str, float]) -> list[PeerPoint]:
-    """The best throughput of every model whose work is known, on its machine.
+    """The best throughput of every model whose work per image is known, on its machine.
 
     Args:
         records: Any; those of whole models are used.
-        gmacs: Multiply-adds per image in 10^9, by model; BiFormer's are known.
+        gmacs: Multiply-adds per image in 10^9, by model; BiFormer's are known, and what was counted while a
+            model was measured stands in its record.
     """
     known = {name: v.gmacs_224 for name, v in VARIANTS.items()} | dict(gmacs)
     best: dict[tuple[str, str, str], PeerPoint] = {}
     for r in timed(records, "model"):
-        if r.model not in known:
+        ms, batch = milliseconds(r)[0], r.batch or 1
+        rate = 1e3 * batch / ms
+        work = known.get(r.model) or (r.tflops_s or 0.0) * ms / batch / 2
+        if not work:
             continue
-        rate = 1e3 * (r.batch or 1) / milliseconds(r)[0]
         key = (r.gpu_key, r.model, r.evidence)
         if key not in best or rate > best[key].images_per_s:
             note = f"{work_of(r)}, {provenance(r)}"
-            best[key] = PeerPoint(r.gpu_key, r.model, known[r.model], rate, r.evidence, note)
+            best[key] = PeerPoint(r.gpu_key, r.model, work, rate, r.evidence, note)
     return sorted(best.values())
