@@ -1,0 +1,142 @@
+"""Linear layers and convolutions for inference, with what follows them fused where torch itself can.
+
+On a CPU with oneDNN (float32; bfloat16 where the CPU has it), weights are packed once and GELU or the
+residual are part of the product. Elsewhere the product is one operation and what follows is done in
+place in its fresh output; on CUDA in bfloat16, GELU is part of the product (cuBLASLt's epilogue, which is
+the tanh form: it differs from the exact one by less than bfloat16 resolves).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bratune.kernels.nhwc import to_nchw, to_nhwc
+
+__all__ = ["FrozenConv", "FrozenLinear", "packs"]
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether oneDNN runs layers of this device and data type, with packed weights."""
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+class FrozenLinear(nn.Module):
+    """``x @ weight.T + bias`` over the last dimension, without gradients.
+
+    Args:
+        weight: ``[out, in]``, or that of a 1x1 convolution.
+        bias: ``[out]`` or None.
+        pack: Pack the weight for oneDNN where `packs`; off for a model that is compiled or moved later.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, pack: bool = True) -> None:
+        super().__init__()
+        weight = weight.detach().flatten(1).contiguous()
+        self.packed: Tensor | None = None
+        if pack and packs(weight):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "none")
+        return out
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """`forward`, then GELU."""
+        if self.packed is not None:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu", [], "none")
+            return out
+        if x.is_cuda and x.dtype == torch.bfloat16 and self.bias is not None:
+            flat = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
+            return flat.view(*x.shape[:-1], -1)
+        return torch.ops.aten.gelu_(self(x))  # type: ignore[no-any-return]
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        """`forward` plus another tensor of the output's shape."""
+        if self.packed is not None:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, "add")
+            return out
+        return self(x).add_(other)  # type: ignore[no-any-return]
+
+
+class FrozenConv(nn.Module):
+    """A convolution of NHWC maps, without gradients.
+
+    Args:
+        conv: Where numbers and geometry come from.
+        residual: Add the convolution's input to its output (stride 1, as many channels out as in). In
+            float32 and float64 the centre of the kernel does it; half precision would round the small
+            weight there beside the 1, and adds instead.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, conv: nn.Conv2d, *, residual: bool = False) -> None:
+        super().__init__()
+        weight = conv.weight.detach().clone(memory_format=torch.channels_last)
+        wide = weight.dtype in (torch.float32, torch.float64)
+        self.adds_input = residual and not wide
+        if residual and wide:
+            assert conv.groups == conv.in_channels == conv.out_channels
+            weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2] += 1.0
+        self.is_depthwise = conv.groups == conv.in_channels and conv.stride == (1, 1)
+        self.geometry: dict[str, Any] = {
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "groups": conv.groups,
+        }
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, H, W, in]`` to ``[B, H', W', out]``."""
+        return self.add(x, x) if self.adds_input else self._convolve(x)
+
+    def add(self, x: Tensor, other: Tensor) -> Tensor:
+        """The convolution plus another map of the output's shape, in one operation where there is one."""
+        if packs(self.weight):
+            return self._convolve_and_add(x, other)
+        if x.is_cuda and self.is_depthwise:
+            # Triton is no dependency of a CPU.
+            from bratune.kernels.depthwise import depthwise
+
+            return depthwise(x, self.weight, self.bias, add=other)
+        return self._convolve(x).add_(other)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        return to_nhwc(F.conv2d(to_nchw(x), self.weight, self.bias, **self.geometry))
+
+    def _convolve_and_add(self, x: Tensor, other: Tensor) -> Tensor:
+        stride, padding, groups = (self.geometry[key] for key in ("stride", "padding", "groups"))
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
+            to_nchw(x),
+            to_nchw(other),
+            self.weight,
+            self.bias,
+            padding,
+            stride,
+            (1, 1),
+            groups,
+            "add",
+            1.0,
+            None,
+            [],
+            None,
+        )
+        return to_nhwc(out)

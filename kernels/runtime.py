@@ -1,0 +1,350 @@
+"""A model made ready for inference: the same results with fewer operations and less memory traffic.
+
+>>> fast = optimize(biformer_small(pretrained="weights.pth").eval())
+>>> scores = fast(images)
+
+What it does: batch norms and layer scales are folded into the layer beside them, the last one into the
+head; the residual of the position embedding goes into its kernel; keys and values move as one tensor;
+GELU and residuals are part of the product before them where torch has that; maps stay NHWC from the stem to
+the head. What it needs: a model in evaluation, on the device and in the data type that it shall run in. It
+copies the weights: later changes of the model do not reach it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bratune.errors import ProblemError, TargetError
+from bratune.kernels import layout
+from bratune.kernels.api import routed_attention
+from bratune.kernels.backbone import Backbone
+from bratune.kernels.blocks import ConvAttention, DWConv, Residual
+from bratune.kernels.epilogues import FrozenConv, FrozenLinear
+from bratune.kernels.fold import conv_then_norm, norm_then_conv, norm_then_linear
+from bratune.kernels.full_attention import Attention, FullAttention, full_attention
+from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bratune.kernels.nhwc import to_nchw, to_nhwc
+from bratune.kernels.packed_attention import PackedAttention, prefers_mask
+from bratune.problem import Problem
+
+__all__ = ["FastModel", "GraphRunner", "optimize"]
+
+
+def optimize(model: Backbone, *, compile: bool = False, graph_input: Tensor | None = None) -> nn.Module:
+    """The model made ready for inference.
+
+    Layers whose backend is ``auto`` attend in the cheapest exact way that is known for the device; a named
+    backend is the one that runs.
+
+    Args:
+        model: In evaluation.
+        compile: Compile with ``torch.compile``, which fuses what eager torch cannot.
+        graph_input: An example batch: capture a CUDA graph for its shape, which removes the cost of
+            launching (what counts at small batches). The result then takes that shape alone, and returns
+            the same output tensors at every call.
+
+    Raises:
+        ProblemError: the model is in training.
+        TargetError: a CUDA graph of a model that is not on a CUDA device.
+    """
+    if model.training:
+        raise ProblemError(
+            "the model is in training, whose batch statistics cannot be folded; model.eval() can"
+        )
+    fast: nn.Module = FastModel(model, pack=not compile)
+    if compile:
+        fast.compile(dynamic=False)
+    return fast if graph_input is None else GraphRunner(fast, graph_input)
+
+
+class FastModel(nn.Module):
+    """See `optimize`.
+
+    Args:
+        model: In evaluation.
+        pack: See `FrozenLinear`.
+    """
+
+    def __init__(self, model: Backbone, *, pack: bool = True) -> None:
+        super().__init__()
+        self.check_size = model.check_size
+        self.features_only = model.features_only
+        self.downsample_layers = nn.ModuleList(_folded(layer) for layer in model.downsample_layers)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *(FastBlock(block, pack=pack) for block in stage.modules() if isinstance(block, Residual))
+            )
+            for stage in model.stages
+        )
+        if model.features_only:
+            self.norms = model.extra_norms
+            return
+        self.norm, self.head = model.norm, model.head
+        if isinstance(model.norm, nn.BatchNorm2d) and isinstance(model.head, nn.Linear):
+            self.norm, self.head = nn.Identity(), norm_then_linear(model.norm, model.head)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Images ``[B, channels, H, W]`` to class scores, or to the four maps."""
+        self.check_size(*x.shape[2:])
+        x = to_nhwc(x)
+        maps = []
+        for index, (down, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            x = stage(down(x).contiguous())
+            if self.features_only:
+                maps.append(self.norms[index](to_nchw(x)))
+        if self.features_only:
+            return tuple(maps)
+        out: Tensor = self.head(to_nchw(self.norm_map(x)).mean((2, 3)))
+        return out
+
+    def norm_map(self, x: Tensor) -> Tensor:
+        """The last norm, where it could not be folded into the head."""
+        return x if isinstance(self.norm, nn.Identity) else to_nhwc(self.norm(to_nchw(x)))
+
+
+class FastBlock(nn.Module):
+    """A block of any of the models without its spare operations, NHWC; see `optimize`."""
+
+    def __init__(self, block: Residual, *, pack: bool) -> None:
+        super().__init__()
+        self.pre_norm = block.pre_norm
+        self.pos_embed = None
+        if block.pos_embed is not None:
+            assert isinstance(block.pos_embed, nn.Conv2d)
+            self.pos_embed = FrozenConv(block.pos_embed, residual=True)
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.attn = _fast_attention(block.attn, block.gamma1, pack=pack)
+        assert isinstance(block.mlp, nn.Sequential)
+        first, *between, last = block.mlp
+        self.widen = _linear(first, None, pack=pack)
+        self.narrow = _linear(last, block.gamma2, pack=pack)
+        convs = [module.dwconv for module in between if isinstance(module, DWConv)]
+        self.between = FrozenConv(convs[0]) if convs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, H, W, C]`` to ``[B, H, W, C]``."""
+        if self.pos_embed is not None:
+            x = self.pos_embed(x)
+        x = self.attn(self.norm1(x) if self.pre_norm else x, x)
+        if not self.pre_norm:
+            x = self.norm1(x)
+        y = self.norm2(x) if self.pre_norm else x
+        x = self.narrow.add(self.hidden(y), x)
+        return x if self.pre_norm else self.norm2(x)
+
+    def hidden(self, y: Tensor) -> Tensor:
+        """The activated hidden channels of the MLP."""
+        if self.between is None:
+            return self.widen.gelu(y)
+        return torch.ops.aten.gelu_(self.between(self.widen(y)))  # type: ignore[no-any-return]
+
+
+class _Merged(nn.Module):
+    """What every fast attention ends with: local enhancement, projection, residual."""
+
+    def __init__(self, lepe: nn.Module | None, proj: nn.Module, gamma: Tensor | None, *, pack: bool) -> None:
+        super().__init__()
+        self.lepe = FrozenConv(lepe) if isinstance(lepe, nn.Conv2d) else None
+        self.proj = _linear(proj, gamma, pack=pack)
+
+    def merge(self, out: Tensor, local: Tensor, residual: Tensor) -> Tensor:
+        """Add the enhancement of ``local`` to ``out``, project what fits the residual, add it."""
+        if self.lepe is not None:
+            out = self.lepe.add(local, out)
+        return self.proj.add(layout.crop_tokens(out, *residual.shape[1:3]), residual)
+
+
+class _FastRouted(_Merged):
+    def __init__(
+        self,
+        attn: BiLevelRoutingAttention | NCHWBiLevelRoutingAttention,
+        gamma: Tensor | None,
+        *,
+        pack: bool,
+    ) -> None:
+        legacy = isinstance(attn, BiLevelRoutingAttention)
+        proj = attn.wo if isinstance(attn, BiLevelRoutingAttention) else attn.output_linear
+        super().__init__(attn.lepe, proj, gamma, pack=pack)
+        qkv = attn.qkv.qkv if isinstance(attn, BiLevelRoutingAttention) else attn.qkv_linear
+        self.qkv = _linear(qkv, None, pack=pack)
+        self.source = attn
+        self.legacy = legacy
+        self.qk_dim = attn.qk_dim if isinstance(attn, BiLevelRoutingAttention) else attn.dim
+        self.packed = PackedAttention(
+            heads=attn.num_heads, qk_dim=self.qk_dim, n_win=attn.n_win, topk=attn.topk, scale=attn.scale
+        )
+
+    def forward(self, y: Tensor, residual: Tensor) -> Tensor:
+        if isinstance(self.source, BiLevelRoutingAttention):
+            y = self.source.pad(y)
+        qkv = self.qkv(y)
+        q, k, v = qkv.split((self.qk_dim, self.qk_dim, qkv.shape[-1] - 2 * self.qk_dim), dim=-1)
+        region = self.source.region_of(*q.shape[1:3])
+        tiled = not (q.shape[1] % region[0] or q.shape[2] % region[1])
+        tiled = tiled and (q.shape[1] // region[0], q.shape[2] // region[1]) == (self.source.n_win,) * 2
+        if self.source.backend == "auto" and tiled and not q.is_cuda:
+            routes = self.source.route_pooled(y) if self.source.pooled_routing else None
+            out = self.packed(qkv, masked=prefers_mask(self._problem(q, region)), routes=routes)
+        else:
+            out = routed_attention(
+                q,
+                k,
+                v,
+                self.source.route_pooled(y) if self.source.pooled_routing else self.source.route(q, k),
+                heads=self.source.num_heads,
+                region=region,
+                scale=self.source.scale,
+                backend=self.source.backend,
+                config=self.source.config,
+            )
+        return self.merge(out, v, residual)
+
+    def _problem(self, q: Tensor, region: tuple[int, int]) -> Problem:
+        return Problem(
+            batch=q.shape[0],
+            height=q.shape[1],
+            width=q.shape[2],
+            heads=self.source.num_heads,
+            head_dim=self.qk_dim // self.source.num_heads,
+            region=region,
+            topk=self.source.topk,
+        )
+
+
+class _FastFull(_Merged):
+    def __init__(self, attn: Any, gamma: Tensor | None, *, pack: bool) -> None:
+        super().__init__(getattr(attn, "lepe", None), attn.proj, gamma, pack=pack)
+        self.qkv = _linear(attn.qkv, None, pack=pack)
+        self.heads, self.scale, self.backend = attn.num_heads, attn.scale, attn.backend
+        self.enhances_input = isinstance(attn, Attention)  # the NCHW module enhances the values
+
+    def forward(self, y: Tensor, residual: Tensor) -> Tensor:
+        q, k, v = self.qkv(y).chunk(3, dim=-1)
+        out = full_attention(q, k, v, heads=self.heads, scale=self.scale, backend=self.backend)
+        return self.merge(out, y if self.enhances_input else v, residual)
+
+
+class _FastConvs(_Merged):
+    def __init__(self, attn: ConvAttention, gamma: Tensor | None, *, pack: bool) -> None:
+        super().__init__(None, attn[3], gamma, pack=pack)
+        self.first = _linear(attn[1], None, pack=pack)
+        assert isinstance(attn[2], nn.Conv2d)
+        self.depthwise = FrozenConv(attn[2])
+
+    def forward(self, y: Tensor, residual: Tensor) -> Tensor:
+        return self.merge(self.depthwise(self.first(y)), y, residual)
+
+
+class _AsItIs(nn.Module):
+    """Soft routing and pooled keys, which no published model has: the layer itself."""
+
+    def __init__(self, attn: nn.Module, gamma: Tensor | None) -> None:
+        super().__init__()
+        self.attn = attn
+        self.gamma: Tensor | None
+        self.register_buffer("gamma", None if gamma is None else gamma.detach().clone())
+
+    def forward(self, y: Tensor, residual: Tensor) -> Tensor:
+        out: Tensor = self.attn(y)
+        return residual + (out if self.gamma is None else out * self.gamma)
+
+
+def _fast_attention(attn: nn.Module, gamma: Tensor | None, *, pack: bool) -> nn.Module:
+    if isinstance(attn, BiLevelRoutingAttention):
+        special = attn.soft_routing or not isinstance(attn.kv_down, nn.Identity)
+        if special or not isinstance(attn.wo, nn.Linear):
+            return _AsItIs(attn, gamma)
+        return _FastRouted(attn, gamma, pack=pack)
+    if isinstance(attn, NCHWBiLevelRoutingAttention):
+        return _FastRouted(attn, gamma, pack=pack)
+    if isinstance(attn, ConvAttention):
+        return _FastConvs(attn, gamma, pack=pack)
+    assert isinstance(attn, FullAttention)
+    return _FastFull(attn, gamma, pack=pack)
+
+
+def _linear(layer: nn.Module, gamma: Tensor | None, *, pack: bool) -> FrozenLinear:
+    """A linear layer or 1x1 convolution, scaled per output channel."""
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    weight, bias = layer.weight.detach(), layer.bias
+    if gamma is not None:
+        weight = weight * gamma.detach().view(-1, *(1,) * (weight.ndim - 1))
+        bias = None if bias is None else bias * gamma
+    return FrozenLinear(weight, bias, pack=pack)
+
+
+def _folded(layer: nn.Module) -> nn.Sequential:
+    """Stem or downsampling with its batch norms folded, on NHWC maps."""
+    assert isinstance(layer, nn.Sequential)
+    parts: list[nn.Module] = list(layer)
+    done: list[nn.Module] = []
+    while parts:
+        part, *parts = parts
+        if isinstance(part, nn.Conv2d) and parts and isinstance(parts[0], nn.BatchNorm2d):
+            part, *parts = conv_then_norm(part, parts[0]), *parts[1:]
+        elif isinstance(part, nn.BatchNorm2d) and parts and isinstance(parts[0], nn.Conv2d):
+            part, *parts = norm_then_conv(part, parts[0]), *parts[1:]
+        if isinstance(part, nn.Conv2d):
+            done.append(FrozenConv(part))
+        elif isinstance(part, nn.GELU):
+            done.append(_GeluInPlace())
+        else:
+            done.append(_OnNCHW(part))
+    return nn.Sequential(*done)
+
+
+class _GeluInPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.aten.gelu_(x)  # type: ignore[no-any-return]
+
+
+class _OnNCHW(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_nhwc(self.module(to_nchw(x)))
+
+
+class GraphRunner(nn.Module):
+    """A model as one CUDA graph with static buffers: one launch per batch.
+
+    Args:
+        model: Without synchronisation and without shapes that depend on data, as all models here are.
+        example: A batch of the shape and data type that all later batches have.
+
+    Raises:
+        TargetError: the example is not on a CUDA device.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        if not example.is_cuda:
+            raise TargetError(f"a CUDA graph needs a CUDA device; the example is on {example.device}")
+        self.model = model
+        self.static_input = example.clone()
+        side = torch.cuda.Stream(example.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(example.device))
+        with torch.cuda.stream(side), torch.no_grad():
+            for _ in range(3):  # compiles, tunes and fills caches, none of which may happen in a capture
+                model(self.static_input)
+        torch.cuda.current_stream(example.device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph), torch.no_grad():
+            self.static_output = model(self.static_input)
+
+    def forward(self, x: Tensor) -> Any:
+        """The model's output for a batch, in tensors that the next call overwrites."""
+        if x.shape != self.static_input.shape:
+            raise ProblemError(
+                f"this graph was captured for {list(self.static_input.shape)}, not {list(x.shape)}; "
+                "capture another"
+            )
+        self.static_input.copy_(x)
+        self.graph.replay()
+        return self.static_output
