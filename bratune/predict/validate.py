@@ -16,7 +16,7 @@ from bratune.predict.coefficients import Coefficients
 from bratune.predict.fit import Sample, calibrate, combine, samples_of
 from bratune.record import Record
 
-__all__ = ["Checked", "ErrorRow", "check", "error_rows", "verdict"]
+__all__ = ["Checked", "ErrorRow", "check", "error_rows", "rank_correlation", "verdict"]
 
 FOLDS = 10
 Z95 = 1.96
@@ -109,11 +109,12 @@ def _row(key: str, name: str, own: Sequence[Checked]) -> ErrorRow:
         worst_factor=max(max(r, 1 / r) for r in ratios),
         bias_factor=math.exp(statistics.fmean(map(math.log, ratios))),
         covered_pct=100 * sum(c.covered for c in own) / len(own),
-        rank=_spearman([c.measured_ms for c in own], [c.predicted_ms for c in own]),
+        rank=rank_correlation([c.measured_ms for c in own], [c.predicted_ms for c in own]),
     )
 
 
-def _spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Spearman's coefficient of two rows of numbers; None where there are too few to rank."""
     if len(a) < 3 or len(set(a)) < 2 or len(set(b)) < 2:
         return None
     return statistics.correlation(_ranks(a), _ranks(b))

@@ -1,0 +1,232 @@
+"""Proof of the fused kernels: ``python -m bratune.profile.kernel_proof -o runs/gpu/kernels``.
+
+Three parts, each on stdout; every measurement is also a row of ``records.jsonl`` in the output folder.
+
+1. Side by side in one run: the ``triton`` backend against the composed ones and against full attention over
+   all tokens, which is what a user would take instead, at the published sizes; forward, and forward with
+   backward. The floor of a call is its fewest bytes over the rate at which this machine copies, measured
+   first.
+2. The choices that counting instructions could not settle: which family, how many warps, how many rows of a
+   tile, what a hub costs.
+3. The rank correlation of the offline cost model with the times of the fused kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bratune import gpus
+from bratune import machine as machines
+from bratune.cell import Cell
+from bratune.errors import BratuneError
+from bratune.machine import Machine
+from bratune.measure.meter import meter_for
+from bratune.measure.settings import EFFORTS, MeterSettings
+from bratune.predict.validate import rank_correlation
+from bratune.problem import Problem
+from bratune.profile.isolated import IsolatedEngine
+from bratune.record import Record
+from bratune.store import Store
+from bratune.variant import get_variant, stages
+
+__all__ = ["Trial", "copy_gb_s", "floor_ms", "main", "questions", "side_by_side"]
+
+# Height, width, images and regions per side.
+SCENES = ((224, 224, 128, 7), (512, 512, 16, 8), (800, 1333, 2, 16))
+BACKENDS = ("gather", "triton", "gather-sdpa", "flex", "dense")
+FULL = "full SDPA"
+
+_COPY_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A cell, what it is compared within, and what it is called there."""
+
+    group: str
+    name: str
+    cell: Cell
+
+
+def _stage_problems(height: int, width: int, batch: int, n_win: int) -> Iterator[tuple[str, Problem]]:
+    small = get_variant("biformer_small")
+    for stage in stages(small, height, width, batch=batch, n_win=n_win, dtype="bfloat16"):
+        if stage.kind == "routed" and stage.problem:
+            yield f"{height}x{width} s{stage.index} b{batch}", stage.problem
+
+
+def _trial(group: str, name: str, problem: Problem, backend: str, **more: Any) -> Trial:
+    config = json.dumps(more.pop("config", {}))
+    how: dict[str, Any] = {"route_distribution": "random", "regime": "graph"} | more
+    cell = Cell(part="attention", problem=problem, backend=backend, config=config, **how)
+    return Trial(group, name, cell)
+
+
+def _everyone(group: str, problem: Problem, regime: str) -> Iterator[Trial]:
+    for backend in BACKENDS:
+        yield _trial(group, backend, problem, backend, regime=regime)
+    # One region is the whole map: what runs is PyTorch's fused attention over all tokens.
+    whole = problem.replace(
+        region=(problem.height, problem.width), kv_region=(problem.height, problem.width), topk=1
+    )
+    yield _trial(group, FULL, whole, "gather-sdpa", regime=regime)
+
+
+def side_by_side() -> Iterator[Trial]:
+    """Every backend at every published size: large batches as CUDA graphs, single images eagerly."""
+    for height, width, batch, n_win in SCENES:
+        for name, problem in _stage_problems(height, width, batch, n_win):
+            for direction in ("fwd", "fwd-bwd"):
+                yield from _everyone(f"{name} {direction}", problem.replace(direction=direction), "graph")
+        for name, problem in _stage_problems(height, width, 1, n_win):
+            yield from _everyone(f"{name} fwd, eager", problem, "eager")
+
+
+def questions() -> Iterator[Trial]:
+    """Pairs of settings of the fused kernels between which only a measurement decides."""
+    first, second, third = (p for _, p in _stage_problems(*SCENES[0]))
+    last = [p for _, p in _stage_problems(*SCENES[1])][2]
+    for where, problem in (("224 s2", second), ("512 s3", last)):
+        for family in ("stationary", "gather"):
+            name = f"family {family}"
+            yield _trial(f"keys kept in L1, {where}", name, problem, "triton", config={"forward": family})
+    for warps in (4, 2):
+        config = {"forward": "gather", "fwd_block_m": 64, "fwd_block_n": 64, "fwd_num_warps": warps}
+        yield _trial("warps of a 64x64 tile, 224 s1", f"{warps} warps", first, "triton", config=config)
+    for rows in (16, 4):
+        config = {"forward": "stationary", "fwd_block_m": rows}
+        yield _trial("rows of a product, 224 s3", f"{rows} rows", third, "triton", config=config)
+    for family in ("image", "stationary", "gather"):
+        yield _trial("family, 224 s3", f"family {family}", third, "triton", config={"forward": family})
+    train = third.replace(direction="fwd-bwd")
+    for name, config in (
+        ("image, 32 keys", {"backward": "image", "dkv_block_n": 32}),
+        ("image, 64 keys", {"backward": "image", "dkv_block_n": 64}),
+        ("gather", {"backward": "gather"}),
+    ):
+        yield _trial("backward in one kernel, 224 s3", name, train, "triton", config=config)
+    train = first.replace(direction="fwd-bwd")
+    for routes in ("random", "same"):
+        for family in ("key", "gather"):
+            yield _trial(
+                f"backward with {routes} routes, 224 s1", f"family {family}", train, "triton",
+                config={"backward": family}, route_distribution=routes,
+            )  # fmt: skip
+
+
+def copy_gb_s(machine: Machine, settings: MeterSettings, size: int = _COPY_BYTES) -> float:
+    """The rate at which this machine copies, in 10^9 bytes per second, read and written bytes counted."""
+    import torch
+
+    source = torch.ones(size // 2, dtype=torch.bfloat16, device=machine.device)
+    target = torch.empty_like(source)
+    measured = meter_for(machine).measure(lambda: target.copy_(source), settings)
+    return 2 * size / measured.median_ms / 1e6
+
+
+def floor_ms(problem: Problem, gb_s: float) -> float:
+    """The least time of a call at a copy rate.
+
+    Forward reads q, k and v and writes the output; backward reads these and the gradient of the output and
+    writes three gradients, twice as much.
+    """
+    return problem.io_bytes * (3 if problem.backward else 1) / gb_s / 1e6
+
+
+def _lines(trials: Sequence[Trial], rows: Iterable[Record], gb_s: float) -> Iterator[str]:
+    """The table: a heading when a group begins, a line per row as soon as it is known."""
+    group, baseline = "", None
+    for trial, row in zip(trials, rows, strict=False):
+        if trial.group != group:
+            group, baseline = trial.group, None
+            yield f"\n{group}: floor {1e3 * floor_ms(trial.cell.problem, gb_s):.1f} us"
+        if row.median_ms is None:
+            yield f"  {trial.name:20} {row.outcome}: {row.reason}"
+            continue
+        baseline = baseline or (trial.name, row.median_ms)
+        interval = (
+            "" if row.ci_lo_ms is None else f"[{1e3 * row.ci_lo_ms:.1f}, {1e3 * (row.ci_hi_ms or 0):.1f}]"
+        )
+        share = 100 * floor_ms(trial.cell.problem, gb_s) / row.median_ms
+        memory = "" if row.workspace_mb is None else f"{row.workspace_mb:9.1f} MB with its results"
+        yield (
+            f"  {trial.name:20} {1e3 * row.median_ms:9.1f} us {interval:20} "
+            f"{baseline[1] / row.median_ms:6.2f}x {baseline[0]:12} {share:5.1f} % of floor {memory}"
+        )
+
+
+def _modelled_ms(problem: Problem, config: dict[str, Any], machine: Machine) -> float | None:
+    """The offline estimate of the forward kernel; None where the board or its target is unknown."""
+    from bratune.predict.cost import cost_of
+    from bratune.predict.offline import attention_launches
+    from bratune.predict.targets import target_of
+
+    board, target = gpus.from_machine(machine), target_of(machine)
+    if board is None or target is None:
+        return None
+    for kind, launch in attention_launches(problem, target, config).items():
+        if kind.endswith("_fwd"):
+            return cost_of(launch, kind, problem, board).us / 1e3
+    return None
+
+
+def _correlation(trials: Iterable[Trial], rows: Iterable[Record], machine: Machine) -> str:
+    pairs = []
+    for trial, row in zip(trials, rows, strict=True):
+        cell = trial.cell
+        if cell.backend != "triton" or cell.problem.backward or cell.regime != "graph" or not row.median_ms:
+            continue
+        modelled = _modelled_ms(cell.problem, cell.settings, machine)
+        if modelled:
+            pairs.append((row.median_ms, modelled))
+    rank = rank_correlation([a for a, _ in pairs], [b for _, b in pairs])
+    found = "unknown" if rank is None else f"{rank:.2f}"
+    return f"rank correlation of the cost model with {len(pairs)} measured forward passes: {found}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, store; 1 where the machine has no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m bratune.profile.kernel_proof", description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for records.jsonl")
+    parser.add_argument("--effort", choices=EFFORTS, default="quick", help="how long each row is sampled")
+    parser.add_argument("--only", default="", help="regular expression: groups that match it, e.g. '224.*s1'")
+    parser.add_argument("--budget", type=float, default=None, help="seconds after which no row is started")
+    options = parser.parse_args(arguments)
+    try:
+        machine = machines.detect("cuda")
+    except BratuneError as error:
+        print(error, file=sys.stderr)
+        return 1
+    settings = MeterSettings.for_effort(options.effort)
+    gb_s, cached = copy_gb_s(machine, settings), copy_gb_s(machine, settings.replace(l2="warm"), 2**23)
+    print(f"{machine}\ncopies {gb_s:.0f} GB/s from memory, {cached:.0f} GB/s of 8 MiB in the cache")
+    trials = [t for t in (*side_by_side(), *questions()) if re.search(options.only, t.group)]
+    rows: list[Record] = []
+    with IsolatedEngine(
+        machine,
+        settings,
+        store=Store(options.output / "records.jsonl"),
+        run_id="kernel-proof",
+        budget_s=options.budget,
+    ) as engine:
+        for line in _lines(trials, _kept(engine.run(t.cell for t in trials), rows), gb_s):
+            print(line, flush=True)
+    print(f"\n{_correlation(trials, rows, machine)}\nrecords: {options.output / 'records.jsonl'}")
+    return 0
+
+
+def _kept(rows: Iterable[Record], into: list[Record]) -> Iterator[Record]:
+    for row in rows:
+        into.append(row)
+        yield row
+
+
+if __name__ == "__main__":
+    sys.exit(main())
