@@ -175,7 +175,9 @@ def _ms(value: float | None) -> str:
 
 
 def _spread(row: Record) -> str:
-    """Half the interval of the median in percent of it."""
+    """Half the interval of the median in percent of it; one sample has none."""
+    if row.n_samples == 1:
+        return "1 sample"
     if row.noise_pct is not None:
         return f"±{row.noise_pct:.1f} %"
     if not row.median_ms or row.ci_lo_ms is None or row.ci_hi_ms is None:
