@@ -121,6 +121,16 @@ class ExhaustMemory(_Fault):
             kept.append(torch.empty(1 << power, dtype=torch.uint8, device=q.device))
 
 
+class OutOfRange(_Fault):
+    """Reads past the end of a tensor: on CUDA an assertion on the device, after which its context is lost."""
+
+    name = "fault-index"
+
+    def misbehave(self, q: Tensor) -> None:
+        """Index far beyond the last element."""
+        q.flatten()[torch.tensor([1 << 40], device=q.device)]
+
+
 class Raise(_Fault):
     """Raises."""
 
@@ -211,6 +221,7 @@ FAULTS = (
     Exit,
     Leak,
     ExhaustMemory,
+    OutOfRange,
     Raise,
     Garbage,
     Fork,

@@ -42,6 +42,7 @@ EXPECTED = {
     "fault-exit": ("crashed", "ended by itself with exit status 0"),
     "fault-leak": ("measured", ""),
     "fault-exhaust": ("oom", "can't allocate memory"),
+    "fault-index": ("error", "out of range"),
     "fault-raise": ("error", "this backend always raises"),
     "fault-garbage": ("measured", ""),
     "fault-fork": ("measured", ""),

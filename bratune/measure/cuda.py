@@ -106,12 +106,12 @@ class CudaDevice:
         return Prepared(replay, time.perf_counter() - start, call)
 
     def flush(self) -> None:
-        """Write a buffer larger than the last-level cache, and wait for it."""
+        """Write a buffer larger than the last-level cache; `time` waits for it."""
         self._buffer.zero_()
-        torch.cuda.synchronize(self._device)
 
     def time(self, run: Call) -> Sample:
-        """See `Device.time`: events around the call, the host's clock beside them."""
+        """See `Device.time`: events around the call on an idle device, the host's clock beside them."""
+        torch.cuda.synchronize(self._device)
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         begin.record()

@@ -83,11 +83,11 @@ class Device(Protocol):
         ...
 
     def flush(self) -> None:
-        """Push everything out of the last-level cache; on return the device is idle."""
+        """Push everything out of the last-level cache."""
         ...
 
     def time(self, run: Call) -> Sample:
-        """Time one call; on return the device is idle."""
+        """Time one call that begins on an idle device; on return the device is idle again."""
         ...
 
     def memory(self, probe: Call) -> Memory:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bratune.cell import Cell
+from bratune.errors import UnknownNameError
 from bratune.kernels import registry
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
@@ -146,10 +147,14 @@ def source_hash(cell: Cell) -> str:
     """Twelve hexadecimal digits that name the sources that compute a cell.
 
     These are the modules of its backends and, for anything but a bare attention call, those of the layers,
-    with every module of this package that they import, and the tables that lie beside them.
+    with every module of this package that they import, and the tables that lie beside them. Empty for a
+    backend that nobody has.
     """
     names = [name for name in cell.backend.split(",") if name]
-    roots = {type(registry.get(name)).__module__ for name in names}
+    try:
+        roots = {type(registry.get(name)).__module__ for name in names}
+    except UnknownNameError:
+        return ""
     if cell.part != "attention" or not roots:
         roots.add(_LAYERS)
     return _hash_of(tuple(sorted(roots)))
