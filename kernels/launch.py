@@ -158,9 +158,14 @@ def _most_keys(problem: Problem) -> int:
     return _clamp(256 * 64 // row_bytes, 32, 256)
 
 
-def _warps(block_m: int, block_n: int) -> int:
-    """A warp for every 1024 scores of a tile: fewer spill, more leave warps without rows."""
-    return _clamp(block_m * block_n // 1024, 1, 4)
+def _warps(problem: Problem, block_m: int, block_n: int) -> int:
+    """A warp for every 1024 scores or sums of a tile: fewer spill, more leave warps without rows.
+
+    Products of float32 numbers may have to do without matrix units; what they hold then fills four warps.
+    """
+    if problem.item_bytes > 2:
+        return 4
+    return _clamp(block_m * max(block_n, next_power_of_2(problem.head_dim)) // 1024, 1, 4)
 
 
 def _gather_fwd(problem: Problem) -> dict[str, int]:
@@ -172,7 +177,7 @@ def _gather_fwd(problem: Problem) -> dict[str, int]:
         "block_m": block_m,
         "block_n": block_n,
         "heads_per_program": 1,
-        "num_warps": _warps(block_m, block_n),
+        "num_warps": _warps(problem, block_m, block_n),
         # A pipeline of loads pays only where there is a loop.
         "num_stages": 1 if block_n >= problem.keys_per_query else 2,
     }
@@ -209,14 +214,16 @@ def _query_stationary_bwd(problem: Problem) -> dict[str, int]:
     return {
         "block_m": block_m,
         "block_n": block_n,
-        "num_warps": _warps(block_m, block_n),
+        "num_warps": _warps(problem, block_m, block_n),
         "num_stages": 1 if block_n >= problem.keys_per_query else 2,
     }
 
 
 def _key_stationary_bwd(problem: Problem) -> dict[str, int]:
     block_n = _clamp(next_power_of_2(problem.kv_region_tokens), 16, min(64, _most_keys(problem)))
-    return {"block_m": 64, "block_n": block_n, "num_warps": 1 if block_n == 16 else 4, "num_stages": 1}
+    # One warp holds a tile of 16 keys and both of its sums, as long as heads are narrow.
+    one = block_n == 16 and problem.head_dim <= 32 and problem.item_bytes <= 2
+    return {"block_m": 64, "block_n": block_n, "num_warps": 1 if one else 4, "num_stages": 1}
 
 
 # How each kind of attention kernel is launched where the table has nothing for it.

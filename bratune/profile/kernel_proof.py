@@ -106,12 +106,11 @@ def questions() -> Iterator[Trial]:
     for family in ("image", "stationary", "gather"):
         yield _trial("family, 224 s3", f"family {family}", third, "triton", config={"forward": family})
     train = third.replace(direction="fwd-bwd")
-    for name, config in (
-        ("image, 32 keys", {"backward": "image", "dkv_block_n": 32}),
-        ("image, 64 keys", {"backward": "image", "dkv_block_n": 64}),
-        ("gather", {"backward": "gather"}),
-    ):
-        yield _trial("backward in one kernel, 224 s3", name, train, "triton", config=config)
+    group = "backward in one kernel, 224 s3"
+    for keys in (32, 64):
+        choice = {"backward": "image", "dkv_block_n": keys}
+        yield _trial(group, f"image, {keys} keys", train, "triton", config=choice)
+    yield _trial(group, "gather", train, "triton", config={"backward": "gather"})
     train = first.replace(direction="fwd-bwd")
     for routes in ("random", "same"):
         for family in ("key", "gather"):
