@@ -25,3 +25,9 @@ def _few_threads() -> None:
     import torch
 
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_of_this_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `auto` chooses in a test must not depend on plans that somebody tuned on this machine."""
+    monkeypatch.setenv("BRATUNE_LOOKUP", "off")

@@ -13,7 +13,8 @@ from bratune.errors import UnknownNameError, UsageError
 from bratune.tune import stats
 from bratune.tune.front import Point, combine, dominates, hypervolume, layers, pareto
 from bratune.tune.pick import Verified, pick
-from bratune.tune.space import Setting, Space
+from bratune.tune.setting import Setting
+from bratune.tune.space import Space
 from bratune.tune.table import Entry, Table
 
 
@@ -239,3 +240,16 @@ def test_rank_correlations_with_and_without_ties(
 ) -> None:
     assert stats.spearman(a, b) == pytest.approx(rho)
     assert stats.kendall(a, b) == pytest.approx(tau)
+
+
+def test_search_study_judges_by_the_true_front() -> None:
+    from bratune.tune.search_study import Contest, markdown
+
+    contest = Contest(seed=0, coupling=0.05)
+    order = contest.by_table(6)
+    assert order[0] == contest.start
+    volumes = [contest.volume(order[:n]) for n in (1, 3, 6)]
+    assert volumes == sorted(volumes)
+    assert contest.volume(contest.by_sampler("random", 4)) > 0
+    study = {"rows": [{"method": "table", "coupling": 0.05, "trials": 6, "mean": 0.9, "worst": 0.8}]}
+    assert markdown(study).endswith("| table | 5% | 0.900 (0.800) |")

@@ -15,7 +15,8 @@ from bratune.machine import Machine
 from bratune.problem import Problem
 from bratune.record import Record
 from bratune.tune.request import Request
-from bratune.tune.space import Setting, Space
+from bratune.tune.setting import Setting
+from bratune.tune.space import Space
 from bratune.tune.table import Entry
 from bratune.variant import stages
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 
-from bratune.tune.space import Bounds, Setting, Space
+from bratune.tune.setting import Bounds, Setting
+from bratune.tune.space import Space
 
 __all__ = ["checkpoint_bounds", "prior_bounds"]
 

@@ -26,7 +26,8 @@ from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.pick import KL_LIMITS
 from bratune.tune.pictures import Pictures
 from bratune.tune.rerouting import reroute
-from bratune.tune.space import Setting, Space
+from bratune.tune.setting import Setting
+from bratune.tune.space import Space
 from bratune.tune.stats import clopper_pearson
 
 __all__ = ["CheckpointFidelity", "load_checkpoint", "outputs"]

@@ -15,7 +15,7 @@ from bratune.tune.evidence import Evidence, prior_only
 from bratune.tune.guard import Fresh, challenge
 from bratune.tune.pick import Verified, pick
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
-from bratune.tune.space import Setting
+from bratune.tune.setting import Setting
 from bratune.tune.table import Entry
 from bratune.tune.tuner import Tuner
 from bratune.variant import stages

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bratune.tune.space import Setting, Space
+from bratune.tune.setting import Setting
+from bratune.tune.space import Space
 
 __all__ = ["Encoding"]
 

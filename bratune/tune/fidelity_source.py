@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from bratune.tune.evidence import Evidence
-from bratune.tune.space import Setting
+from bratune.tune.setting import Setting
 
 __all__ = ["Fidelity", "FidelitySource"]
 

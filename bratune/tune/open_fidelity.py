@@ -1,35 +1,32 @@
-"""Open the fidelity source that a request asks for."""
+"""Open the fidelity source that a request asks for, and calibrate one for given weights."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bratune.errors import UsageError
-from bratune.machine import Machine
+from bratune.machine import Machine, detect
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.progress import Say
 from bratune.tune.request import Request
+from bratune.tune.space import Space
 from bratune.variant import get_task
 
-__all__ = ["calibration_path", "open_fidelity", "stored_limits"]
+if TYPE_CHECKING:
+    from bratune.tune.calibration import Calibration
 
-# Fewer pictures than this rank settings badly; how badly is in docs/tune.md.
+__all__ = ["calibrate_checkpoint", "calibration_path", "open_fidelity"]
+
+# Fewer pictures than this rank settings badly.
 FEW = 64
 
 
 def calibration_path(checkpoint: str | Path) -> Path:
     """Where `bratune validate-proxy` leaves the thresholds of a weights file: beside it."""
     return Path(f"{checkpoint}.calibration.json")
-
-
-def stored_limits(checkpoint: str | Path) -> dict[str, float] | None:
-    """Divergence limits by pick rule that were calibrated for these weights; None where they were not."""
-    path = calibration_path(checkpoint)
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text("utf-8"))
-    return {str(name): float(value) for name, value in found["limits"].items()}
 
 
 def open_fidelity(
@@ -43,38 +40,118 @@ def open_fidelity(
     """
     if request.second != "loss":
         return None
-    from bratune.tune.pictures import load_pictures
-
     if request.checkpoint:
-        from bratune.tune.checkpoint_fidelity import CheckpointFidelity
-
-        pictures = load_pictures(
-            request.images,
-            request.height,
-            request.width,
-            count=request.calibration_images,
-            labels=request.labels,
-            seed=request.seed,
-        )
-        if len(pictures) < FEW:
-            say(f"only {len(pictures)} pictures: rankings by divergence are unsure below {FEW}")
-        limits = stored_limits(request.checkpoint)
-        say(
-            f"divergence limits from {calibration_path(request.checkpoint)}"
-            if limits
-            else "divergence limits are defaults; `bratune validate-proxy` calibrates them for these weights"
-        )
-        return CheckpointFidelity.open(
-            request.space,
-            request.reference,
-            request.checkpoint,
-            pictures,
-            device=machine.device,
-            features_only=get_task(request.task).features_only,
-            limits=limits,
-        )
+        return _of_checkpoint(request, machine, say)
     from bratune.tune.shared_run import SharedRun
 
     if not request.labels:
         raise UsageError("a weight-shared run needs --labels: subfolders of --images are the classes")
     return SharedRun.train(request, device=machine.device, say=say)
+
+
+def _of_checkpoint(request: Request, machine: Machine, say: Say) -> FidelitySource:
+    from bratune.tune.checkpoint_fidelity import CheckpointFidelity
+    from bratune.tune.pictures import load_pictures
+
+    pictures = load_pictures(
+        request.images,
+        request.height,
+        request.width,
+        count=request.calibration_images,
+        labels=request.labels,
+        seed=request.seed,
+    )
+    if len(pictures) < FEW:
+        say(f"only {len(pictures)} pictures: rankings by divergence are unsure below {FEW}")
+    return CheckpointFidelity.open(
+        request.space,
+        request.reference,
+        request.checkpoint,
+        pictures,
+        device=machine.device,
+        features_only=get_task(request.task).features_only,
+        limits=_limits(request.checkpoint, say),
+    )
+
+
+def _limits(checkpoint: str, say: Say) -> dict[str, float] | None:
+    """Calibrated limits of some weights; nothing but 0 where the calibration failed its own gate."""
+    from bratune.tune.calibration import read_calibration
+
+    path = calibration_path(checkpoint)
+    found = read_calibration(path)
+    if found is None:
+        say("divergence limits are defaults; `bratune validate-proxy` calibrates them for these weights")
+        return None
+    if not found["validated"]:
+        say(f"{path}: the divergence does not rank these weights' settings, so that no rule may lower it")
+        return dict.fromkeys(found["limits"], 0.0)
+    say(f"divergence limits from {path}")
+    limits: dict[str, float] = found["limits"]
+    return limits
+
+
+def calibrate_checkpoint(
+    model: str,
+    checkpoint: Path,
+    folder: Path,
+    height: int,
+    width: int,
+    *,
+    n_win: Sequence[int],
+    topks: Sequence[int],
+    settings: int,
+    images: int,
+    test_images: int,
+    device: str = "auto",
+    seed: int = 0,
+    say: Say = lambda text: None,
+) -> Calibration:
+    """The calibration of a weights file on a labelled folder; see `bratune.tune.calibration`.
+
+    Args:
+        model: Variant name.
+        checkpoint: Weights.
+        folder: One subfolder per class.
+        height: In pixels.
+        width: In pixels.
+        n_win: S that they were trained with, one or one per stage.
+        topks: Top-k likewise; empty for the published ones.
+        settings: How many are tried.
+        images: Pictures of the proxy.
+        test_images: Other pictures, for top-1.
+        device: To compute on.
+        seed: Of everything.
+        say: Told what happens.
+
+    Raises:
+        UsageError: there are too few pictures.
+    """
+    from bratune.tune.calibration import calibrate, stratified_settings
+    from bratune.tune.checkpoint_fidelity import CheckpointFidelity, load_checkpoint
+    from bratune.tune.pictures import load_pictures
+
+    space = Space(model=model, height=height, width=width, default_n_win=n_win[0])
+    sides = list(n_win) if len(n_win) > 1 else n_win[0]
+    reference = space.setting(sides, list(topks) or space.variant.topks)
+    whole = load_pictures(folder, height, width, count=images + test_images, labels=True, seed=seed)
+    if len(whole) < images + 16:
+        raise UsageError(
+            f"{folder} holds {len(whole)} labelled pictures; {images} for the score and at least 16 others "
+            "for top-1 are needed, or a smaller --calibration-images"
+        )
+    import torch
+
+    assert whole.labels is not None
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    net = load_checkpoint(model, checkpoint).to(detect(device).device)
+    proxy, test = (
+        CheckpointFidelity(
+            net,
+            space,
+            reference,
+            dataclasses.replace(whole, images=whole.images[rows], labels=whole.labels[rows]),
+        )
+        for rows in (order[:images], order[images:])
+    )
+    return calibrate(proxy, test, stratified_settings(space, proxy, settings, seed=seed), say=say, seed=seed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bratune.errors import UnknownNameError, UsageError
 from bratune.tune.front import Point, pareto
-from bratune.tune.space import Setting
+from bratune.tune.setting import Setting
 
 __all__ = ["KL_LIMITS", "PICKS", "Pick", "Verified", "pick"]
 

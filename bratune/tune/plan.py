@@ -22,7 +22,7 @@ from bratune.machine import Machine
 from bratune.problem import Problem
 from bratune.tune.evidence import Evidence
 from bratune.tune.plan_schema import PLAN_SCHEMA, violations
-from bratune.tune.space import Setting
+from bratune.tune.setting import Setting
 from bratune.variant import VARIANTS
 
 __all__ = ["KNOBS", "EndToEnd", "Plan", "StagePlan", "install", "load_plan"]

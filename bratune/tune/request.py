@@ -13,7 +13,8 @@ from typing import Any
 from bratune.errors import UsageError
 from bratune.tune.bounds import checkpoint_bounds, prior_bounds
 from bratune.tune.constraints import Constraint, parse_constraint
-from bratune.tune.space import Setting, Space
+from bratune.tune.setting import Setting
+from bratune.tune.space import Space
 from bratune.variant import get_task
 
 __all__ = ["EFFORTS", "Effort", "Request"]

@@ -28,7 +28,8 @@ from bratune.tune.pictures import Pictures, load_pictures
 from bratune.tune.progress import Say
 from bratune.tune.request import Request
 from bratune.tune.rerouting import reroute
-from bratune.tune.space import Setting, Space
+from bratune.tune.setting import Setting
+from bratune.tune.space import Space
 
 __all__ = ["Recipe", "SharedRun", "train_shared"]
 

@@ -22,7 +22,8 @@ from bratune.record import Record
 from bratune.tune.evidence import agreement
 from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.pick import KL_LIMITS
-from bratune.tune.space import Setting, Space
+from bratune.tune.setting import Setting
+from bratune.tune.space import Space
 from bratune.tune.stats import clopper_pearson
 from bratune.variant import get_variant
 
@@ -223,10 +224,19 @@ class SyntheticFidelity:
         spread = 0.7 + 0.6 * _unit(self.seed, index, n_win, topk)
         return float(0.01 * weight * spread * (keys**1.5 + 0.5 * side))
 
-    def joint(self, setting: Setting) -> Fidelity:
+    def loss(self, setting: Setting) -> float:
         """The sum of stages with an interplay that no stage shows."""
         total = sum(self.stage_loss(i, setting.n_win[i], setting.topks[i]) for i in self.space.routed)
-        loss = total * (1 + self.coupling * (2 * _unit(self.seed, self.space.model_key(setting)) - 1))
+        own = _unit(self.seed, self.space.model_key(setting))
+        return total * (1 + self.coupling * (2 * own - 1))
+
+    def infidelity(self, setting: Setting) -> float:
+        """``1 - exp(-loss)``: 0 for the reference, below 1."""
+        return 1.0 - math.exp(-self.loss(setting))
+
+    def joint(self, setting: Setting) -> Fidelity:
+        """The loss, with the evidence that 128 pictures would give."""
+        loss = self.loss(setting)
         images = 128
         agree = round(images * math.exp(-3 * loss))
         evidence = agreement(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from bratune.measure.statistics import quantile
 from bratune.tune import stats
 from bratune.tune.front import Point, combine, layers
-from bratune.tune.space import Setting, Space
+from bratune.tune.setting import Setting
+from bratune.tune.space import Space
 
 __all__ = ["Candidate", "Entry", "Table", "TableError"]
 

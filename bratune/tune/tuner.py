@@ -10,7 +10,6 @@ Every step is a trial of a study: a run that was killed goes on where it stopped
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -27,8 +26,9 @@ from bratune.tune.ledger import Ledger
 from bratune.tune.pick import Verified
 from bratune.tune.progress import Clock, Pace, Say
 from bratune.tune.request import Request
-from bratune.tune.space import Setting
-from bratune.tune.table import Entry, Table, TableError
+from bratune.tune.setting import Setting
+from bratune.tune.stage_options import StageOptions, failure, summary
+from bratune.tune.table import Table, TableError
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
@@ -89,6 +89,7 @@ class Tuner:
         self.losses: Ledger | None = None
         if self.second == "loss" and fidelity is not None:
             self.losses = Ledger(url, f"{name}:fidelity-{fidelity.key}", ["divergence"], storage=shared)
+        self.options = StageOptions(self.bench, self.cells, self.losses, fidelity, self.reference)
         self._check_machine(here)
         self.encoding = Encoding(self.space, self._backend_names(), request.regimes)
         self.table = Table(self.space, (), objective=self.second)
@@ -160,18 +161,18 @@ class Tuner:
 
     def measure_table(self) -> None:
         """Measure options of stages, the most promising first, then divergences; sets `table`."""
-        self.cells.enqueue(self._cell_items(self._ordered_options()))
-        self._drain(self.cells, self._run_cell, CELLS_UNTIL, "stage options")
+        self.cells.enqueue(self.options.cell_items(self.options.ordered(self.named().values())))
+        self._drain(self.cells, self.options.run_cell, CELLS_UNTIL, "stage options")
         if self.losses is not None:
-            self.losses.enqueue(self._loss_items())
-            self._drain(self.losses, self._run_loss, LOSSES_UNTIL, "divergences")
+            self.losses.enqueue(self.options.loss_items())
+            self._drain(self.losses, self.options.run_loss, LOSSES_UNTIL, "divergences")
         self.read_table()
         if self.request.how_much.configs > 1:
             front = {entry for c in self.table.candidates() for entry in self.table.find(c.setting) or ()}
             most = self.request.how_much.configs
             more = [other for entry in sorted(front) for other in self.bench.other_configs(entry, most)]
-            if self.cells.enqueue(self._cell_items(more)):
-                self._drain(self.cells, self._run_cell, LOSSES_UNTIL, "backend settings")
+            if self.cells.enqueue(self.options.cell_items(more)):
+                self._drain(self.cells, self.options.run_cell, LOSSES_UNTIL, "backend settings")
                 self.read_table()
 
     def verify(self) -> None:
@@ -214,8 +215,8 @@ class Tuner:
         while True:
             worked = 0
             for ledger, run in (
-                (self.cells, self._run_cell),
-                (self.losses, self._run_loss),
+                (self.cells, self.options.run_cell),
+                (self.losses, self.options.run_loss),
                 (self.settings, self._run_setting),
             ):
                 if ledger is not None:
@@ -266,7 +267,7 @@ class Tuner:
 
     def _step(self, ledger: Ledger, run: Callable[[Trial], str], what: str) -> bool:
         """Claim and run one trial; False where nothing waits."""
-        suggest = self.encoding.suggest if ledger is self.settings else self._suggest_option
+        suggest = self.encoding.suggest if ledger is self.settings else self.options.suggest
         trial = ledger.claim(suggest)
         if trial is None:
             return False
@@ -290,88 +291,11 @@ class Tuner:
         self.say(" · ".join(part for part in parts if part))
         return True
 
-    # --- stage options ----------------------------------------------------------------------
-
-    def _ordered_options(self) -> list[Entry]:
-        """Options of every stage: those of the named settings first, then by how close and how heavy."""
-        named = {(i, s.n_win[i], s.topks[i]) for s in self.named().values() for i in self.space.routed}
-        base = self.request.reference
-
-        def distance(entry: Entry) -> tuple[int, float, str]:
-            problem = self.space.stage(entry.stage, entry.n_win, entry.topk).problem
-            own = self.space.stage(entry.stage, base.n_win[entry.stage], base.topks[entry.stage]).problem
-            assert problem is not None
-            assert own is not None
-            ratio = problem.keys_per_query / own.keys_per_query
-            first = 0 if (entry.stage, entry.n_win, entry.topk) in named else 1
-            # Distance from the reference, less for a stage with many blocks: that is where time is.
-            return first, max(ratio, 1 / ratio) / self.space.variant.depths[entry.stage], entry.backend
-
-        found = [entry for i in self.space.routed for entry in self.bench.options(i)]
-        return sorted(found, key=lambda e: (distance(e), e))
-
-    def _cell_items(self, entries: list[Entry]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-        for entry in entries:
-            attrs = {"entry": dataclasses.asdict(entry)}
-            yield self.bench.block_cell(entry).cell_id, self._option_params(entry), attrs
-
-    def _option_params(self, entry: Entry) -> dict[str, Any]:
-        return {"stage": entry.stage + 1, "n_win": entry.n_win, "topk": entry.topk}
-
-    @staticmethod
-    def _suggest_option(trial: Trial) -> None:
-        # Wide enough for any map: these trials are never proposed, only recorded.
-        trial.suggest_int("stage", 1, 16)
-        trial.suggest_int("n_win", 1, 4096)
-        trial.suggest_int("topk", 1, 4096**2)
-
-    def _run_cell(self, trial: Trial) -> str:
-        entry = Entry(**trial.user_attrs["entry"])
-        record = self.bench.measure(self.bench.block_cell(entry))
-        what = f"stage {entry.stage + 1} S={entry.n_win} k={entry.topk} {entry.backend}"
-        what += f" {entry.config}" if entry.config != "{}" else ""
-        if record.ok:
-            self.cells.complete(trial, [record.median_ms or 0.0], record=_summary(record))
-            return f"{what}: {record.median_ms:.3f} ms per block"
-        self.cells.prune(trial, record.reason, constraints=_failure(record), record=_summary(record))
-        return f"{what}: {record.outcome}, {record.reason}"
-
-    def _loss_items(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-        for i in self.space.routed:
-            for s, k in self.space.model_choices(i):
-                entry = Entry(stage=i, n_win=s, topk=k, backend="")
-                yield f"{i}:{s}:{k}", self._option_params(entry), {"option": [i, s, k]}
-
-    def _run_loss(self, trial: Trial) -> str:
-        assert self.fidelity is not None
-        assert self.losses is not None
-        i, s, k = trial.user_attrs["option"]
-        loss = self.fidelity.stage_loss(i, s, k)
-        self.losses.complete(trial, [loss])
-        return f"stage {i + 1} S={s} k={k}: divergence {loss:.4f}"
-
-    def read_table(self) -> Table:
-        """The table from every cell that was ever measured for this space."""
-        entries = []
-        legal = {i: set(self.space.model_choices(i)) for i in self.space.routed}
-        names = set(self.encoding.backends)
-        for trial in self.cells.trials("COMPLETE"):
-            entry = Entry(**trial.user_attrs["entry"])
-            own = entry.stage, entry.n_win, entry.topk
-            wanted = (entry.n_win, entry.topk) in legal[entry.stage] or own in self._reference_options()
-            if wanted and entry.backend in names:
-                record = Record.from_dict(trial.user_attrs["record"])
-                entries.append(self.bench.entry(entry, record))
-        table = Table(self.space, entries, objective=self.second)
-        if self.losses is not None:
-            losses = {tuple(t.user_attrs["option"]): t.values[0] for t in self.losses.trials("COMPLETE")}
-            table = table.with_losses(losses)
+    def read_table(self) -> None:
+        """Set `table` from everything measured so far, the rest of the model from the default."""
+        table = self.options.table(self.encoding.backends, self.second)
         default = self.find(self.reference)
         self.table = table.calibrated(self.reference, default.ms) if default else table
-        return self.table
-
-    def _reference_options(self) -> set[tuple[int, int, int]]:
-        return {(i, self.reference.n_win[i], self.reference.topks[i]) for i in self.space.routed}
 
     # --- whole settings ---------------------------------------------------------------------
 
@@ -384,9 +308,9 @@ class Tuner:
         record = self.bench.measure(self.bench.model_cell(setting))
         name = trial.user_attrs.get("name", "")
         what = f"{setting} ({name})" if name else str(setting)
-        common: dict[str, Any] = {"record": _summary(record), "setting": setting.to_dict()}
+        common: dict[str, Any] = {"record": summary(record), "setting": setting.to_dict()}
         if not record.ok:
-            self.settings.prune(trial, record.reason, constraints=_failure(record), **common)
+            self.settings.prune(trial, record.reason, constraints=failure(record), **common)
             return f"{what}: {record.outcome}, {record.reason}"
         over = violations(self.request.limits, record)
         if not self.request.allows(setting):
@@ -436,28 +360,3 @@ class Tuner:
             for v in self.verified()
             if v.setting.key != self.reference.key and v.setting.regime == regime
         )
-
-
-def _summary(record: Record) -> dict[str, Any]:
-    """What later steps and readers of the study need; the full row is in the records."""
-    kept = [
-        "cell_id",
-        "outcome",
-        "reason",
-        "evidence",
-        "median_ms",
-        "ci_lo_ms",
-        "ci_hi_ms",
-        "n_samples",
-        "noise_pct",
-        "peak_alloc_mb",
-        "images_per_s",
-        "run_id",
-        "timestamp_utc",
-    ]
-    data = record.to_dict()
-    return {name: data[name] for name in kept if data[name] not in (None, "")}
-
-
-def _failure(record: Record) -> dict[str, float]:
-    return {"memory" if record.outcome == "oom" else record.outcome: 1.0}

@@ -1,0 +1,91 @@
+"""``bratune validate-proxy``: check how well the fidelity score ranks settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bratune.cli import options
+from bratune.errors import UsageError
+
+if TYPE_CHECKING:
+    from bratune.tune.calibration import Calibration
+
+
+@click.command("validate-proxy", context_settings=options.CONTEXT)
+@click.option("--study", type=click.Choice(["toy"]), help="Rerun a committed study.")
+@click.option("--smoke", is_flag=True, help="With --study: a version of seconds that proves nothing.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights to calibrate for.")
+@click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="One subfolder per class.")
+@click.option("--labels", is_flag=True, help="Say that the subfolders are classes (needed).")
+@click.option("--model", default="biformer_small", show_default=True)
+@click.option("--res", type=options.Resolution(), default="224", show_default=True)
+@click.option("--n-win", type=options.Numbers(), help="S that they were trained with.  [default: 7]")
+@click.option("--topks", type=options.Numbers(), help="Top-k likewise.  [default: the published]")
+@click.option("--settings", type=click.IntRange(6), default=24, show_default=True)
+@click.option("--calibration-images", type=click.IntRange(16), default=128, show_default=True)
+@click.option("--test-images", type=click.IntRange(16), default=1000, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder (--study).")
+def command(**asked: Any) -> int:
+    """Check how well the fidelity score ranks settings, for given weights or in a committed study.
+
+    With --checkpoint, --images and --labels: settings spread over the score are tried without retraining,
+    score and accuracy on different pictures; thresholds for these weights are written beside them, where
+    `bratune tune` reads them. With --study toy: a small study on scanned digits, trained anew.
+    """
+    if asked["study"]:
+        return _study(asked)
+    if not (asked["checkpoint"] and asked["images"] and asked["labels"]):
+        raise UsageError("either --study toy, or --checkpoint with --images and --labels")
+    from bratune.tune.open_fidelity import calibrate_checkpoint, calibration_path
+
+    found = calibrate_checkpoint(
+        asked["model"],
+        asked["checkpoint"],
+        asked["images"],
+        *asked["res"],
+        n_win=asked["n_win"] or (7,),
+        topks=asked["topks"] or (),
+        settings=asked["settings"],
+        images=asked["calibration_images"],
+        test_images=asked["test_images"],
+        device=asked["device"],
+        seed=asked["seed"],
+        say=_say,
+    )
+    path = calibration_path(asked["checkpoint"])
+    found.save(path)
+    click.echo(str(found))
+    for rule, limit in found.limits.items():
+        click.echo(f"{rule}: divergence of at most {limit:.4f}")
+    click.echo(f"results: {path}", err=True)
+    return 0
+
+
+def _study(asked: dict[str, Any]) -> int:
+    from bratune.tune import toy
+    from bratune.tune.toy_figure import study_figure
+
+    found = toy.run_toy(toy.SMOKE if asked["smoke"] else toy.Toy(), seed=asked["seed"], say=_say)
+    folder: Path = asked["output"]
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {name: calibration.to_dict() for name, calibration in found.items()}
+    (folder / "toy-study.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / "toy-study.figure.json").write_text(study_figure(found) + "\n")
+    for name, calibration in found.items():
+        click.echo(_line(name, calibration))
+    click.echo(f"results: {folder / 'toy-study.json'} and {folder / 'toy-study.figure.json'}", err=True)
+    return 0
+
+
+def _line(name: str, found: Calibration) -> str:
+    return f"weights trained {name}: top-1 {100 * found.top1:.1f} %; {found}"
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
