@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from bratune.cell import Cell
+from bratune.variant import TASKS, get_variant
 
 __all__ = ["command_for"]
 
@@ -33,8 +34,22 @@ def command_for(cell: Cell, *, extra: Sequence[str] = ()) -> str:
     if cell.part == "model":
         words += [f"--n-win={cell.n_win}", f"--topks={cell.topk}"]
     else:
-        words += ["--stage", str(cell.stage)]
+        words += ["--stage", str(cell.stage), *_grid_flags(cell)]
         words += ["--routes", cell.route_distribution] if cell.route_distribution != "recorded" else []
     for name in dict.fromkeys(cell.backend.split(",")):
         words += ["--backend", name] if name else []
     return shlex.join([*words, *extra])
+
+
+def _grid_flags(cell: Cell) -> list[str]:
+    """S and top-k of a stage where they are not the published ones; other stages are given full attention."""
+    variant, index = get_variant(cell.model), cell.stage - 1
+    flags = []
+    if cell.n_win != "0" and (cell.task not in TASKS or int(cell.n_win) != TASKS[cell.task].n_win):
+        flags.append(f"--n-win={cell.n_win}")
+    if int(cell.topk) != variant.topks[index]:
+        full = -1 if variant.layout == "stl_nchw" else -2
+        topks = [full] * len(variant.topks)
+        topks[index] = int(cell.topk)
+        flags.append(f"--topks={','.join(map(str, topks))}")
+    return flags

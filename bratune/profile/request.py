@@ -69,7 +69,8 @@ class Request:
             if not values or any(value not in known for value in values):
                 raise UsageError(f"{name} {', '.join(values)!r} is not known; these are: {', '.join(known)}")
         for model in self.models:
-            self.stages(model, self.batches[0])
+            if not any(stage.problem for stage in self.stages(model, self.batches[0])):
+                raise UsageError(f"no stage has attention with top-k {self.topks}; 1,4,16,-2 would")
 
     def stages(self, model: str, batch: int) -> tuple[Stage, ...]:
         """The stages of one of the models, each with the attention call that it makes.
