@@ -28,7 +28,13 @@ environment, the environment over the file.
 
 def page() -> str:
     """The page: the help of the program and of every verb, 100 columns wide."""
-    context = click.Context(cli, info_name="bratune", terminal_width=100, max_content_width=100)
+    context = click.Context(
+        cli,
+        info_name="bratune",
+        terminal_width=100,
+        max_content_width=100,
+        help_option_names=["-h", "--help"],
+    )
     parts = [HEAD, _section("bratune", cli.get_help(context))]
     for verb in VERBS:
         if importlib.util.find_spec(f"bratune.cli.{verb.replace('-', '_')}") is None:

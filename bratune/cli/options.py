@@ -379,7 +379,8 @@ def dump_config(ctx: click.Context) -> str:
     lines = []
     for param in ctx.command.params:
         keys, value = _config_keys(param), ctx.params.get(str(param.name))
-        if keys and value not in (None, (), False, ""):
+        switched_off = value is False and param.default is not None
+        if keys and value not in (None, (), "") and not switched_off:
             lines.append(f"{keys[0]}: {json.dumps(_plain(keys[0], value))}")
     return "\n".join(lines)
 

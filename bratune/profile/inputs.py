@@ -15,7 +15,7 @@ from torch import Tensor
 from bratune.errors import MissingPackageError, UnknownNameError, UsageError
 from bratune.problem import Problem
 
-__all__ = ["folder_images", "local_routes", "make_images", "make_routes", "natural_images"]
+__all__ = ["folder_images", "local_routes", "make_images", "make_routes", "natural_images", "picture_files"]
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 # Mean and deviation of ImageNet's red, green and blue, as the official models expect them.
@@ -66,9 +66,7 @@ def folder_images(folder: Path, batch: int, height: int, width: int) -> Tensor:
     except ImportError:
         raise MissingPackageError("pillow", "reading pictures", "vision") from None
 
-    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
-    if not files:
-        raise UsageError(f"there are no pictures ({', '.join(SUFFIXES)}) in the folder {folder}")
+    files = picture_files(folder)
     images = []
     for index in range(batch):
         path = files[index % len(files)]
@@ -81,6 +79,14 @@ def folder_images(folder: Path, batch: int, height: int, width: int) -> Tensor:
         images.append(pixels.view(height, width, 3).permute(2, 0, 1) / 255.0)
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     return (torch.stack(images) - mean) / deviation
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures of a folder, by name; raises `UsageError` when there are none."""
+    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    if not files:
+        raise UsageError(f"there are no pictures ({', '.join(SUFFIXES)}) in the folder {folder}")
+    return files
 
 
 def make_routes(kind: str, problem: Problem, *, seed: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from bratune.cell import L2_STATES, REGIMES, ROUTE_KINDS
 from bratune.errors import UsageError
@@ -121,7 +122,10 @@ def make_request(
         UsageError: a value does not fit; ProblemError for S and top-k.
     """
     from bratune.kernels import registry
+    from bratune.profile.inputs import picture_files
 
+    if images:
+        picture_files(Path(images))
     chosen = get_task(task or "classification")
     names = tuple(models) or (DEFAULT_MODEL,)
     dtype = dtype or _default_dtype(machine)

@@ -179,8 +179,8 @@ def _sentence(error: Exception) -> str:
 
 def _release(machine: Machine) -> None:
     """Give memory back, so that one cell does not take room from the next."""
-    gc.collect()
     if machine.is_cuda:
         import torch
 
+        gc.collect()
         torch.cuda.empty_cache()
