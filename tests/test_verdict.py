@@ -9,7 +9,7 @@ import pytest
 
 from bratune.errors import UsageError
 from bratune.report.verdict import decide, process_of_interval, process_of_samples, student_t
-from bratune.report.verdict_study import simulate_side, study
+from bratune.report.verdict_study import simulate_side, study, table
 
 
 def side(median: float, processes: int = 5, sd: float = 0.002, seed: int = 0) -> list:  # type: ignore[type-arg]
@@ -113,3 +113,11 @@ def test_a_simulated_side_has_the_truth_that_it_was_given() -> None:
     rng = np.random.default_rng(0)
     medians = [math.exp(p.log_median) for p in simulate_side(rng, 200, 0.1, 0.01)]
     assert float(np.median(medians)) == pytest.approx(0.9, rel=0.01)
+
+
+def test_the_published_table_has_a_line_per_number_of_processes() -> None:
+    found = [study(n, e, repetitions=3) for n in (1, 2) for e in (0.0, 0.1)]
+    lines = table(found).splitlines()
+    assert len(lines) == 4
+    assert lines[0].endswith("| FASTER, truly by 10 % |")
+    assert lines[2].startswith("| 1 % | 1 | ")

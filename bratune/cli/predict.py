@@ -181,10 +181,22 @@ def _show(rows: Sequence[Record], style: str) -> None:
             f"{start}{row.median_ms:>10.3f}   {interval:<19}{speed:>9}"
             f"  {row.roofline_pct:>6.0f} %  {row.bound}"
         )
-    notes = sorted(
-        {f"{row.backend or row.part}: {row.reason}" for row in rows if row.ok and row.evidence == "modelled"}
-    )
-    click.echo("\nmodelled, not measured; " + "; ".join(notes))
+    _explain([row for row in rows if row.ok and row.evidence == "modelled"])
+
+
+def _explain(rows: Sequence[Record]) -> None:
+    """What the rows rest on, once per statement."""
+    bases: dict[str, set[str]] = {}
+    kernels: set[tuple[str, str]] = set()
+    for row in rows:
+        basis, *details = row.reason.split("; ")
+        bases.setdefault(basis, set()).add(row.backend)
+        kernels |= {(row.gpu_key, detail) for detail in details}
+    click.echo("\nmodelled, not measured")
+    for basis, names in sorted(bases.items()):
+        click.echo(f"  {', '.join(sorted(names))}: {basis}")
+    for key, detail in sorted(kernels):
+        click.echo(f"  {key}: {detail}")
 
 
 def _validate(paths: Sequence[Path], style: str) -> None:

@@ -7,7 +7,6 @@ as interrupts make them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from bratune.report.verdict import Process, decide, process_of_samples
 
-__all__ = ["StudyRow", "rows", "simulate_side", "study"]
+__all__ = ["StudyRow", "rows", "simulate_side", "study", "table"]
 
 PROCESS_COUNTS = (1, 2, 3, 5, 10)
 EFFECTS = (0.0, 0.01, 0.02, 0.05, 0.10)
@@ -73,14 +72,26 @@ def rows(
     ]
 
 
+def table(found: Sequence[StudyRow]) -> str:
+    """The rows as Markdown, one line per process effect and number of processes."""
+    lines: dict[tuple[float, int], dict[float, StudyRow]] = {}
+    for row in found:
+        lines.setdefault((row.process_sd, row.processes), {})[row.effect] = row
+    effects = sorted({row.effect for row in found} - {0.0})
+    header = ["process effect", "processes per side", "falsely FASTER or SLOWER", "SAME, truly equal"]
+    header += [f"FASTER, truly by {100 * effect:g} %" for effect in effects]
+    text = [" | ".join(header), " | ".join("---" for _ in header)]
+    for (sd, count), by_effect in lines.items():
+        equal = by_effect[0.0]
+        shares = [equal.faster + equal.slower, equal.same, *(by_effect[e].faster for e in effects)]
+        cells = [f"{100 * sd:g} %", str(count), *(f"{100 * share:.1f} %" for share in shares)]
+        text.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in text)
+
+
 def main() -> None:
-    """Print the table as Markdown."""
-    print("| process effect | processes per side | truly faster by | FASTER | SLOWER | SAME | UNDECIDED |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows():
-        shares = " | ".join(f"{100 * share:.1f} %" for share in row[3:])
-        print(f"| {100 * row.process_sd:g} % | {row.processes} | {100 * row.effect:g} % | {shares} |")
-        sys.stdout.flush()
+    """Print the whole table; takes some minutes."""
+    print(table(rows()))
 
 
 if __name__ == "__main__":
