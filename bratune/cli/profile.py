@@ -51,6 +51,12 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
     help="Also time these models of timm: swin_tiny, convnext_tiny, pvt_v2_b2, maxvit_tiny, deit_small, "
     "resnet50, or any name that timm knows.",
 )
+@click.option(
+    "--confirm/--no-confirm",
+    default=None,
+    help="Measure the fastest whole model and the baseline again, side by side in six new processes.  "
+    "[default: with --effort full]",
+)
 @options.measuring_options
 @options.engine_options
 @options.output_options
@@ -84,10 +90,30 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     for job, found in zip(jobs, rows, strict=True):
         _show(job.target, sorted(found, key=lambda row: row.stage or 0) if asked["budget"] else found, asked)
         _say_what_is_missing(found)
+        _confirm(job, found, asked)
         found += _run_peers(job, asked["peers"])
         click.echo(f"results: {job.path}   again: {_again(ctx)}", err=True)
     failed = any(row.outcome in FAILED for found in rows for row in found)
     return 4 if asked["strict"] and failed else 0
+
+
+def _confirm(job: _Job, rows: Sequence[Record], asked: dict[str, Any]) -> None:
+    """Say whether the fastest whole model stays faster than the baseline in fresh processes."""
+    wanted = asked["effort"] == "full" if asked["confirm"] is None else asked["confirm"]
+    if not wanted or job.target.absent or job.replayed:
+        return
+    from bratune.profile.finalists import confirm, whole_models
+    from bratune.profile.isolated import IsolatedEngine
+
+    def fresh() -> IsolatedEngine:
+        run_id = time.strftime("%Y%m%dT%H%M%SZ-confirm", time.gmtime())
+        store = Store(job.path)
+        return IsolatedEngine(job.target.machine, job.settings, store=store, fresh=True, run_id=run_id)
+
+    for default, candidates in whole_models(rows):
+        click.echo("measuring again in six new processes ...", err=True)
+        for final in confirm(candidates, default, fresh):
+            click.echo(f"{final} against {default.backend}", err=asked["format"] != "table")
 
 
 def _run_peers(job: _Job, names: str | None) -> list[Record]:

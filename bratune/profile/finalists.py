@@ -11,6 +11,7 @@ confirmed when the interval of their median lies above 1.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from bratune.errors import MeasureError
 from bratune.measure.statistics import median, median_interval
 from bratune.record import Record
 
-__all__ = ["Final", "confirm"]
+__all__ = ["Final", "confirm", "whole_models"]
 
 # Six processes are the fewest for which a 95 % interval of a median exists.
 ROUNDS = 6
@@ -128,6 +129,33 @@ def confirm(
         _final(cell, default, times[cell], paired[cell], dropped.get(cell, ""), least_gain)
         for cell in candidates
     )
+
+
+def whole_models(records: Sequence[Record]) -> list[tuple[Cell, list[Cell]]]:
+    """The whole models of a run that are worth confirming: each baseline with its faster rivals.
+
+    Args:
+        records: Rows of a run; those that compare share everything but their backends.
+
+    Returns:
+        Pairs of a default and its candidates.
+    """
+    timed = [row for row in records if row.part == "model" and row.ok and row.cell]
+    pairs = []
+    for row in timed:
+        if row.backend != row.baseline:
+            continue
+        default = Cell.from_dict(json.loads(row.cell))
+        rivals = [
+            cell
+            for cell, other in ((Cell.from_dict(json.loads(other.cell)), other) for other in timed)
+            if cell != default
+            and cell.replace(backend=default.backend) == default
+            and (other.median_ms or 0.0) < (row.median_ms or 0.0)
+        ]
+        if rivals:
+            pairs.append((default, rivals))
+    return pairs
 
 
 def _order(cells: Sequence[Cell], default: Cell, turn: int) -> list[Cell]:
