@@ -107,8 +107,8 @@ def test_statistics_are_those_of_the_setting_in_place() -> None:
     model = toy_model()
     images = random_pictures().images
     renorm(model, images, batch=16, batches=1)
-    first = model.downsample_layers[0][1]
-    made = model.downsample_layers[0][0](images)
+    stem: Any = model.downsample_layers[0]
+    first, made = stem[1], stem[0](images)
     torch.testing.assert_close(first.running_mean, made.mean((0, 2, 3)), atol=1e-4, rtol=1e-3)
     assert first.momentum == 0.1
     assert not model.training

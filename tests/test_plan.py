@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,21 @@ def test_installed_plan_lies_under_architecture_not_marketing_name(tmp_path: Pat
     assert path.relative_to(tmp_path).as_posix() == (
         "sm90-132sm-140gib/biformer_tiny-classification-224x224-bfloat16-fwd-eager-b1.json"
     )
+
+
+def test_model_of_a_plan_from_elsewhere_says_so_once(tmp_path: Path) -> None:
+    import bratune
+
+    path = make_plan(backend="gather").save(tmp_path / "plan.json")
+    small = {"depth": (1, 1, 1, 1), "num_classes": 3}
+    with pytest.warns(UserWarning, match="its times may not hold here"):
+        model = bratune.create_model(path, **small)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bratune.create_model(path, **small)
+    routed = [m for m in model.modules() if hasattr(m, "topk") and hasattr(m, "n_win")]
+    assert [(m.n_win, m.topk, m.backend) for m in routed] == [
+        (7, 1, "gather"),
+        (7, 4, "gather"),
+        (7, 16, "gather"),
+    ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bratune.machine import detect
 from bratune.tune.plan import Plan, load_plan
 from bratune.variant import get_task, get_variant
 
@@ -47,12 +49,28 @@ def create_model(
     if not isinstance(name_or_plan, Plan) and str(name_or_plan).endswith(".json"):
         name_or_plan = load_plan(name_or_plan)
     if isinstance(name_or_plan, Plan):
+        _say_once_where_it_may_not_hold(name_or_plan)
         name, arguments = name_or_plan.model, _planned(name_or_plan)
     else:
         name, arguments = os.fspath(name_or_plan), {}
     if features_only is not None:
         arguments["features_only"] = features_only
     return build(name, pretrained=pretrained, **{**arguments, "num_classes": num_classes, **overrides})
+
+
+_said: set[tuple[str, ...]] = set()
+
+
+def _say_once_where_it_may_not_hold(plan: Plan) -> None:
+    """Warn, once per process and reason, that a plan was measured on something else than what is here."""
+    reasons = plan.obstacles(detect())
+    if reasons and reasons not in _said:
+        _said.add(reasons)
+        warnings.warn(
+            f"{'; '.join(reasons)}: the model is the plan's, but its times may not hold here; "
+            "`bratune tune` on this machine would make a plan of its own",
+            stacklevel=3,
+        )
 
 
 def _planned(plan: Plan) -> dict[str, Any]:

@@ -18,6 +18,23 @@ if TYPE_CHECKING:
 
 __all__ = ["StageOptions", "failure", "summary"]
 
+# What later steps and readers of a study need of a record; the full row is in the records.
+KEPT = (
+    "cell_id",
+    "outcome",
+    "reason",
+    "evidence",
+    "median_ms",
+    "ci_lo_ms",
+    "ci_hi_ms",
+    "n_samples",
+    "noise_pct",
+    "peak_alloc_mb",
+    "images_per_s",
+    "run_id",
+    "timestamp_utc",
+)
+
 Items = Iterator[tuple[str, dict[str, Any], dict[str, Any]]]
 
 
@@ -130,11 +147,9 @@ def _params(entry: Entry) -> dict[str, Any]:
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """What later steps and readers of a study need of a record; the full row is in the records."""
-    kept = ("cell_id", "outcome", "reason", "evidence", "median_ms", "ci_lo_ms", "ci_hi_ms", "n_samples")
-    kept += ("noise_pct", "peak_alloc_mb", "images_per_s", "run_id", "timestamp_utc")
+    """The part of a record that its trial keeps."""
     data = record.to_dict()
-    return {name: data[name] for name in kept if data[name] not in (None, "")}
+    return {name: data[name] for name in KEPT if data[name] not in (None, "")}
 
 
 def failure(record: Record) -> dict[str, float]:

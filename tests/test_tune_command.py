@@ -1,0 +1,137 @@
+"""`bratune tune` from the command line, on recorded cells."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bratune.cell import Cell
+from bratune.cli import run
+from bratune.cli.tune import command
+from bratune.record import Record
+from bratune.store import Store
+from bratune.tune import session
+from bratune.tune.bench import registry_offers
+from bratune.tune.plan import load_plan
+from bratune.tune.request import Request
+from bratune.tune.synthetic import BACKENDS, MACHINE, SyntheticWorld
+
+NAMES = ("gather", "gather-sdpa", "dense")
+ASKED = [
+    "--gpu",
+    "synthetic",
+    "--dtype",
+    "bf16",
+    "-b",
+    "8",
+    "--effort",
+    "quick",
+    "--l2",
+    "cold",
+    "--no-install",
+]
+ASKED += ["--no-install"]
+ASKED += [text for name in NAMES for text in ("--backend", name)]
+
+
+class Recorder:
+    """A synthetic world whose rows are kept as if they had been measured, for replay."""
+
+    def __init__(self, path: Path) -> None:
+        self.world, self.store = SyntheticWorld(seed=1, noise=0.0), Store(path)
+        self.machine = self.world.machine
+
+    def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
+        for record in self.world.run(cells):
+            kept = record.replace(evidence="measured", outcome="measured")
+            self.store.append(kept)
+            yield kept
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the records and the plan of a whole run."""
+    folder = tmp_path_factory.mktemp("recorded")
+    engine = Recorder(folder / "rows" / "records.jsonl")
+    request = Request(
+        model="biformer_tiny",
+        task="classification",
+        height=224,
+        width=224,
+        batch=8,
+        dtype="bfloat16",
+        l2="cold",
+        backends=NAMES,
+        effort="quick",
+    )
+    session.run(
+        engine,
+        lambda: contextlib.nullcontext(engine),
+        request,
+        folder / "run",
+        offers=registry_offers(MACHINE, NAMES),
+    )
+    return folder
+
+
+def test_replayed_run_gives_the_plan_of_the_recorded_one(recorded: Path, tmp_path: Path) -> None:
+    arguments = [*ASKED, "--replay", str(recorded / "rows"), "-o", str(tmp_path), "--format", "json"]
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    plan, own = load_plan(tmp_path / "plan.json"), load_plan(recorded / "run" / "plan.json")
+    assert plan.setting == own.setting
+    assert plan.measured == "replayed"
+    data = json.loads(result.stdout)
+    assert data["plan"]["setting"] == plan.setting.to_dict()
+    assert sum(row["picked"] for row in data["front"]) == 1
+    assert json.loads((tmp_path / "front.json").read_text()) == data["front"]
+
+
+@pytest.mark.parametrize("style", ["table", "md", "csv"])
+def test_front_is_shown_in_every_format(recorded: Path, tmp_path: Path, style: str) -> None:
+    arguments = [*ASKED, "--replay", str(recorded / "rows"), "-o", str(tmp_path), "--format", style]
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "S=7 k=1/4/16" in result.stdout
+    if style != "csv":
+        assert "accuracy: E0" in result.stdout
+        assert "replayed on synthetic board" in result.stdout
+
+
+def test_dry_run_shows_what_is_legal_and_measures_nothing(tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, ["--device", "cpu", "--dry-run", "-o", str(tmp_path / "x")])
+    assert result.exit_code == 0
+    assert "S=14 (padding 0%): k in 64" in result.stdout
+    assert "tried first: paper: S=7 k=1/4/16" in result.stdout
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--gpu", "a100"], 5, "A100"),
+        (["--model", "resnet"], 2, "no model is called 'resnet'"),
+        (["--model", "biformer_tiny", "--model", "biformer_small"], 2, "one model, not 2"),
+        (["--constraint", "speed>1"], 2, "no number of a record is called 'speed'"),
+        (["--objective", "fidelity"], 2, "needs something to measure it on"),
+        (["--n-win", "8"], 2, "without one S is tuned"),
+        (["--join", "sqlite:///x.db"], 2, "SQLite serves one process only"),
+        (["--replay", "nowhere"], 1, "there are no records at nowhere"),
+    ],
+)
+def test_requests_that_cannot_be_met_are_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, words: str
+) -> None:
+    assert run(["tune", "--device", "cpu", *arguments]) == code
+    said = capsys.readouterr().err
+    assert words in said
+    assert "Traceback" not in said
+
+
+def test_fixture_backends_are_known_to_the_world() -> None:
+    assert set(NAMES) <= set(BACKENDS)
