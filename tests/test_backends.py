@@ -45,7 +45,7 @@ class TestFlex(BackendConformance):
     # Each call of uncompiled FlexAttention traces anew, half a second, and to compile takes many: a few cases
     # here, all of them below.
     config: ClassVar[Config] = {"compiled": False}
-    cases = CASES[::4]
+    cases = CASES[::6]
 
     @pytest.mark.slow
     def test_no_setting_changes_the_result(self, device: str) -> None:
