@@ -113,7 +113,7 @@ def preference(problem: Problem, machine: Machine) -> tuple[str, ...]:
 
     That is the order of `names`, but on a CPU ``dense`` comes first for small regions on a small map:
     with regions of up to 3x3 tokens and at most four keys on the map for every key that a query attends to,
-    it took 0.35 to 1 times as long as ``gather-sdpa`` (float32, one thread of an AMD EPYC with AVX-512,
+    it took 0.1 to 1 times as long as ``gather-sdpa`` (float32, one thread of an AMD EPYC with AVX-512,
     torch 2.13; at 4x4 tokens 1.8 times). A plan (`bratune.kernels.tuned`) replaces this rule of thumb by what
     was measured on the machine.
     """
