@@ -175,6 +175,41 @@ def test_the_chosen_plan_is_marked_by_its_setting() -> None:
     assert sorted(marks.values()) == ["", "chosen"]
 
 
+def test_tuned_settings_show_what_was_verified() -> None:
+    def row(
+        setting: str, ms: float, mb: float, divergence: float | None, **more: object
+    ) -> dict[str, object]:
+        base = {"name": "", "picked": False, "front": True, "evidence": "E2"}
+        return base | {"setting": setting, "ms": ms, "peak_alloc_mb": mb, "divergence": divergence} | more
+
+    plan = {
+        "model": "biformer_tiny",
+        "resolution": [224, 224],
+        "batch": 1,
+        "dtype": "bfloat16",
+        "direction": "fwd",
+        "measured": "measured",
+        "machine": {"gpu_key": "a100"},
+        "front": [
+            row("a", 3.0, 30.0, 0.0, name="default"),
+            row("b", 1.0, 10.0, 0.02, picked=True),
+            row("c", 2.0, 40.0, 0.01, front=False),
+        ],
+    }
+    found = point_infos.tuned_points(plan)
+    assert [(p.setting, p.mark, p.divergence) for p in found] == [
+        ("b", "chosen", 0.02),
+        ("c", "", 0.01),
+        ("a", "default", 0.0),
+    ]
+    memory, fidelity = points.pareto_panels(found)
+    assert memory.layout["yaxis"]["title"]["text"] == "peak memory, MB"
+    assert fidelity.layout["yaxis"]["title"]["text"] == "divergence of the outputs"
+    front = fidelity.data[0]
+    assert (front["x"], front["y"]) == ([1.0, 2.0, 3.0], [0.02, 0.01, 0.0])
+    assert memory.data[0]["x"] == [1.0]
+
+
 def test_one_setting_is_no_front() -> None:
     assert point_infos.plan_points([measured(model(), 1.0, peak_alloc_mb=1.0)]) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,7 +14,11 @@ from bratune.errors import BratuneError, UsageError
 @click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 @click.option("-o", "--output", default="report.html", show_default=True, type=click.Path(path_type=Path))
 @click.option("--title", default="bratune report", show_default=True)
-@click.option("--plan", type=click.Path(path_type=Path), help="A plan.json, whose setting is marked.")
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    help="A plan.json, to be marked among the settings that tuning verified (front.json beside it).",
+)
 @click.option(
     "--published",
     "tables",
@@ -38,8 +43,6 @@ def command(
 
     bratune report runs/latest -o report.html
     """
-    import json
-
     from bratune import gpus, store
     from bratune.report import demo as demonstration
     from bratune.report.page import page
@@ -56,7 +59,7 @@ def command(
         rows, work = read_timm(table)
         records += rows
         gmacs |= work
-    contents = json.loads(plan.read_text("utf-8")) if plan else None
+    contents = _plan(plan) if plan else None
     text = page(records, title=title, plan=contents, gmacs=gmacs)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -69,3 +72,17 @@ def command(
         for path in write_images(records, output.parent, images, plan=contents, gmacs=gmacs):
             click.echo(f"image: {path}", err=True)
     click.echo(f"report: {output} ({len(records)} records, {len(text) / 1e6:.1f} MB)", err=True)
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    """A plan's contents, with the settings that tuning verified under ``front`` where they lie beside it."""
+    import json
+
+    from bratune.tune.plan import load_plan
+
+    contents = load_plan(path).to_dict()
+    beside = path.with_name("front.json")
+    try:
+        return contents | ({"front": json.loads(beside.read_text("utf-8"))} if beside.exists() else {})
+    except (OSError, ValueError) as error:
+        raise BratuneError(f"the settings beside the plan, {beside}, cannot be read: {error}") from None

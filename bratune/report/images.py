@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bratune.errors import BratuneError, MissingPackageError
 from bratune.record import Record
@@ -19,7 +20,7 @@ def write_images(
     folder: Path,
     kind: str,
     *,
-    plan: Mapping[str, object] | None = None,
+    plan: Mapping[str, Any] | None = None,
     gmacs: Mapping[str, float] | None = None,
 ) -> list[Path]:
     """Write one image per figure as ``<section>-<number>.<kind>`` and return the paths.
@@ -33,8 +34,9 @@ def write_images(
     except ImportError:
         raise MissingPackageError("kaleido", "writing images", extra="images") from None
     import plotly.graph_objects as go
+    import plotly.io as pio
 
-    written = []
+    drawings: dict[Path, Any] = {}
     for section in sections(records, plan, gmacs):
         for number, panel in enumerate(section.panels):
             layout = panel.layout | {
@@ -46,12 +48,12 @@ def write_images(
                 "height": panel.layout["height"] + 60,
             }
             path = folder / f"{section.name}-{number}.{kind}"
-            try:
-                go.Figure({"data": panel.data, "layout": layout}).write_image(path)
-            except Exception as error:  # kaleido has no error of its own for a missing browser
-                raise BratuneError(
-                    f"images cannot be written: kaleido needs Chrome or Chromium ({error}); "
-                    "the HTML report needs neither"
-                ) from None
-            written.append(path)
-    return written
+            drawings[path] = go.Figure({"data": panel.data, "layout": layout})
+    try:
+        pio.write_images(list(drawings.values()), list(drawings))  # one browser for all of them
+    except Exception as error:  # kaleido has no error of its own for a missing browser
+        raise BratuneError(
+            f"images cannot be written: kaleido needs Chrome or Chromium ({error}); "
+            "the HTML report needs neither"
+        ) from None
+    return list(drawings)

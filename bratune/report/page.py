@@ -32,7 +32,7 @@ def page(
     records: Sequence[Record],
     *,
     title: str = "bratune report",
-    plan: Mapping[str, object] | None = None,
+    plan: Mapping[str, Any] | None = None,
     gmacs: Mapping[str, float] | None = None,
 ) -> str:
     """The whole report as HTML.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bratune.cell import Cell
 from bratune.predict.fit import board_of
@@ -25,8 +25,11 @@ __all__ = [
     "plan_points",
     "roofline",
     "scaling",
+    "tuned_points",
 ]
 
+# Names under which tuning measures the paper's S and top-k.
+OUR_DEFAULTS = ("default", "paper", "published")
 SIDES = (128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048)
 
 
@@ -52,9 +55,11 @@ class RoofPoint(NamedTuple):
 
 
 class PlanPoint(NamedTuple):
-    """One setting of a whole model: latency and memory.
+    """One setting of a whole model: latency, memory and fidelity.
 
     Attributes:
+        divergence: How far its outputs are from those of the setting it was trained with; None where no
+            weights and images were given.
         mark: ``default`` (the paper's S and top-k), ``chosen`` (the plan), or empty.
         on_front: No other setting of the same work is better in latency and memory.
     """
@@ -64,6 +69,7 @@ class PlanPoint(NamedTuple):
     setting: str
     ms: float
     memory_mb: float
+    divergence: float | None
     mark: str
     on_front: bool
     evidence: str
@@ -166,13 +172,39 @@ def plan_points(records: Sequence[Record], plan: Mapping[str, object] | None = N
                     f"S {r.n_win}, top-k {r.topk}, {r.backend}",
                     ms,
                     r.peak_alloc_mb or 0.0,
+                    None,
                     _mark(r, plan),
                     not dominated,
                     r.evidence,
                     provenance(r),
                 )
             )
-    return sorted(found)
+    return sorted(found, key=lambda p: (p.work, p.gpu, p.ms, p.setting))
+
+
+def tuned_points(plan: Mapping[str, Any]) -> list[PlanPoint]:
+    """The settings that tuning verified end to end, from a plan and the ``front`` beside it."""
+    height, width = plan["resolution"]
+    work = f"{plan['model']}, {height}x{width}, batch {plan['batch']}, {plan['dtype']}, {plan['direction']}"
+    found = []
+    for row in plan["front"]:
+        name = str(row.get("name") or "")
+        mark = "chosen" if row["picked"] else "default" if name in OUR_DEFAULTS else ""
+        found.append(
+            PlanPoint(
+                work,
+                plan["machine"]["gpu_key"],
+                row["setting"],
+                row["ms"],
+                row.get("peak_alloc_mb") or 0.0,
+                row.get("divergence"),
+                mark,
+                bool(row["front"]),
+                plan["measured"],
+                ", ".join(filter(None, (name, plan["measured"], f"accuracy: {row['evidence']}"))),
+            )
+        )
+    return sorted(found, key=lambda p: (p.ms, p.setting))
 
 
 def _mark(record: Record, plan: Mapping[str, object] | None) -> str:

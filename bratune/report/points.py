@@ -89,20 +89,30 @@ def _roof_points(backend: str, rows: Sequence[RoofPoint], colour: str, evidence:
 
 
 def pareto_panels(points: Sequence[PlanPoint]) -> list[Panel]:
-    """Latency against memory for every setting of a model, the front and the marked settings drawn."""
-    return [_pareto(title, rows) for title, rows in most_telling(by(points, "gpu", "work"))]
+    """Latency against memory, and against divergence where it is known, for every setting of a model."""
+    panels = []
+    for title, rows in most_telling(by(points, "gpu", "work")):
+        panels.append(_pareto(title, rows, "memory_mb", "peak memory, MB"))
+        known = [p for p in rows if p.divergence is not None]
+        if len({p.divergence for p in known}) > 1:
+            panels.append(_pareto(title, known, "divergence", "divergence of the outputs"))
+    return panels
 
 
 MARKS = {"default": "#c8603c", "chosen": "#16877a", "": "#8b98a8"}
 MARK_WORDS = {"default": "the paper's default", "chosen": "the chosen plan", "": "other settings"}
+# So few settings are named in the figure.
+FEW = 8
 
 
-def _pareto(title: str, points: Sequence[PlanPoint]) -> Panel:
-    front = sorted((p.ms, p.memory_mb) for p in points if p.on_front)
+def _pareto(title: str, points: Sequence[PlanPoint], field: str, label: str) -> Panel:
+    front = _front([(p.ms, float(getattr(p, field))) for p in points])
     data: list[dict[str, Any]] = [
         {
             "type": "scatter",
             "mode": "lines",
+            "name": "front",
+            "legendgroup": "front",
             "x": [x for x, _ in front],
             "y": [y for _, y in front],
             "line": {"color": "#8b98a8", "width": 1.5, "shape": "hv"},
@@ -110,32 +120,58 @@ def _pareto(title: str, points: Sequence[PlanPoint]) -> Panel:
         }
     ]
     marks = [mark for mark in MARKS if any(p.mark == mark for p in points)]
+    names = _differences([p.setting for p in points]) if len(points) <= FEW else {}
     for mark in marks:
         for evidence in EVIDENCE:
             rows = [p for p in points if p.mark == mark and p.evidence == evidence]
             if rows:
-                data.append(_pareto_points(mark, rows, evidence))
+                data.append(_pareto_points(mark, rows, evidence, field, names))
     layout = style.layout(
         380,
-        style.axis("latency, ms"),
-        style.axis("peak memory, MB"),
+        style.axis("latency, ms", rangemode="tozero"),
+        style.axis(label, rangemode="tozero"),
     )
-    keys = tuple(Key(MARK_WORDS[mark], MARKS[mark], "dot") for mark in marks)
+    keys = (*(Key(MARK_WORDS[m], MARKS[m], "dot") for m in marks), Key("front", "#8b98a8", "line"))
     return Panel(title, data, layout, keys)
 
 
-def _pareto_points(mark: str, rows: Sequence[PlanPoint], evidence: str) -> dict[str, Any]:
+def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one beats in both, by rising latency."""
+    found: list[tuple[float, float]] = []
+    for x, y in sorted(set(points)):
+        if not found or y < found[-1][1]:
+            found.append((x, y))
+    return found
+
+
+def _differences(settings: Sequence[str]) -> dict[str, str]:
+    """What of a setting's text tells it from the others."""
+    parts = [setting.split(", ") for setting in settings]
+    if len({len(p) for p in parts}) != 1:
+        return {setting: setting for setting in settings}
+    varying = [i for i in range(len(parts[0])) if len({p[i] for p in parts}) > 1]
+    return {s: ", ".join(p[i] for i in varying) for s, p in zip(settings, parts, strict=True)}
+
+
+def _pareto_points(
+    mark: str, rows: Sequence[PlanPoint], evidence: str, field: str, names: dict[str, str]
+) -> dict[str, Any]:
     return {
         "type": "scatter",
-        "mode": "markers",
+        "mode": "markers+text" if names else "markers",
         "name": MARK_WORDS[mark],
         "legendgroup": MARK_WORDS[mark],
         "x": [p.ms for p in rows],
-        "y": [p.memory_mb for p in rows],
+        "y": [getattr(p, field) for p in rows],
+        "text": [names.get(p.setting, "") for p in rows],
+        "textposition": "top center",
+        "textfont": {"size": 11},
+        "cliponaxis": False,
         "marker": style.point_marker(MARKS[mark], evidence, 13 if mark else 8),
-        "customdata": [[p.setting, p.note] for p in rows],
+        "customdata": [[p.setting, p.note, p.memory_mb] for p in rows],
         "hovertemplate": (
-            "<b>%{customdata[0]}</b><br>%{x:.3g} ms, %{y:.3g} MB<br>%{customdata[1]}<extra></extra>"
+            "<b>%{customdata[0]}</b><br>%{x:.3g} ms, %{customdata[2]:.3g} MB"
+            "<br>%{customdata[1]}<extra></extra>"
         ),
     }
 

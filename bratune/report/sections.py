@@ -36,20 +36,21 @@ class Section:
 
 class _Source(NamedTuple):
     records: Sequence[Record]
-    plan: Mapping[str, object] | None
+    plan: Mapping[str, Any] | None
     gmacs: Mapping[str, float]
 
 
 def sections(
     records: Sequence[Record],
-    plan: Mapping[str, object] | None = None,
+    plan: Mapping[str, Any] | None = None,
     gmacs: Mapping[str, float] | None = None,
 ) -> list[Section]:
     """Every question in reading order, those without an answer included.
 
     Args:
         records: Everything that is to be shown.
-        plan: A plan file's contents, whose setting is marked.
+        plan: A plan file's contents, whose setting is marked; with the settings that tuning verified under
+            ``front``, those are drawn.
         gmacs: Work per image of models of other libraries, in 10^9 multiply-adds.
     """
     source = _Source(infos.with_bounds(records), plan, gmacs or {})
@@ -107,13 +108,16 @@ def _roofline(source: _Source) -> Section:
 
 
 def _pareto(source: _Source) -> Section:
-    rows = point_infos.plan_points(source.records, source.plan)
+    if source.plan is not None and source.plan.get("front"):
+        rows = point_infos.tuned_points(source.plan)
+    else:
+        rows = point_infos.plan_points(source.records, source.plan)
     return Section(
         name="pareto",
-        title="What does a faster setting cost in memory?",
+        title="What does a faster setting cost in memory and fidelity?",
         lead="Every setting of S, top-k and backend of one model; the line joins those that no other "
-        "setting beats in both. Settings that change the model differ in accuracy, which this figure does "
-        "not show.",
+        "setting beats. Divergence is how far the outputs of trained weights move; it is no accuracy, and "
+        "without weights and images nothing is known of it.",
         panels=tuple(points.pareto_panels(rows)),
         rows=tuple(rows),
         missing="fewer than two settings of one model have both a latency and a peak memory",
