@@ -17,7 +17,13 @@ TARGETS = ("plan", "timm", "hydra", "mmseg", "mmdet", "yolo")
 @click.option("--to", "target", type=click.Choice(TARGETS), required=True, help="Who shall load it.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="File or folder.")
 @click.option("--name", default="", help="Name of the registered model (timm, hydra).")
-@click.option("--style", type=click.Choice(["0.x", "1.x"]), default="0.x", show_default=True)
+@click.option(
+    "--style",
+    type=click.Choice(["0.x", "1.x"]),
+    default="0.x",
+    show_default=True,
+    help="Generation of the framework (mmseg, mmdet).",
+)
 @click.option("--head", default="", help="sfpn or upernet (mmseg), retinanet or mask_rcnn (mmdet).")
 @click.option("--base", "bases", multiple=True, metavar="FILE", help="Config to inherit from; repeatable.")
 @click.option("--scale", type=click.Choice(["n", "s", "m", "l", "x"]), default="n", help="Size (yolo).")

@@ -63,7 +63,7 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
 @options.config_file
 @click.pass_context
 def command(ctx: click.Context, /, **asked: Any) -> int:
-    r"""Measure every backend at every stage of a model, then the whole model.
+    """Measure every backend at every stage of a model, then the whole model.
 
     Every implementation is checked against the reference before it is timed. Without options,
     biformer_tiny at 224x224 is measured on the first GPU, or on the CPU where there is none.
@@ -72,7 +72,7 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     bratune profile --model biformer_small --res 224 -b 1
     bratune profile --task segmentation --res 512 --dtype fp16 -b 1 -b 8
     bratune profile --gpu a100 --res 512
-    """
+    """  # noqa: D301
     if asked["dump_config"]:
         click.echo(options.dump_config(ctx))
         return 0

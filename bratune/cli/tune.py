@@ -37,9 +37,15 @@ FORMATS = ("table", "json", "csv", "md")
 @click.option(
     "--channels-last/--no-channels-last", default=True, help="Memory order.  [default: channels last]"
 )
-@click.option("--direction", type=click.Choice(["fwd", "fwd-bwd"]), default="fwd", show_default=True)
+@click.option(
+    "--direction",
+    type=click.Choice(["fwd", "fwd-bwd"]),
+    default="fwd",
+    show_default=True,
+    help="fwd, or fwd-bwd to add the gradients.",
+)
 @click.option("--backend", multiple=True, help="Only this backend; repeatable.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of weights, images and proposals.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights: tune for them.")
 @click.option("--trained-res", type=options.Resolution(), help="Image size they were trained at.")
 @click.option(
@@ -47,20 +53,38 @@ FORMATS = ("table", "json", "csv", "md")
 )
 @click.option("--labels", is_flag=True, help="The subfolders of --images are classes.")
 @click.option("--shared-run", is_flag=True, help="Without weights: judge by one weight-shared training run.")
-@click.option("--calibration-images", type=click.IntRange(8), default=128, show_default=True)
+@click.option(
+    "--calibration-images",
+    type=click.IntRange(8),
+    default=128,
+    show_default=True,
+    help="Pictures of --images to use.",
+)
 @click.option("--allow-model-changes", is_flag=True, help="With weights: S and top-k may change.")
 @click.option("--allow-more-k", is_flag=True, help="With weights: more keys than in training too.")
 @click.option("--per-stage-s/--shared-s", default=None, help="S may differ between stages.")
 @click.option(
     "--omega", type=click.FloatRange(0, 1), default=1.0, help="Without data: share of keys to keep."
 )
-@click.option("--objective", type=click.Choice(["auto", "fidelity", "memory"]), default="auto")
+@click.option(
+    "--objective",
+    type=click.Choice(["auto", "fidelity", "memory"]),
+    default="auto",
+    show_default=True,
+    help="Beside latency; auto is fidelity where it is measured.",
+)
 @click.option("--constraint", multiple=True, metavar="EXPR", help="E.g. 'peak_alloc_mb<=20000'; repeatable.")
 @click.option(
     "--pick", default="balanced", show_default=True, help="knee, fastest, lightest, safe, trial:N ..."
 )
 @click.option("--trials", type=click.IntRange(1), help="Settings measured end to end, at most.")
-@click.option("--sampler", type=click.Choice(["tpe", "nsga2", "gp", "random", "brute"]), default="tpe")
+@click.option(
+    "--sampler",
+    type=click.Choice(["tpe", "nsga2", "gp", "random", "brute"]),
+    default="tpe",
+    show_default=True,
+    help="Who proposes where the table does not.",
+)
 @click.option("--no-lut", is_flag=True, help="Whole models only: let the sampler search.")
 @click.option("--storage", default="", metavar="URL", help="sqlite:///F, journal:///F or postgresql://...")
 @click.option("--study", default="", metavar="NAME", help="Name of the study.")
@@ -72,7 +96,14 @@ FORMATS = ("table", "json", "csv", "md")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the results."
 )
-@click.option("--format", "style", type=click.Choice(FORMATS), default="table", show_default=True)
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(FORMATS),
+    default="table",
+    show_default=True,
+    help="What goes to stdout.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be searched.")
 @options.config_file
 @click.pass_context

@@ -21,15 +21,27 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights to calibrate for.")
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="One subfolder per class.")
 @click.option("--labels", is_flag=True, help="Say that the subfolders are classes (needed).")
-@click.option("--model", default="biformer_small", show_default=True)
-@click.option("--res", type=options.Resolution(), default="224", show_default=True)
+@click.option("--model", default="biformer_small", show_default=True, help="Model of the weights.")
+@click.option("--res", type=options.Resolution(), default="224", show_default=True, help="Image size.")
 @click.option("--n-win", type=options.Numbers(), help="S that they were trained with.  [default: 7]")
 @click.option("--topks", type=options.Numbers(), help="Top-k likewise.  [default: the published]")
-@click.option("--settings", type=click.IntRange(6), default=24, show_default=True)
-@click.option("--calibration-images", type=click.IntRange(16), default=128, show_default=True)
-@click.option("--test-images", type=click.IntRange(16), default=1000, show_default=True)
-@click.option("--device", default="auto", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--settings", type=click.IntRange(6), default=24, show_default=True, help="How many are tried.")
+@click.option(
+    "--calibration-images",
+    type=click.IntRange(16),
+    default=128,
+    show_default=True,
+    help="Pictures of the score.",
+)
+@click.option(
+    "--test-images",
+    type=click.IntRange(16),
+    default=1000,
+    show_default=True,
+    help="Other pictures, for accuracy.",
+)
+@click.option("--device", default="auto", show_default=True, help="To compute on.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder (--study).")
 def command(**asked: Any) -> int:
     """Check how well the fidelity score ranks settings, for given weights or in a committed study.

@@ -17,14 +17,15 @@ __all__ = ["black_box"]
 
 # The search ends when the last ten new settings gained less than this share of hypervolume.
 GAIN, WINDOW = 0.005, 10
+# It also ends after so many repeats in a row, or so many settings that no backend accepts.
 REPEATS = 60
 
 
 def black_box(tuner: Tuner) -> None:
     """Let the sampler propose settings until trials or time are spent, or nothing more is gained."""
-    most, repeats = tuner.request.how_much.verify, 0
+    most, repeats, refusals = tuner.request.how_much.verify, 0, 0
     history: list[float] = []
-    while tuner.time_left() and len(tuner.verified()) < most and repeats < REPEATS:
+    while tuner.time_left() and len(tuner.verified()) < most and max(repeats, refusals) < REPEATS:
         known = tuner.settings.by_key()
         trial, setting = tuner.settings.propose(tuner.encoding.suggest)
         trial.set_user_attr("key", setting.key)
@@ -49,6 +50,7 @@ def black_box(tuner: Tuner) -> None:
         if refused:  # known before measuring: the sampler learns it as a broken constraint
             reason = f"stage {refused[0]} is refused by {setting.backends[refused[0] - 1]}"
             tuner.settings.prune(trial, reason, constraints={"unsupported": float(len(refused))})
+            refusals += 1
             continue
         try:
             text = tuner.measure_setting(trial, setting)

@@ -123,6 +123,7 @@ class Tuner:
         Raises:
             KeyboardInterrupt: the trial at hand went back to the queue; everything else is kept.
         """
+        self.settings.keep(finished=False)
         self.reap()
         self.enqueue_settings(self.named().items())
         self.drain_settings()
