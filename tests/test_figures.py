@@ -84,6 +84,20 @@ def test_the_most_trusted_evidence_wins_and_of_equals_the_latest() -> None:
         assert bar.images_per_s == pytest.approx(1000 / 3)
 
 
+def test_of_several_mixtures_of_backends_the_fastest_is_shown() -> None:
+    mixtures = ("dense,sparse,dense,gather", "dense,dense,dense,gather")
+    found = bar_infos.throughputs(
+        [measured(model(b), ms) for b, ms in zip(mixtures, (4.0, 2.0), strict=True)]
+    )
+    assert [(b.series, round(b.images_per_s)) for b in found] == [("biformer_tiny · best per stage", 500)]
+
+
+def test_another_function_is_another_series() -> None:
+    changed = model(topk="1,2,4,-2").replace(task="classification", n_win="8,8,8,0")
+    (bar,) = bar_infos.throughputs([measured(changed, 2.0)])
+    assert bar.series == "biformer_tiny (S 8, k 1/2/4/-2) · gather"
+
+
 def test_a_bound_is_beside_a_bar_and_never_one() -> None:
     cell = model()
     bars_found = bar_infos.throughputs([predict_cell(cell, A100), bound_cell(cell, A100)])

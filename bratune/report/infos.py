@@ -14,7 +14,7 @@ from bratune.cell import Cell
 from bratune.predict.fit import board_of
 from bratune.predict.model import bound_cell
 from bratune.record import EVIDENCE, Record
-from bratune.variant import VARIANTS
+from bratune.variant import TASKS, VARIANTS
 
 __all__ = [
     "BASELINE",
@@ -75,10 +75,22 @@ def timed(records: Iterable[Record], part: str) -> list[Record]:
 
 
 def series_of(record: Record) -> str:
-    """Model and backend in words."""
+    """Model and backend in words; S and top-k, too, where they are not those of the paper."""
     backends = record.backend.split(",")
     backend = backends[0] if len(set(backends)) == 1 else "best per stage"
-    return f"{record.model} · {backend}" if backend else record.model
+    model = f"{record.model}{_changed_setting(record)}"
+    return f"{model} · {backend}" if backend else model
+
+
+def _changed_setting(record: Record) -> str:
+    variant, task = VARIANTS.get(record.model), TASKS.get(record.task)
+    if record.part != "model" or variant is None or task is None:
+        return ""
+    routed = [s for s, k in zip(record.n_win.split(","), record.topk.split(","), strict=False) if int(k) > 0]
+    changed = [f"S {'/'.join(dict.fromkeys(routed))}"] if set(routed) - {str(task.n_win)} else []
+    if record.topk != ",".join(map(str, variant.topks)):
+        changed.append(f"k {record.topk.replace(',', '/')}")
+    return f" ({', '.join(changed)})" if changed else ""
 
 
 def milliseconds(record: Record) -> tuple[float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,11 +122,12 @@ def _pareto(title: str, points: Sequence[PlanPoint], field: str, label: str) -> 
     ]
     marks = [mark for mark in MARKS if any(p.mark == mark for p in points)]
     names = _differences([p.setting for p in points]) if len(points) <= FEW else {}
+    ranks = {p.setting: rank for rank, p in enumerate(sorted(points, key=lambda p: p.ms))}
     for mark in marks:
         for evidence in EVIDENCE:
             rows = [p for p in points if p.mark == mark and p.evidence == evidence]
             if rows:
-                data.append(_pareto_points(mark, rows, evidence, field, names))
+                data.append(_pareto_points(mark, rows, evidence, field, names, ranks))
     layout = style.layout(
         380,
         style.axis("latency, ms", rangemode="tozero"),
@@ -146,15 +148,20 @@ def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _differences(settings: Sequence[str]) -> dict[str, str]:
     """What of a setting's text tells it from the others."""
-    parts = [setting.split(", ") for setting in settings]
+    parts = [re.split(r",? ", setting) for setting in settings]
     if len({len(p) for p in parts}) != 1:
         return {setting: setting for setting in settings}
     varying = [i for i in range(len(parts[0])) if len({p[i] for p in parts}) > 1]
-    return {s: ", ".join(p[i] for i in varying) for s, p in zip(settings, parts, strict=True)}
+    return {s: " ".join(p[i] for i in varying) for s, p in zip(settings, parts, strict=True)}
 
 
 def _pareto_points(
-    mark: str, rows: Sequence[PlanPoint], evidence: str, field: str, names: dict[str, str]
+    mark: str,
+    rows: Sequence[PlanPoint],
+    evidence: str,
+    field: str,
+    names: dict[str, str],
+    ranks: dict[str, int],
 ) -> dict[str, Any]:
     return {
         "type": "scatter",
@@ -164,7 +171,8 @@ def _pareto_points(
         "x": [p.ms for p in rows],
         "y": [getattr(p, field) for p in rows],
         "text": [names.get(p.setting, "") for p in rows],
-        "textposition": "top center",
+        # Neighbours put their names on different sides.
+        "textposition": ["top center" if ranks[p.setting] % 2 else "bottom center" for p in rows],
         "textfont": {"size": 11},
         "cliponaxis": False,
         "marker": style.point_marker(MARKS[mark], evidence, 13 if mark else 8),
