@@ -94,22 +94,23 @@ class Cache:
         evidence: str = "measured",
     ) -> None:
         self._machine, self._settings, self._evidence = machine, settings, evidence
-        self._rows: dict[str, Record] = {}
+        self._rows: dict[str, list[Record]] = {}
         for record in records:
             self.add(record)
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def add(self, record: Record) -> None:
         """Take a row in, if it can answer anything."""
         silent = record.outcome in _NO_ANSWER or record.reason.startswith(NO_TURN)
         if record.cell and record.evidence == self._evidence and not silent:
-            self._rows[key_of(record)] = record
+            self._rows.setdefault(record.cell_id, []).append(record)
 
     def find(self, cell: Cell) -> Record | None:
         """The row that answers a cell; None when it has to be measured."""
-        return self._rows.get(_key(key_fields(cell, self._machine, self._settings)))
+        rows = self._rows.get(cell.cell_id)
+        if not rows:
+            return None
+        asked = _circumstances(self._machine, cell, self._settings)
+        return next((row for row in reversed(rows) if _circumstances_of(row) == asked), None)
 
     def why(self, cell: Cell) -> Why:
         """Why a cell hits or misses, compared with the nearest row."""
@@ -118,7 +119,7 @@ class Cache:
             return Why(True, found)
         asked = key_fields(cell, self._machine, self._settings)
         nearest: tuple[tuple[str, str, str], ...] = ()
-        for record in self._rows.values():
+        for record in (row for rows in self._rows.values() for row in rows):
             differences = _differences(key_fields_of(record), asked)
             if found is None or len(differences) <= len(nearest):
                 found, nearest = record, differences
@@ -127,15 +128,24 @@ class Cache:
 
 def key_fields(cell: Cell, machine: Machine, settings: MeterSettings) -> dict[str, str]:
     """Everything that can change the time of a cell, by name, as text."""
-    values = {name: getattr(machine, name) for name in _MACHINE_FIELDS}
-    values |= {"source_hash": source_hash(cell), "sampling": settings.sampling}
-    return _flat(cell.to_dict()) | {name: str(value or "") for name, value in values.items()}
+    return _flat(cell.to_dict()) | _circumstances(machine, cell, settings)
 
 
 def key_fields_of(record: Record) -> dict[str, str]:
     """The same of a stored row."""
-    values = {name: getattr(record, name) for name in (*_MACHINE_FIELDS, "source_hash", "sampling")}
-    return _flat(json.loads(record.cell)) | {name: str(value or "") for name, value in values.items()}
+    return _flat(json.loads(record.cell)) | _circumstances_of(record)
+
+
+def _circumstances(machine: Machine, cell: Cell, settings: MeterSettings) -> dict[str, str]:
+    """What is no part of a cell and can change its time."""
+    values = {name: getattr(machine, name) for name in _MACHINE_FIELDS}
+    values |= {"source_hash": source_hash(cell), "sampling": settings.sampling}
+    return {name: str(value or "") for name, value in values.items()}
+
+
+def _circumstances_of(record: Record) -> dict[str, str]:
+    names = (*_MACHINE_FIELDS, "source_hash", "sampling")
+    return {name: str(getattr(record, name) or "") for name in names}
 
 
 def key_of(record: Record) -> str:
