@@ -30,7 +30,7 @@ from bratune.profile.engine import CellEngine, Runner
 from bratune.profile.run_cell import Result
 from bratune.record import Record
 
-__all__ = ["ClusterEngine", "Site", "connect", "find_sites"]
+__all__ = ["ClusterEngine", "Site", "connect", "find_sites", "machine_of"]
 
 # How often Ray runs a cell again elsewhere after its node was lost, before the cell counts as crashed.
 _RETRIES = 3
@@ -127,6 +127,11 @@ def _sites(nodes: Sequence[Mapping[str, float]]) -> list[Site]:
             bare.append(int(resources["CPU"]))
     sites = [Site(kind, count) for kind, count in sorted(slots.items())]
     return [*sites, Site("", len(bare), min(bare))] if bare else sites
+
+
+def machine_of(site: Site) -> Machine:
+    """The machine behind one node of a site; raises `TargetError` where none answers."""
+    return ClusterRunner(site, MeterSettings.for_effort("quick")).machine
 
 
 class ClusterRunner:

@@ -28,6 +28,7 @@ __all__ = [
     "Numbers",
     "Percent",
     "Resolution",
+    "cluster_option",
     "config_file",
     "dump_config",
     "engine_options",
@@ -314,6 +315,12 @@ engine_options = _stack(
         metavar="DIR",
         help="Answer from the records in a file or folder; nothing is measured.",
     ),
+)
+
+cluster_option = click.option(
+    "--cluster",
+    metavar="ADDRESS",
+    help="Measure on a Ray cluster: auto, local or ray://HOST:PORT; --gpu a100,l4 names several kinds.",
 )
 
 output_options = _stack(

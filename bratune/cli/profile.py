@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import sys
@@ -21,6 +22,7 @@ from bratune.store import Store
 
 if TYPE_CHECKING:
     from bratune.cli.progress import Progress
+    from bratune.cluster import Site
     from bratune.engine import Engine
     from bratune.machine import Machine
     from bratune.measure.settings import MeterSettings
@@ -59,6 +61,7 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
 )
 @options.measuring_options
 @options.engine_options
+@options.cluster_option
 @options.output_options
 @options.config_file
 @click.pass_context
@@ -76,12 +79,9 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     if asked["dump_config"]:
         click.echo(options.dump_config(ctx))
         return 0
-    from bratune.profile.target import device_names
-
     if asked["suite"]:
         asked = _with_suite(asked)
-    names = device_names(asked["device"])
-    jobs = [_job(asked | {"device": name}, several=len(names) > 1) for name in names]
+    jobs = _cluster_jobs(asked) if asked["cluster"] else _local_jobs(asked)
     if asked["dry_run"]:
         for job in jobs:
             _show_plan(job)
@@ -100,7 +100,7 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
 def _confirm(job: _Job, rows: Sequence[Record], asked: dict[str, Any]) -> None:
     """Say whether the fastest whole model stays faster than the baseline in fresh processes."""
     wanted = asked["effort"] == "full" if asked["confirm"] is None else asked["confirm"]
-    if not wanted or job.target.absent or job.replayed:
+    if not wanted or job.target.absent or job.replayed or job.site:
         return
     from bratune.profile.finalists import confirm, whole_models
     from bratune.profile.isolated import IsolatedEngine
@@ -120,8 +120,8 @@ def _run_peers(job: _Job, names: str | None) -> list[Record]:
     """The rows of timm's models, shown one per line; none where nothing can be measured."""
     if not names:
         return []
-    if job.target.absent or job.replayed:
-        click.echo("peers are only ever measured, not modelled or replayed: left out", err=True)
+    if job.target.absent or job.replayed or job.site:
+        click.echo("peers are only ever measured, and here: left out", err=True)
         return []
     from bratune.profile.peers import measure_peers, peer_cells
     from bratune.store import Store
@@ -147,6 +147,7 @@ class _Job:
     flags: Sequence[str]
     stages: tuple[int, ...]
     path: Path
+    site: Site | None = None
 
     @property
     def planned(self) -> Sequence[Planned]:
@@ -155,19 +156,45 @@ class _Job:
         return session.plan(self.request, self.stages)
 
 
-def _job(asked: dict[str, Any], *, several: bool) -> _Job:
-    """The options as a job; with several devices, each has a folder of its own."""
-    from bratune.profile.request import make_request
-    from bratune.profile.target import Target, find_target
+def _local_jobs(asked: dict[str, Any]) -> list[_Job]:
+    """The options as jobs, one per device; with several devices, each has a folder of its own."""
+    from bratune.profile.target import Target, device_names, find_target
 
-    replayed = _replayed(asked)
-    target = (
-        Target(replayed.machine)
-        if replayed
-        else find_target(asked["gpu"], asked["device"], asked["gpu_spec"])
-    )
-    if asked["measured"]:
-        target.require_present()
+    names = device_names(asked["device"])
+    jobs = []
+    for name in names:
+        replayed = _replayed(asked)
+        target = Target(replayed.machine) if replayed else find_target(asked["gpu"], name, asked["gpu_spec"])
+        if asked["measured"]:
+            target.require_present()
+        path = _records_path(asked["output"], target.machine, several=len(names) > 1)
+        jobs.append(_job(asked, target, path, replayed))
+    return jobs
+
+
+def _cluster_jobs(asked: dict[str, Any]) -> list[_Job]:
+    """The options as jobs, one per kind of accelerator of a cluster, each with a folder of its own."""
+    from bratune import cluster
+    from bratune.profile.target import Target
+
+    for flag, off in (("device", "auto"), ("gpu_spec", None), ("replay", None), ("isolate", True)):
+        if asked[flag] != off:
+            raise UsageError(f"--cluster and --{flag.replace('_', '-')} exclude each other; leave one out")
+    cluster.connect(asked["cluster"])
+    keys = () if asked["gpu"] == "auto" else [key.strip() for key in asked["gpu"].split(",")]
+    jobs = []
+    for site in cluster.find_sites(keys):
+        machine = cluster.machine_of(site)
+        folder = (asked["output"] or Path("runs")) / machine.gpu_key
+        job = _job(asked, Target(machine), folder / "records.jsonl", None)
+        jobs.append(dataclasses.replace(job, site=site))
+    return jobs
+
+
+def _job(asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunner | None) -> _Job:
+    """The options as a job on one target."""
+    from bratune.profile.request import make_request
+
     values = options.request_values(asked)
     whole = not asked["stage"] if asked["whole_model"] is None else asked["whole_model"]
     values |= {"regimes": asked["regime"], "l2": asked["l2"], "whole_model": whole}
@@ -175,7 +202,6 @@ def _job(asked: dict[str, Any], *, several: bool) -> _Job:
     if target.absent:
         gpus.check_dtype(target.absent, request.dtype)
     settings, flags = _settings(asked, on_gpu=target.machine.is_cuda)
-    path = _records_path(asked["output"], target.machine, several=several)
     return _Job(target, replayed, request, settings, flags, tuple(asked["stage"]), path)
 
 
@@ -253,6 +279,10 @@ def _engine(job: _Job, asked: dict[str, Any], progress: Progress) -> CellEngine:
     }
     if job.replayed:
         return CellEngine(job.replayed, job.settings, **given)
+    if job.site:
+        from bratune.cluster import ClusterEngine
+
+        return ClusterEngine(job.site, job.settings, **given)
     made = IsolatedEngine if asked["isolate"] else LocalEngine
     return made(job.target.machine, job.settings, **given)
 

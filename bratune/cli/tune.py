@@ -15,6 +15,7 @@ from bratune.cli import options
 from bratune.errors import UsageError
 
 if TYPE_CHECKING:
+    from bratune.cluster import Site
     from bratune.machine import Machine
     from bratune.profile.engine import CellEngine
     from bratune.profile.replay import ReplayRunner
@@ -91,6 +92,7 @@ FORMATS = ("table", "json", "csv", "md")
 @click.option("--join", default="", metavar="URL", help="Help the run that has this storage (and --study).")
 @click.option("--replay", type=click.Path(path_type=Path), metavar="DIR", help="Answer from records.")
 @click.option("--no-isolate", is_flag=True, help="Measure in this process.")
+@options.cluster_option
 @click.option("--no-install", is_flag=True, help='Do not put the plan where backend="auto" finds it.')
 @options.measuring_options
 @click.option(
@@ -228,11 +230,16 @@ def _engines(asked: dict[str, Any], request: Request, folder: Path) -> tuple[Cel
     run_id = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     store = Store(folder / "records.jsonl")
     runner, machine = _replayed(asked), None if asked["replay"] else _machine(asked)
+    site = _site(asked)
 
     def make(**more: Any) -> CellEngine:
         given = {"store": store, "run_id": run_id, **more}
         if runner is not None:
             return CellEngine(runner, settings, **given)
+        if site is not None:
+            from bratune.cluster import ClusterEngine
+
+            return ClusterEngine(site, settings, **given)
         kind = LocalEngine if asked["no_isolate"] else IsolatedEngine
         assert machine is not None
         return kind(machine, settings, **given)
@@ -249,6 +256,24 @@ def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
     return ReplayRunner.of([asked["replay"]], gpu="" if asked["gpu"] == "auto" else asked["gpu"])
 
 
+def _site(asked: dict[str, Any]) -> Site | None:
+    """The nodes to measure on, of the cluster that ``--cluster`` names.
+
+    Raises:
+        UsageError: the cluster has several kinds of GPU and none was chosen: a plan is made for one.
+    """
+    if not asked["cluster"]:
+        return None
+    from bratune import cluster
+
+    cluster.connect(asked["cluster"])
+    sites = cluster.find_sites(() if asked["gpu"] == "auto" else [asked["gpu"]])
+    if len(sites) > 1:
+        kinds = ", ".join(site.accelerator for site in sites)
+        raise UsageError(f"a plan is made for one GPU and the cluster has {kinds}; --gpu would choose one")
+    return sites[0]
+
+
 def _machine(asked: dict[str, Any]) -> Machine:
     """The machine to measure on.
 
@@ -257,6 +282,11 @@ def _machine(asked: dict[str, Any]) -> Machine:
     """
     from bratune.profile.target import find_target
 
+    site = _site(asked)
+    if site is not None:
+        from bratune.cluster import machine_of
+
+        return machine_of(site)
     target = find_target(asked["gpu"], asked["device"])
     target.require_present()
     return target.machine
