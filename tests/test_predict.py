@@ -426,3 +426,41 @@ def test_validate_prints_the_error_of_every_machine(
 def test_problem_sizes_of_a_bare_call_are_enough() -> None:
     p = Problem(batch=2, height=32, width=32, heads=4, head_dim=32, region=(8, 8), topk=4, dtype="float16")
     assert predict_cell(Cell(part="attention", problem=p, backend="gather"), T4).ok
+
+
+# --- profile on an absent board -----------------------------------------------------------------------
+
+
+def test_profile_of_an_absent_gpu_says_first_that_rows_are_modelled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = "profile --gpu a100 --res 512 --stage 1 --no-whole-model --backend gather"
+    assert run([*arguments.split(), "-o", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("A100-SXM4-80GB is not here: rows are modelled, not measured")
+    assert "a100 -> A100-SXM4-80GB (documented default" in err.splitlines()[0]
+    assert "modelled" in out
+    rows = [r for r in Store(tmp_path / "records.jsonl").records() if r.outcome != "started"]
+    assert rows
+    assert {(r.evidence, r.gpu_key) for r in rows} == {("modelled", "a100")}
+
+
+def test_profile_refuses_a_dtype_that_an_absent_gpu_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["profile", "--gpu", "t4", "--dtype", "bf16", "-o", str(tmp_path / "x")]) == 2
+    assert "no bfloat16 arithmetic" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_profile_of_a_described_gpu_uses_its_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / "mine.yaml"
+    spec.write_text("key: mine\nname: My board\nlike: a100\nsm_count: 54\nmemory_gbps: 1000\n")
+    arguments = f"profile --gpu-spec {spec} --stage 1 --no-whole-model --backend gather -o {tmp_path / 'out'}"
+    assert run(arguments.split()) == 0
+    assert capsys.readouterr().err.startswith("My board is not here")
+    rows = Store(tmp_path / "out" / "records.jsonl").records()
+    assert {r.sm_count for r in rows} == {54}
+    assert run(["profile", "--gpu", "a100", "--gpu-spec", str(spec), "-o", str(tmp_path / "o")]) == 2

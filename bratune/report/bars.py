@@ -242,22 +242,24 @@ def energy_panels(bars: Sequence[EnergyBar]) -> list[Panel]:
 
 
 def _energy(work: str, bars: Sequence[EnergyBar]) -> Panel:
-    palette = style.colours(sorted({b.series for b in bars}))
+    names = sorted({b.series for b in bars})
+    palette = style.colours(names)
+    title, short = _without_shared_model(work, names)
     data: list[dict[str, Any]] = []
-    for series in reversed(palette):
+    for series in reversed(names):
         rows = [b for b in bars if b.series == series]
         data.append(
             {
                 "type": "bar",
                 "orientation": "h",
-                "name": series,
-                "legendgroup": series,
+                "name": short[series],
+                "legendgroup": short[series],
                 "y": [b.gpu for b in rows],
                 "x": [b.joules for b in rows],
                 "marker": style.bar_marker(palette[series], "measured"),
                 "customdata": [[b.method, b.note] for b in rows],
                 "hovertemplate": (
-                    f"<b>%{{y}}</b> {series}<br>%{{x:.3g}} J per image (%{{customdata[0]}})"
+                    f"<b>%{{y}}</b> {short[series]}<br>%{{x:.3g}} J per image (%{{customdata[0]}})"
                     "<br>%{customdata[1]}<extra></extra>"
                 ),
             }
@@ -268,5 +270,6 @@ def _energy(work: str, bars: Sequence[EnergyBar]) -> Panel:
         style.axis("", showgrid=False),
         barmode="group",
         bargap=0.28,
+        bargroupgap=0.12,
     )
-    return Panel(work, data, layout, tuple(Key(s, c) for s, c in palette.items()))
+    return Panel(title, data, layout, tuple(Key(short[n], palette[n]) for n in names))

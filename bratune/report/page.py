@@ -86,7 +86,9 @@ def _header(title: str, records: Sequence[Record]) -> str:
     models = sorted({r.model for r in records if r.model})
     dates = sorted({r.timestamp_utc[:10] for r in records if r.timestamp_utc and r.evidence == "measured"})
     period = f"measured {dates[0]}" + (f" to {dates[-1]}" if dates[0] != dates[-1] else "") if dates else ""
-    facts = [f"{len(records)} records", ", ".join(models), period or "nothing in it was measured"]
+    if not any(r.evidence == "measured" and r.ok for r in records):
+        period = "nothing in it was measured"
+    facts = [f"{len(records)} records", ", ".join(models), period]
     legend = "".join(
         f'<li><span class="swatch {name}"></span><b>{name}</b> {EVIDENCE_WORDS[name]}</li>'
         for name in EVIDENCE

@@ -89,6 +89,7 @@ class ScalingPoint(NamedTuple):
     """A time at one image side."""
 
     gpu: str
+    model: str
     series: str
     side: int
     tokens: int
@@ -250,7 +251,7 @@ def complexity(channels: int = 64, topk: int = 1, sides: Sequence[int] = SIDES) 
 
 def scaling(records: Sequence[Record]) -> list[ScalingPoint]:
     """Attention time of one block of stage 1 over image side, where a series has three sides or more."""
-    groups: dict[tuple[str, str], list[ScalingPoint]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[ScalingPoint]] = defaultdict(list)
     for r in timed(records, "attention"):
         if r.stage != 1 or not r.image_height or r.image_height != r.image_width:
             continue
@@ -259,6 +260,7 @@ def scaling(records: Sequence[Record]) -> list[ScalingPoint]:
         series = f"{r.backend if rule in ('', r.backend) else f'{r.backend}, {rule}'}, batch {r.batch}"
         point = ScalingPoint(
             r.gpu_key,
+            r.model,
             series,
             r.image_height,
             (r.height or 0) * (r.width or 0),
@@ -268,7 +270,7 @@ def scaling(records: Sequence[Record]) -> list[ScalingPoint]:
             r.evidence,
             provenance(r),
         )
-        groups[(r.gpu_key, series)].append(point)
+        groups[(r.gpu_key, r.model, series)].append(point)
     return sorted(p for points in groups.values() if len({p.side for p in points}) >= 3 for p in points)
 
 

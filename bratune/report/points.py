@@ -190,7 +190,7 @@ def _pareto_points(
 def scaling_panels(formula: Sequence[ComplexityPoint], times: Sequence[ScalingPoint]) -> list[Panel]:
     """The paper's complexity formula over image side, and times over the same axis."""
     panels = [_formula(formula)]
-    panels += [_scaling(gpu, rows) for gpu, rows in most_telling(by(times, "gpu"))]
+    panels += [_scaling(gpu, rows) for gpu, rows in most_telling(by(times, "gpu", "model"))]
     return panels
 
 
@@ -286,8 +286,8 @@ def _peers(gpu: str, points: Sequence[PeerPoint]) -> Panel:
                 data.append(_peer_points(group, rows, colour, evidence))
     layout = style.layout(
         420,
-        style.axis("10<sup>9</sup> multiply-adds per image", type="log"),
-        style.axis("images per second", type="log"),
+        style.axis("10<sup>9</sup> multiply-adds per image", rangemode="tozero"),
+        style.axis("images per second", rangemode="tozero"),
     )
     return Panel(gpu, data, layout, tuple(Key(g, c, "dot") for g, c in groups.items()))
 
