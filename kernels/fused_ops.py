@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from bratune import machine as machines
 from bratune.kernels.fused_call import Call, call_for
 from bratune.kernels.fused_run import empty_gradients, run_backward, run_forward
+from bratune.kernels.packed import mark_packed, origin_of
 from bratune.machine import Machine
 from bratune.problem import Problem
 
@@ -88,7 +89,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: Call) -> Tensor:
         out, lse = run_forward(q, k, v, routes, call, keep_lse=True)
         ctx.save_for_backward(q, k, v, routes, out, lse)
-        ctx.call = call
+        ctx.call, ctx.origin = call, origin_of(q, k, v)
         return out
 
     @staticmethod
@@ -97,7 +98,7 @@ class _Attend(torch.autograd.Function):
         q, k, v, routes, out, lse = ctx.saved_tensors
         packed = is_packed(q, k, v)
         found = run_backward(grad, q, k, v, routes, out, lse, ctx.call, packed=packed)
-        dq, dk, dv = found[0].chunk(3, -1) if packed else found
+        dq, dk, dv = mark_packed(found[0], [q.shape[-1]] * 3, ctx.origin) if packed else found
         return dq, dk, dv, None, None
 
 

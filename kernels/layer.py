@@ -18,6 +18,7 @@ from bratune.kernels.api import route, routed_attention
 from bratune.kernels.composed import TopkRouting, composed_attention, require_composition
 from bratune.kernels.kv_pool import kv_pool, pool_regions
 from bratune.kernels.nhwc import conv_nhwc, depthwise, linear_1x1, to_nchw, to_nhwc
+from bratune.kernels.packed import split_packed
 from bratune.kernels.registry import get
 from bratune.kernels.routing import region_means, route_pooled
 from bratune.problem import split_map
@@ -185,7 +186,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of a padded map: views of one tensor, ``[B, H, W, channels]``."""
-        q, k, v = self.qkv(x).split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
+        q, k, v = split_packed(self.qkv(x), (self.qk_dim, self.qk_dim, self.dim))
         return q, k, v
 
     def route(self, q: Tensor, k: Tensor) -> Tensor:
@@ -378,7 +379,7 @@ class NCHWBiLevelRoutingAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of an NHWC map: views of one tensor, ``[B, H, W, dim]`` each."""
-        q, k, v = linear_1x1(self.qkv_linear, x).chunk(3, dim=-1)
+        q, k, v = split_packed(linear_1x1(self.qkv_linear, x), (self.dim,) * 3)
         return q, k, v
 
     def route(self, q: Tensor, k: Tensor) -> Tensor:

@@ -1,0 +1,79 @@
+"""A projection split into queries, keys and values, whose gradients are not copied together once more.
+
+Gradients of q, k and v can be written side by side, as slices of one tensor; a split the usual way would then
+copy them into another one, for every layer of a network. `split_packed` recognises gradients of its own
+slices and hands their tensor on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["mark_packed", "origin_of", "split_packed"]
+
+_ORIGIN = "_bratune_origin"
+_WHOLE = "_bratune_whole"
+
+
+def split_packed(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """``x.split(sizes, -1)``, with a backward pass that copies only what does not lie in place yet.
+
+    Where a slice has further gradients (values, from a convolution beside the attention), only that slice is
+    copied.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if traced or not (torch.is_grad_enabled() and x.requires_grad):
+        return torch.split(x, list(sizes), -1)
+    origin = object()
+    parts: tuple[Tensor, ...] = _Split.apply(x, tuple(sizes), origin)  # type: ignore[no-untyped-call]
+    for part in parts:
+        setattr(part, _ORIGIN, origin)
+    return parts
+
+
+def origin_of(*parts: Tensor) -> object | None:
+    """What identifies the one call of `split_packed` that made all of these tensors; else None."""
+    first = getattr(parts[0], _ORIGIN, None)
+    return first if all(getattr(part, _ORIGIN, None) is first for part in parts) else None
+
+
+def mark_packed(whole: Tensor, sizes: Sequence[int], origin: object) -> tuple[Tensor, ...]:
+    """Slices of a gradient that the split they belong to may hand on together.
+
+    Args:
+        whole: The gradient of all parts. The split may write to it: where the gradient of a part became a
+            sum on its way, the sum takes the place of its first term.
+        sizes: Lengths of the parts along the last axis.
+        origin: What `origin_of` says of the parts.
+    """
+    slices = torch.split(whole, list(sizes), -1)
+    for part in slices:
+        setattr(part, _WHOLE, (whole, origin))
+    return slices
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], origin: object) -> tuple[Tensor, ...]:
+        ctx.sizes, ctx.origin = sizes, origin
+        return torch.split(x, list(sizes), -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        whole = next((w for grad in grads if (w := _whole_of(grad, ctx.origin)) is not None), None)
+        if whole is None or torch.is_grad_enabled():
+            return torch.cat(grads, -1), None, None
+        for grad, place in zip(grads, torch.split(whole, list(ctx.sizes), -1), strict=True):
+            if _whole_of(grad, ctx.origin) is not whole:
+                place.copy_(grad)
+        return whole, None, None
+
+
+def _whole_of(grad: Tensor, origin: object) -> Tensor | None:
+    whole: Tensor | None
+    whole, found = getattr(grad, _WHOLE, (None, None))
+    return whole if found is origin else None
