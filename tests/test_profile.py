@@ -14,6 +14,7 @@ from bratune.machine import Machine, detect
 from bratune.measure.meter import meter_for
 from bratune.measure.settings import MeterSettings
 from bratune.profile import session
+from bratune.profile.cells import scenes
 from bratune.profile.engine import CellEngine, LocalRunner
 from bratune.profile.explain import explain_stages
 from bratune.profile.request import Request, make_request
@@ -35,7 +36,7 @@ class FakeEngine:
     machine = CPU
 
     def __init__(self, **times: float | str) -> None:
-        self.times = {"block": 8.0, "model": 100.0} | times
+        self.times: dict[str, float | str] = {"block": 8.0, "model": 100.0, **times}
         self.asked: list[Cell] = []
 
     def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
@@ -162,7 +163,7 @@ def test_a_small_profile_runs_and_its_records_are_complete(tmp_path: Path) -> No
 
 
 def _cell(**changes: Any) -> Cell:
-    (scene,) = session.scenes(make_request(CPU, **SMALL, backends=("gather",)))
+    (scene,) = scenes(make_request(CPU, **SMALL, backends=("gather",)))
     return next(iter(scene.attention_cells(scene.stages[0]))).replace(**changes)
 
 
