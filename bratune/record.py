@@ -17,7 +17,7 @@ from bratune.cell import Cell
 from bratune.errors import StoreError
 from bratune.machine import Machine
 
-__all__ = ["EVIDENCE", "OUTCOMES", "SCHEMA", "Record", "utc_now"]
+__all__ = ["EVIDENCE", "OUTCOMES", "SCHEMA", "Record", "parse_fields", "utc_now"]
 
 SCHEMA = 1
 # In order of trust. `published` is somebody else's number, read from their files.
@@ -232,14 +232,8 @@ class Record:
         Raises:
             StoreError: the schema is newer than this version can read.
         """
-        schema = data.get("schema", SCHEMA)
-        if not isinstance(schema, int) or schema > SCHEMA:
-            raise StoreError(
-                f"the records have schema {schema!r} and this version reads up to {SCHEMA}; "
-                "a newer bratune would read them"
-            )
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in data.items() if k in known})
+        _check_schema(data)
+        return cls(**{k: v for k, v in data.items() if k in _FIELDS})
 
     @classmethod
     def from_json(cls, line: str) -> Record:
@@ -248,10 +242,32 @@ class Record:
         Raises:
             StoreError: the line is not a record.
         """
-        try:
-            data = json.loads(line)
-        except ValueError as error:
-            raise StoreError(f"a line of the records is not JSON ({error})") from None
-        if not isinstance(data, dict):
-            raise StoreError("a line of the records is not a JSON object")
-        return cls.from_dict(data)
+        return cls.from_dict(parse_fields(line))
+
+
+_FIELDS = frozenset(field.name for field in dataclasses.fields(Record))
+
+
+def parse_fields(line: str) -> dict[str, Any]:
+    """The fields of a line that `Record.to_json` wrote, those that are empty left out.
+
+    Raises:
+        StoreError: the line is not a record, or its schema is newer than this version can read.
+    """
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise StoreError(f"a line of the records is not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise StoreError("a line of the records is not a JSON object")
+    _check_schema(data)
+    return data
+
+
+def _check_schema(data: Mapping[str, Any]) -> None:
+    schema = data.get("schema", SCHEMA)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise StoreError(
+            f"the records have schema {schema!r} and this version reads up to {SCHEMA}; "
+            "a newer bratune would read them"
+        )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bratune.errors import StoreError
+from bratune.errors import StoreError, UnknownNameError
 from bratune.record import Record
 from bratune.store import Store, read, read_records, record_files
 
@@ -131,3 +131,13 @@ def test_a_folder_without_permission_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(StoreError, match="Permission denied"):
         Store(tmp_path / "records.jsonl")
+
+
+def test_read_gives_the_columns_that_are_asked_for_in_their_order(tmp_path: Path) -> None:
+    store = Store(tmp_path / "records.jsonl")
+    store.extend([row(2, backend="dense"), row(1, backend="gather")])
+    found = read(store.path, columns=["median_ms", "backend", "reason"])
+    assert list(found.columns) == ["median_ms", "backend", "reason"]
+    assert found.values.tolist() == [[2.0, "dense", ""], [1.0, "gather", ""]]
+    with pytest.raises(UnknownNameError, match=r"no column is called 'medain_ms'.*did you mean median_ms"):
+        read(store.path, columns=["medain_ms"])

@@ -15,7 +15,7 @@ from typing import Any
 from bratune.errors import MissingPackageError, StoreError
 from bratune.profile.cache import key_of
 from bratune.record import Record
-from bratune.store import Store, read_records
+from bratune.store import Store, read_fields, read_records
 
 __all__ = ["compact", "import_records", "merge", "prune"]
 
@@ -97,12 +97,15 @@ def compact(paths: Paths, output: Path) -> int:
         from pyarrow import parquet
     except ImportError:
         raise MissingPackageError("pyarrow", "a compact copy of records", extra="parquet") from None
-    schema = pyarrow.schema([(f.name, _arrow_type(pyarrow, f)) for f in dataclasses.fields(Record)])
+    fields = dataclasses.fields(Record)
+    schema = pyarrow.schema([(f.name, _arrow_type(pyarrow, f)) for f in fields])
     count = 0
     try:
         with parquet.ParquetWriter(output, schema, compression="zstd") as writer:
-            for rows in _batches(row for row in read_records(paths) if row.outcome != "started"):
-                writer.write_table(pyarrow.Table.from_pylist([row.to_dict() for row in rows], schema=schema))
+            finished = (row for row in read_fields(paths) if row.get("outcome") != "started")
+            for rows in _batches(finished):
+                columns = {f.name: [row.get(f.name, f.default) for row in rows] for f in fields}
+                writer.write_table(pyarrow.Table.from_pydict(columns, schema=schema))
                 count += len(rows)
     except OSError as error:
         raise StoreError(f"records cannot be written to {output}: {error.strerror or error}") from None
@@ -119,8 +122,8 @@ def _add(path: Path, rows: Iterable[Record]) -> int:
     return len(new)
 
 
-def _batches(rows: Iterable[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
     for row in rows:
         batch.append(row)
         if len(batch) == _BATCH:
