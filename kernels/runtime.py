@@ -12,7 +12,8 @@ copies the weights: later changes of the model do not reach it.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,13 @@ from bratune.kernels.full_attention import Attention, FullAttention, full_attent
 from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bratune.kernels.nhwc import to_nchw, to_nhwc
 from bratune.kernels.packed_attention import PackedAttention, prefers_mask
+from bratune.kernels.routing import route_pooled
 from bratune.problem import Problem
 
 __all__ = ["FastModel", "GraphRunner", "optimize"]
+
+Module = TypeVar("Module", bound=nn.Module)
+Routed: TypeAlias = BiLevelRoutingAttention | NCHWBiLevelRoutingAttention
 
 
 def optimize(model: Backbone, *, compile: bool = False, graph_input: Tensor | None = None) -> nn.Module:
@@ -70,7 +75,7 @@ class FastModel(nn.Module):
 
     def __init__(self, model: Backbone, *, pack: bool = True) -> None:
         super().__init__()
-        self.check_size = model.check_size
+        self.check_size = _skeleton(model).check_size
         self.features_only = model.features_only
         self.downsample_layers = nn.ModuleList(_folded(layer) for layer in model.downsample_layers)
         self.stages = nn.ModuleList(
@@ -80,9 +85,9 @@ class FastModel(nn.Module):
             for stage in model.stages
         )
         if model.features_only:
-            self.norms = model.extra_norms
+            self.norms = copy.deepcopy(model.extra_norms)
             return
-        self.norm, self.head = model.norm, model.head
+        self.norm, self.head = copy.deepcopy(model.norm), copy.deepcopy(model.head)
         if isinstance(model.norm, nn.BatchNorm2d) and isinstance(model.head, nn.Linear):
             self.norm, self.head = nn.Identity(), norm_then_linear(model.norm, model.head)
 
@@ -116,7 +121,7 @@ class FastBlock(nn.Module):
         if block.pos_embed is not None:
             assert isinstance(block.pos_embed, nn.Conv2d)
             self.pos_embed = FrozenConv(block.pos_embed, residual=True)
-        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.norm1, self.norm2 = copy.deepcopy(block.norm1), copy.deepcopy(block.norm2)
         self.attn = _fast_attention(block.attn, block.gamma1, pack=pack)
         assert isinstance(block.mlp, nn.Sequential)
         first, *between, last = block.mlp
@@ -161,18 +166,16 @@ class _Merged(nn.Module):
 class _FastRouted(_Merged):
     def __init__(
         self,
-        attn: BiLevelRoutingAttention | NCHWBiLevelRoutingAttention,
+        attn: Routed,
         gamma: Tensor | None,
         *,
         pack: bool,
     ) -> None:
-        legacy = isinstance(attn, BiLevelRoutingAttention)
         proj = attn.wo if isinstance(attn, BiLevelRoutingAttention) else attn.output_linear
         super().__init__(attn.lepe, proj, gamma, pack=pack)
         qkv = attn.qkv.qkv if isinstance(attn, BiLevelRoutingAttention) else attn.qkv_linear
         self.qkv = _linear(qkv, None, pack=pack)
-        self.source = attn
-        self.legacy = legacy
+        self.source = _skeleton(attn)
         self.qk_dim = attn.qk_dim if isinstance(attn, BiLevelRoutingAttention) else attn.dim
         self.packed = PackedAttention(
             heads=attn.num_heads, qk_dim=self.qk_dim, n_win=attn.n_win, topk=attn.topk, scale=attn.scale
@@ -187,14 +190,17 @@ class _FastRouted(_Merged):
         tiled = not (q.shape[1] % region[0] or q.shape[2] % region[1])
         tiled = tiled and (q.shape[1] // region[0], q.shape[2] // region[1]) == (self.source.n_win,) * 2
         if self.source.backend == "auto" and tiled and not q.is_cuda:
-            routes = self.source.route_pooled(y) if self.source.pooled_routing else None
-            out = self.packed(qkv, masked=prefers_mask(self._problem(q, region)), routes=routes)
+            masked = prefers_mask(self._problem(q, region))
+            out = self.packed(qkv, masked=masked, routes=self._pooled_routes(y, region))
         else:
+            routes = self._pooled_routes(y, region)
+            if routes is None:
+                routes = self.source.route(q, k)
             out = routed_attention(
                 q,
                 k,
                 v,
-                self.source.route_pooled(y) if self.source.pooled_routing else self.source.route(q, k),
+                routes,
                 heads=self.source.num_heads,
                 region=region,
                 scale=self.source.scale,
@@ -202,6 +208,20 @@ class _FastRouted(_Merged):
                 config=self.source.config,
             )
         return self.merge(out, v, residual)
+
+    def _pooled_routes(self, y: Tensor, region: tuple[int, int]) -> Tensor | None:
+        """Routes from the means of the input, where the layer is made so."""
+        if not self.source.pooled_routing:
+            return None
+        rows = 2 * self.qk_dim
+        bias = self.qkv.bias
+        return route_pooled(
+            y,
+            self.qkv.weight[:rows],
+            None if bias is None else bias[:rows],
+            region=region,
+            topk=self.source.topk,
+        )
 
     def _problem(self, q: Tensor, region: tuple[int, int]) -> Problem:
         return Problem(
@@ -244,7 +264,7 @@ class _AsItIs(nn.Module):
 
     def __init__(self, attn: nn.Module, gamma: Tensor | None) -> None:
         super().__init__()
-        self.attn = attn
+        self.attn = copy.deepcopy(attn)
         self.gamma: Tensor | None
         self.register_buffer("gamma", None if gamma is None else gamma.detach().clone())
 
@@ -265,6 +285,13 @@ def _fast_attention(attn: nn.Module, gamma: Tensor | None, *, pack: bool) -> nn.
         return _FastConvs(attn, gamma, pack=pack)
     assert isinstance(attn, FullAttention)
     return _FastFull(attn, gamma, pack=pack)
+
+
+def _skeleton(module: Module) -> Module:
+    """The module as it is now, without its weights: what it was asked for, and its geometry."""
+    bare = copy.copy(module)
+    bare._parameters, bare._modules = {}, {}
+    return bare
 
 
 def _linear(layer: nn.Module, gamma: Tensor | None, *, pack: bool) -> FrozenLinear:
@@ -305,7 +332,7 @@ class _GeluInPlace(nn.Module):
 class _OnNCHW(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.module = copy.deepcopy(module)
 
     def forward(self, x: Tensor) -> Tensor:
         return to_nhwc(self.module(to_nchw(x)))

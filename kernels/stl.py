@@ -33,6 +33,8 @@ class StageSTL(nn.Module):
 class _BackboneSTL(Backbone):
     """What both layouts share; they differ in how a block is made and in which maps fit."""
 
+    topks: tuple[int, ...]
+
     def __init__(
         self,
         depth: Sequence[int],
@@ -69,7 +71,7 @@ class _BackboneSTL(Backbone):
 
     def check_size(self, height: int, width: int) -> None:
         """Raise a `ProblemError` that names the stage which an image of this size does not fit."""
-        for i in range(len(self.stages)):
+        for i in range(len(self.topks)):
             patch = 4 if i == 0 else 2
             height, width = height // patch, width // patch
             if not height or not width:

@@ -176,6 +176,28 @@ def test_folded_layers_equal_the_pairs_they_stand_for() -> None:
     assert torch.allclose(norm_then_linear(before, head)(x.mean((2, 3))), head(before(x).mean((2, 3))))
 
 
+def test_later_changes_of_the_model_do_not_reach_the_runtime() -> None:
+    torch.manual_seed(0)
+    model, x = tiny().eval(), torch.randn(1, 3, 64, 64)
+    fast = optimize(model)
+    before = outputs(fast, x)[0]
+    operations = count(lambda: fast(x)).operations
+    model.set_backend("gather")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(outputs(fast, x)[0], before)
+    assert count(lambda: fast(x)).operations == operations
+
+
+def test_runtime_routes_by_the_means_of_the_input_where_the_layer_does() -> None:
+    torch.manual_seed(0)
+    model, x = tiny().double().eval(), torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    for module in model.modules():
+        if isinstance(module, BiLevelRoutingAttention):
+            module.pooled_routing = True
+    assert apart(outputs(optimize(model), x)[0], outputs(model, x)[0]) <= TOLERANCE[torch.float64]
+
+
 def test_model_in_training_is_refused() -> None:
     with pytest.raises(ProblemError, match=r"model\.eval\(\)"):
         optimize(build("biformer_tiny"))

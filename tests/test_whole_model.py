@@ -1,0 +1,66 @@
+"""Whole models side by side: agreement before time, ratios within rounds."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bratune.errors import MeasureError
+from bratune.kernels.biformer import BiFormer
+from bratune.profile.whole_model import contenders, contest
+
+
+class Slow(nn.Module):
+    """Takes as long as it is told, on a clock that it turns itself."""
+
+    def __init__(self, clock: list[float], seconds: list[float], error: float = 0.0) -> None:
+        super().__init__()
+        self.clock, self.seconds, self.error = clock, itertools.cycle(seconds), error
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock[0] += next(self.seconds)
+        return x + self.error
+
+
+def test_ratio_is_taken_within_rounds() -> None:
+    clock = [0.0]
+    # The machine is twice as slow in every other round, for both; the first call is the check.
+    models = {"old": Slow(clock, [1.0, 2.0]), "new": Slow(clock, [0.5, 1.0])}
+    found = contest(models, torch.ones(1, 3), rounds=8, clock=lambda: clock[0])
+    old, new = found.rows
+    assert (old.ratio, new.ratio) == (1.0, 2.0)
+    assert new.ratio_interval == (2.0, 2.0)
+    assert new.median_ms == pytest.approx(750.0)
+    assert "2.00x" in found.table()
+
+
+def test_contender_that_computes_something_else_is_not_timed() -> None:
+    clock = [0.0]
+    models = {"old": Slow(clock, [1.0]), "new": Slow(clock, [0.5], error=0.01)}
+    with pytest.raises(MeasureError, match=r"new differs from old by 1\.0e-02"):
+        contest(models, torch.ones(1, 3), rounds=8, clock=lambda: clock[0])
+    assert clock[0] == 1.5
+
+
+def test_real_contenders_agree_and_the_runtime_does_half() -> None:
+    torch.manual_seed(0)
+    model = BiFormer(
+        depth=(1, 1, 1, 1),
+        embed_dim=(32, 32, 32, 32),
+        head_dim=32,
+        n_win=2,
+        num_classes=5,
+        topks=(1, 2, 4, -2),
+        kv_downsample_mode="identity",
+    ).eval()
+    images = torch.randn(1, 3, 64, 64)
+    found = contest(contenders(model, images), images, rounds=6)
+    work = {row.name: row.operations for row in found.rows}
+    assert list(work) == ["published", "gather", "auto", "runtime"]
+    assert work["published"] is not None
+    assert work["runtime"] is not None
+    assert work["runtime"] < work["published"] / 2
+    assert all(row.difference < 1e-5 for row in found.rows)
