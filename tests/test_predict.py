@@ -206,6 +206,18 @@ def test_a_block_is_the_sum_of_its_parts() -> None:
     assert block == pytest.approx(sum(parts))
 
 
+def test_full_attention_is_computed_by_the_module_whatever_a_backend_thinks_of_it() -> None:
+    last = stages(batch=8)[3]
+    assert last.problem is not None
+    cell = attention(1).replace(part="attention", problem=last.problem, stage=4, topk="-2")
+    composed, fused = (predict_cell(cell.replace(backend=b), A100) for b in ("gather", "gather-sdpa"))
+    assert composed.ok
+    assert fused.ok
+    assert composed.median_ms is not None
+    assert fused.median_ms is not None
+    assert composed.median_ms > fused.median_ms
+
+
 # --- rows and refusals --------------------------------------------------------------------------------
 
 
@@ -338,6 +350,11 @@ def test_host_time_per_launch_comes_from_records_that_the_host_limits() -> None:
     c = fit.calibrate(fit.samples_of(records))
     assert c.host_fitted
     assert c.host_us == pytest.approx(12)
+
+
+def test_a_record_that_does_not_say_what_limits_it_is_judged_by_the_model() -> None:
+    rows = [measured(whole(batch=b), H200).replace(launch_bound=None) for b in (1, 128)]
+    assert [s.launch_bound for s in fit.samples_of(rows)] == [True, False]
 
 
 def test_a_cpu_never_informs_the_model_of_a_gpu() -> None:

@@ -50,7 +50,8 @@ class Sample:
         measured_ms: Median.
         base: The estimate without factors.
         name: The factor that it informs: a backend, a part, ``block`` or ``model``.
-        launch_bound: Whether the measurement itself found the host slower than the device.
+        launch_bound: Whether the host was slower than the device; by the model where the record does not
+            say.
         cpu: Whether it was measured on a CPU.
     """
 
@@ -114,7 +115,7 @@ def samples_of(records: Iterable[Record]) -> list[Sample]:
                 measured_ms=record.median_ms,
                 base=base,
                 name=cell.backend if cell.part == "attention" else cell.part,
-                launch_bound=bool(record.launch_bound),
+                launch_bound=base.launch_bound if record.launch_bound is None else record.launch_bound,
                 cpu=board.architecture == "CPU",
             )
         )
@@ -165,7 +166,7 @@ def _factors(c: Coefficients, used: Sequence[Sample]) -> Mapping[str, float]:
     for s in used:
         device_ms = s.base.device_ms
         host_ms = s.base.host_ms if s.cpu else 0.0
-        if s.launch_bound or s.cell.part in ("block", "model") or device_ms <= 0:
+        if (s.launch_bound and not s.cpu) or s.cell.part in ("block", "model") or device_ms <= 0:
             continue
         ratio = max(s.measured_ms - host_ms, 0.1 * s.measured_ms) / device_ms
         ratios[s.name].append(ratio)

@@ -197,7 +197,7 @@ def _calibration_name(cell: Cell) -> str:
 def _stage_backends(cell: Cell) -> list[tuple[Any, str]]:
     """The problems of a cell with the backend of each; full attention is not a backend's business."""
     if cell.part == "attention" and cell.backend:
-        return [(cell.problem, cell.backend)]
+        return [(cell.problem, cell.backend)] if parts.block_of(cell).kind == "routed" else []
     if cell.part == "model":
         return [(b.problem, b.backend) for b, _ in parts.model_blocks(cell) if b.kind == "routed"]
     return []
@@ -230,6 +230,9 @@ def _backend_workspace(problem: Any, name: str) -> int:
 def _memory(cell: Cell) -> dict[str, Any]:
     """Workspace of the backends, and the peak with inputs and weights, by counting what lives at once."""
     calls = _stage_backends(cell)
+    if cell.part == "attention" and not calls:
+        written = sum(op.written for group in parts.groups(cell) for op in group.ops)
+        return {"peak_alloc_mb": (cell.problem.io_bytes + written) / 1e6}
     if not calls:
         return {}
     workspace = max(_backend_workspace(problem, name) for problem, name in calls)

@@ -86,7 +86,7 @@ def block_of(cell: Cell) -> Block:
         return plain
     variant = variants.get_variant(cell.model)
     height, width = variant.maps(*cell.image)[cell.stage - 1] if cell.image[0] else (p.height, p.width)
-    full = p.regions == 1 and variant.topks[cell.stage - 1] < 0
+    full = int(cell.topk or variant.topks[cell.stage - 1]) < 0
     return Block(
         problem=p,
         backend=cell.backend,
