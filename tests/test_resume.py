@@ -11,12 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from bratune.measure.process_tree import TOKEN_VARIABLE
 from bratune.store import read_records
 
 pytestmark = pytest.mark.slow
@@ -26,6 +26,7 @@ COMMAND = (
     "profile --device cpu --model biformer_tiny --res 112 -b 1 --stage 3 --no-whole-model --effort quick "
     "--backend gather --backend dense --backend gather-sdpa"
 )
+MARK = uuid.uuid4().hex
 CELLS = 3 + 7 + 1  # attention by three backends, the other parts of a block, the block
 
 
@@ -36,7 +37,7 @@ def profile(*more: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "BRATUNE_RESUME_TEST": MARK},
     )
 
 
@@ -45,12 +46,12 @@ def table(text: str) -> list[str]:
     return [line for line in text.splitlines() if not line.startswith("biformer_tiny ·")]
 
 
-def workers() -> set[str]:
-    """Processes of any worker that run now."""
+def running() -> set[str]:
+    """Processes of this test's sweeps that run now; every one of them inherits the mark."""
     found = set()
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdigit() and TOKEN_VARIABLE.encode() in (folder / "environ").read_bytes():
+            if folder.name.isdigit() and MARK.encode() in (folder / "environ").read_bytes():
                 found.add(folder.name)
         except OSError:
             continue
@@ -76,7 +77,6 @@ def disturbed(folder: Path, kills: int, seed: int = 1) -> tuple[str, int]:
 
 
 def check(folder: Path, kills: int) -> str:
-    before = workers()
     out, interrupted = disturbed(folder / "run", kills)
     rows = list(read_records([folder / "run"]))
     done = Counter(row.cell_id for row in rows if row.outcome != "started")
@@ -88,8 +88,10 @@ def check(folder: Path, kills: int) -> str:
     replayed, err = replay.communicate()
     assert replay.returncode == 0, err
     assert table(replayed) == table(out)
-    time.sleep(1.0)
-    assert workers() <= before
+    deadline = time.monotonic() + 10
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running(), "a worker outlived its parent"
     lost = sum(row.outcome == "started" for row in rows) - len(done)
     return (
         f"{interrupted} of {kills} kills hit a running sweep; {len(done)} cells, each measured once; "
