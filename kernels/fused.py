@@ -7,12 +7,13 @@ of every query, and only where a gradient is wanted. How: `bratune.kernels.fused
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bratune.backend import Config
 from bratune.kernels import fused_ops
 from bratune.kernels.fused_call import INTERPRETING, as_text, full_config
-from bratune.kernels.fused_families import backward_families, forward_families
+from bratune.kernels.fused_families import TABLE_ROW_BYTES, backward_families, forward_families
 from bratune.machine import Machine
 from bratune.problem import Problem, ceil_div
 
@@ -84,7 +85,7 @@ class TritonBackend:
     def configs(self, problem: Problem, machine: Machine) -> tuple[Config, ...]:
         """The table's settings for the preferred families, then other families and other tiles."""
         default = full_config(problem, {}, machine)
-        found = [default]
+        found = [default, *_variants(default, problem, machine)]
         for family in forward_families(problem)[1:]:
             found.append(full_config(problem, {"forward": family}, machine))
         if problem.backward:
@@ -93,11 +94,33 @@ class TritonBackend:
         return tuple(found)
 
     def workspace_bytes(self, problem: Problem) -> int:
-        """The log-sum-exp of every query, in float32, where a gradient is wanted."""
-        if not problem.backward:
-            return 0
-        return problem.batch * problem.heads * problem.regions * problem.region_tokens * 4
+        """The log-sum-exp of every query where a gradient is wanted; on small maps, the table of routes."""
+        found = 0
+        if "image" in forward_families(problem):
+            found += (
+                problem.batch * (problem.heads if problem.per_head else 1) * problem.regions * TABLE_ROW_BYTES
+            )
+        if problem.backward:
+            found += problem.batch * problem.heads * problem.regions * problem.region_tokens * 4
+        return found
 
     def flops(self, problem: Problem) -> int:
         """Two operations per multiply-add of both products, padding included."""
         return 2 * problem.attention_macs
+
+
+def _variants(
+    default: dict[str, int | str], problem: Problem, machine: Machine
+) -> Iterator[dict[str, int | str]]:
+    """Other settings of the preferred families between which counting instructions does not decide."""
+    warps = int(default["fwd_num_warps"])
+    yield default | {"fwd_num_warps": warps * 2 if warps < 4 else warps // 2}
+    if default["forward"] == "gather":
+        for heads in (2, 4):
+            if problem.heads % heads == 0:
+                yield default | {"fwd_heads_per_program": heads}
+    if default["forward"] == "stationary":
+        yield default | {"fwd_splits": 2 * int(default["fwd_splits"])}
+    # Twice the keys in a tile take more tensor memory than the newest GPUs have.
+    if problem.backward and default["backward"] == "image" and machine.capability < (10, 0):
+        yield default | {"dkv_block_n": 64}

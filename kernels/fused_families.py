@@ -18,6 +18,7 @@ __all__ = [
     "BACKWARD",
     "FORWARD",
     "IMAGE_REGIONS",
+    "TABLE_ROW_BYTES",
     "backward_families",
     "block_d",
     "forward_families",
@@ -39,6 +40,7 @@ BACKWARD = {
 
 # A map is small up to here; a row of its table of counts has a place for every region.
 IMAGE_REGIONS = 64
+TABLE_ROW_BYTES = 2 * IMAGE_REGIONS
 _IMAGE_TOKENS = 256
 # One tile of the image family's backward pass holds q, and another one its gradient, of a whole map.
 _IMAGE_TILE_BYTES = 32 * 1024

@@ -2,7 +2,7 @@
 
 On a map of at most 256 tokens a tile holds so many regions that skipping those that were not chosen saves
 nothing; what counts is how cheaply a tile learns which of its keys count, and how often. Routes become a
-table of counts, *query region x key region*, in float16. The counts of a tile are then one more product on
+table of counts, *query region x key region*, a byte each. The counts of a tile are then one more product on
 the tensor cores: rows of the table times a matrix of ones that repeats every key region over its tokens. A
 count of zero masks a key, a count of two weighs it twice, so that duplicates need no case of their own.
 
@@ -48,18 +48,18 @@ def route_counts_kernel(
         counts += (route[:, None] == column[None, :]).to(tl.int32)
     rows = counts_ptr + table * (REGIONS * ROW)
     offsets = region[:, None] * ROW + column[None, :]
-    tl.store(rows + offsets, counts.to(tl.float16), mask=(region < REGIONS)[:, None])
+    tl.store(rows + offsets, counts.to(tl.int8), mask=(region < REGIONS)[:, None])
 
 
 def route_counts(routes: Tensor, regions: int) -> Tensor:
-    """How often every query region was routed to every key region, ``[B, maps, R, 128]`` float16.
+    """How often every query region was routed to every key region, ``[B, maps, R, 128]`` int8.
 
     Args:
         routes: ``[B, R, topk]`` or ``[B, heads, R, topk]``, integers, any strides.
         regions: Regions of the map, at most 64; columns beyond are zero.
     """
     maps = routes.shape[1] if routes.dim() == 4 else 1
-    counts = routes.new_empty((routes.shape[0], maps, regions, _ROW), dtype=torch.float16)
+    counts = routes.new_empty((routes.shape[0], maps, regions, _ROW), dtype=torch.int8)
     route_counts_kernel[(routes.shape[0] * maps,)](
         routes, counts, *route_strides(routes),
         REGIONS=regions, TOPK=routes.shape[-1], MAPS=maps,
@@ -102,9 +102,9 @@ def _image_fwd_tile(
     k = load_rows(k_base + (y * k_y + x * k_x)[:, None] + (c * k_c)[None, :], k_mask, GUARD)  # [N, D]
     v = load_rows(v_base + (y * v_y + x * v_x)[:, None] + (c * v_c)[None, :], k_mask, GUARD)  # [N, D]
     j = tl.arange(0, SPAN)
-    counts = tl.load(count_rows[:, None] + (first_region + j)[None, :], mask=row_ok[:, None], other=0.0)
+    counts = tl.load(count_rows[:, None] + (first_region + j)[None, :], mask=row_ok[:, None], other=0)
     repeat = ((j[:, None] == key_region[None, :]) & counted[None, :]).to(tl.float16)  # [SPAN, N]
-    often = tl.dot(counts, repeat)  # [M, N], exact: counts are at most 64
+    often = tl.dot(counts.to(tl.float16), repeat)  # [M, N], exact: counts are at most 64
     s = tl.where(often > 0, product(q, tl.trans(k), PRECISION, UPCAST), float("-inf"))  # [M, N]
     new_top = tl.maximum(top, tl.max(s, 1) * logit_scale)
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -210,10 +210,10 @@ def _image_bwd_step(
     delta = tl.load(delta_rows + m, mask=query_ok, other=0.0)  # [M]
     columns = first_region + tl.arange(0, SPAN)
     counts = tl.load(
-        count_table + (region * ROW)[:, None] + columns[None, :], mask=query_ok[:, None], other=0.0
+        count_table + (region * ROW)[:, None] + columns[None, :], mask=query_ok[:, None], other=0
     )  # [M, SPAN]
     repeat = (tl.arange(0, SPAN)[:, None] == key_region[None, :]) & counted[None, :]  # [SPAN, N]
-    often = tl.dot(counts, repeat.to(tl.float16))  # [M, N]
+    often = tl.dot(counts.to(tl.float16), repeat.to(tl.float16))  # [M, N]
     s = product(q, tl.trans(k), PRECISION, UPCAST)  # [M, N]
     # A key that does not count may have any score, also one whose power of two is infinite.
     p = tl.exp2(tl.where(often > 0, s * logit_scale - lse[:, None], float("-inf"))) * often
