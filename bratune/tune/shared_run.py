@@ -77,6 +77,7 @@ def train_shared(
     recipe: Recipe,
     *,
     seed: int = 0,
+    augment: Callable[[Tensor, torch.Generator], Tensor] = lambda images, generator: images,
 ) -> list[float]:
     """Train a classifier, every step with the setting that ``choose`` returns; returns the loss of each step.
 
@@ -87,6 +88,7 @@ def train_shared(
         choose: Called once per step; always the same setting makes it an ordinary training.
         recipe: How.
         seed: Of the order of the images.
+        augment: Changes the images of a step before they are used.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(
@@ -103,7 +105,7 @@ def train_shared(
         rows, order = order[: recipe.batch], order[recipe.batch :]
         setting = choose()
         reroute(model, setting.n_win, setting.topks)
-        logits = model(images[rows].to(device))
+        logits = model(augment(images[rows], generator).to(device))
         loss = nn.functional.cross_entropy(logits, labels[rows].to(device), label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

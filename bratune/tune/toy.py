@@ -1,8 +1,7 @@
 """Toy study: does the divergence rank settings of trained weights? On real pixels, in minutes, on a CPU.
 
-Scikit-learn's scanned digits on a cluttered canvas are classified by a small BiFormer. It is trained three
-times: with the reference setting, sparser, and with full attention. Every setting is then tried without
-retraining.
+Scikit-learn's scanned digits on a cluttered canvas are classified by a small BiFormer. It is trained twice:
+with a setting like the authors' and with a sparser one. Other settings are then tried without retraining.
 """
 
 from __future__ import annotations
@@ -29,10 +28,12 @@ from bratune.tune.space import Space
 __all__ = ["SIDE", "SMOKE", "Toy", "canvas_digits", "run_toy", "toy_model", "toy_space", "train_toy"]
 
 SIDE = 64
+# Grey noise on canvases from 0 to 1, and what they are divided by.
+NOISE, SPREAD = 0.1, 0.25
 # The settings that weights are trained with: S = 4 in every stage (16 regions).
-TRAINED = {"reference": (1, 4, 8, -2), "sparse": (1, 1, 2, -2), "full": (16, 16, 16, -2)}
+TRAINED = {"reference": (1, 4, 8, -2), "sparse": (1, 1, 2, -2)}
 
-TRAINING = Recipe(steps=300, batch=64, learning_rate=2e-3)
+TRAINING = Recipe(steps=160, batch=48, learning_rate=2e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +49,10 @@ class Toy:
 
     train: int = 2048
     proxy: int = 128
-    test: int = 600
-    settings: int = 24
+    test: int = 400
+    settings: int = 16
     recipe: Recipe = TRAINING
-    trained: tuple[str, ...] = ("reference", "sparse", "full")
+    trained: tuple[str, ...] = ("reference", "sparse")
 
 
 # Seconds, and too little training to prove anything.
@@ -88,15 +89,25 @@ def canvas_digits(count: int, *, part: str, seed: int = 0) -> Pictures:
     labels = torch.zeros(count, dtype=torch.int64)
     noise = torch.Generator().manual_seed(seed + (part == "train"))
     for n in range(count):
-        for _ in range(6):
+        for _ in range(2):
             _paste(images[n, 0], pixels[rng.choice(rows)][: rng.randint(2, 4)], rng.randint(10, 16), rng)
         row = rng.choice(rows)
-        _paste(images[n, 0], pixels[row], rng.randint(20, 28), rng)
+        _paste(images[n, 0], pixels[row], rng.randint(40, 48), rng)
         labels[n] = int(scans.target[row])
-    images = images + 0.15 * torch.randn(images.shape, generator=noise)
-    images = ((images - 0.2) / 0.35).expand(-1, 3, -1, -1).contiguous()
+    images = images + NOISE * torch.randn(images.shape, generator=noise)
+    images = ((images - 0.1) / SPREAD).expand(-1, 3, -1, -1).contiguous()
     key = f"digits-{part}-{seed}-{count}"
     return Pictures(images=images, labels=labels, classes=tuple("0123456789"), key=key)
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The canvases moved by up to 4 pixels (what leaves comes back on the other side), with fresh noise.
+
+    Without it a thousand canvases are learnt by heart in minutes.
+    """
+    down, right = (int(v) for v in torch.randint(-4, 5, (2,), generator=generator))
+    moved = images.roll((down, right), dims=(2, 3))
+    return moved + NOISE / SPREAD * torch.randn(len(images), 1, SIDE, SIDE, generator=generator)
 
 
 def _paste(canvas: Tensor, scan: Tensor, side: int, rng: random.Random) -> None:
@@ -134,7 +145,9 @@ def train_toy(setting: Setting, toy: Toy, *, seed: int = 0) -> tuple[Backbone, l
     model = toy_model()
     pictures = canvas_digits(toy.train, part="train", seed=seed)
     assert pictures.labels is not None
-    losses = train_shared(model, pictures.images, pictures.labels, lambda: setting, toy.recipe, seed=seed)
+    losses = train_shared(
+        model, pictures.images, pictures.labels, lambda: setting, toy.recipe, seed=seed, augment=shifted
+    )
     return model, losses
 
 

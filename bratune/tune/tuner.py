@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 __all__ = ["Tuner"]
 
 # Shares of the budget after which a phase must be over.
-CELLS_UNTIL, LOSSES_UNTIL = 0.55, 0.7
+CELLS_UNTIL, LOSSES_UNTIL = 0.5, 0.6
 # Largest share kept free for the closing comparison.
-MOST_RESERVED = 0.35
+MOST_RESERVED = 0.25
 POLL_S = 0.5
 
 
