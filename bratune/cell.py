@@ -19,7 +19,7 @@ from bratune.problem import Problem
 
 __all__ = ["L2_STATES", "PARTS", "REGIMES", "ROUTE_KINDS", "Cell"]
 
-# What a cell times. The first seven add up to `block`; `model` is the whole network.
+# What a cell times. The first eight add up to `block`; `model` is the whole network.
 PARTS = (
     "pos_embed",
     "norm",

@@ -173,15 +173,7 @@ def _read(path: Path, *, trust: bool) -> Any:
             f"{path} holds objects of the package {error.name}, which is not installed; "
             f"pip install {error.name} would help"
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        UnicodeDecodeError,
-    ) as error:
+    except Exception as error:  # bytes that are no weights make the reader raise anything
         state = "is cut short or damaged" if _is_archive(path) else "is not a weights file"
         raise CheckpointError(f"{path} {state}: {_first_line(error)}") from None
 

@@ -79,6 +79,8 @@ BAD = [
     ("profile --suite imagenet", 2, "no suite is called 'imagenet'; these are: classification-224"),
     ("profile --config nowhere.yaml", 2, "nowhere.yaml cannot be read: No such file"),
     ("profile --images nowhere --stage 1 --backend gather", 2, "there are no pictures"),
+    ("profile --checkpoint nowhere.pth", 1, "nowhere.pth"),
+    ("profile --checkpoint README.md", 1, "README.md"),
     ("profile --no-such-flag", 2, "No such option"),
     ("profile surplus", 2, "unexpected extra argument"),
     ("profile -o README.md", 2, "--output takes a folder, README.md is a file"),

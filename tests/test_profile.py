@@ -152,7 +152,7 @@ def test_a_small_profile_runs_and_its_records_are_complete(tmp_path: Path) -> No
         assert row.n_samples == 2
         assert row.run_id == "a-run"
         assert row.repro.startswith("bratune profile --model biformer_tiny")
-        assert (row.speedup is not None) == bool(row.backend)
+        assert (row.speedup is not None) == bool(row.backend) or row.part == "block"
     checked = [row for row in rows if row.backend]
     assert all(row.max_rel_err is not None and row.max_rel_err < 1e-5 for row in checked)
     assert {row.stage for row in rows if row.part == "block"} == {1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor
 
 from bratune.cell import PARTS, Cell
-from bratune.errors import UsageError
+from bratune.errors import CheckpointError, UsageError
+from bratune.kernels.biformer import build
 from bratune.kernels.blocks import Residual
 from bratune.machine import detect
 from bratune.measure import gate
 from bratune.profile import work
 from bratune.profile.cells import Scene
 from bratune.profile.request import Request
-from bratune.profile.scenery import block_for, scenery_for
+from bratune.profile.scenery import block_for, check_checkpoint, model_for, scenery_for
 from bratune.profile.steps import State, Step, steps_of
 from bratune.variant import VARIANTS, get_task
 
@@ -211,3 +213,17 @@ def test_the_rest_of_a_block_is_every_other_step_in_the_order_of_the_block(
     made.call()
     expected = ["attention", "lepe", "proj", "norm", "mlp", "pos_embed", "norm", "qkv", "routing"]
     assert ran == expected
+
+
+def test_a_checkpoint_gives_the_weights_of_blocks_and_models(tmp_path: Path) -> None:
+    published = build("biformer_tiny", num_classes=10)
+    path = tmp_path / "weights.pth"
+    torch.save({"model": published.state_dict()}, path)
+    found = scene(checkpoint=str(path))
+    block = block_for(cells(found, 2)["block"], "cpu").state_dict()
+    weights = published.state_dict()
+    assert all(torch.equal(value, weights[f"stages.1.0.{name}"]) for name, value in block.items())
+    model = model_for(found.model_cell(("gather",)), "cpu").state_dict()
+    assert torch.equal(model["downsample_layers.0.0.weight"], weights["downsample_layers.0.0.weight"])
+    with pytest.raises(CheckpointError, match="does not fit"):
+        check_checkpoint("biformer_base", "classification", str(path))

@@ -41,6 +41,12 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
 @options.what_options
 @options.work_options
 @click.option("--stage", type=click.IntRange(1, 4), multiple=True, help="Only this stage; repeatable.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Weights of the model, so that recorded routes are its own.  [default: seeded random weights]",
+)
 @click.option("--suite", metavar="NAME", help="A list of measurements, see `bratune list suites`.")
 @click.option(
     "--whole-model/--no-whole-model",
@@ -198,6 +204,7 @@ def _job(asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunn
     values = options.request_values(asked)
     whole = not asked["stage"] if asked["whole_model"] is None else asked["whole_model"]
     values |= {"regimes": asked["regime"], "l2": asked["l2"], "whole_model": whole}
+    values["checkpoint"] = str(asked["checkpoint"] or "")
     request = make_request(target.machine, **values)
     if target.absent:
         gpus.check_dtype(target.absent, request.dtype)

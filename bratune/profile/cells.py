@@ -92,6 +92,8 @@ class Scene:
     def _cell(self, part: str, stage: Stage, **values: Any) -> Cell:
         request = self.request
         assert stage.problem is not None
+        data = {"images": request.images, "checkpoint": request.checkpoint}
+        data = {name: path for name, path in data.items() if path}
         return Cell(
             part=part,
             problem=stage.problem,
@@ -107,7 +109,7 @@ class Scene:
             layout=request.layout,
             amp=request.amp,
             seed=request.seed,
-            extra=json.dumps({"images": request.images} if request.images else {}),
+            extra=json.dumps(data),
             **values,
         )
 

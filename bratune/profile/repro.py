@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 
@@ -36,6 +37,8 @@ def command_for(cell: Cell, *, extra: Sequence[str] = ()) -> str:
     else:
         words += ["--stage", str(cell.stage), *_grid_flags(cell)]
         words += ["--routes", cell.route_distribution] if cell.route_distribution != "recorded" else []
+    for name, path in json.loads(cell.extra).items():
+        words += [f"--{name}", path]
     for name in dict.fromkeys(cell.backend.split(",")):
         words += ["--backend", name] if name else []
     return shlex.join([*words, *extra])

@@ -39,6 +39,7 @@ class Request:
         whole_model: Time whole models too.
         seed: Seed of weights, images and routes.
         images: Folder of pictures to feed; empty for synthetic images.
+        checkpoint: Weights file of the model; empty for seeded random weights.
     """
 
     models: tuple[str, ...]
@@ -58,6 +59,7 @@ class Request:
     whole_model: bool = True
     seed: int = 0
     images: str = ""
+    checkpoint: str = ""
 
     def __post_init__(self) -> None:
         if not self.backends:
@@ -111,6 +113,7 @@ def make_request(
     whole_model: bool = True,
     seed: int = 0,
     images: str = "",
+    checkpoint: str = "",
 ) -> Request:
     """A request with the defaults that suit a machine.
 
@@ -120,9 +123,11 @@ def make_request(
 
     Raises:
         UsageError: a value does not fit; ProblemError for S and top-k.
+        CheckpointError: the weights file cannot be read, or does not fit a model.
     """
     from bratune.kernels import registry
     from bratune.profile.inputs import picture_files
+    from bratune.profile.scenery import check_checkpoint
 
     if images:
         picture_files(Path(images))
@@ -148,7 +153,10 @@ def make_request(
         whole_model=whole_model,
         seed=seed,
         images=images,
+        checkpoint=checkpoint,
     )
+    for name in names if checkpoint else ():
+        check_checkpoint(name, chosen.name, checkpoint)
     numbers = {auto_batch(request, machine) if b == "auto" else int(b) for b in batches}
     return dataclasses.replace(request, batches=tuple(sorted(numbers)) or (1,))
 

@@ -19,11 +19,12 @@ from bratune.cell import Cell
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.biformer import build
 from bratune.kernels.blocks import Residual
+from bratune.kernels.checkpoint import load_weights
 from bratune.problem import factors_that_tile
 from bratune.profile.inputs import make_images
 from bratune.variant import Variant, get_task, get_variant
 
-__all__ = ["Scenery", "block_for", "images_for", "model_for", "scenery_for"]
+__all__ = ["Scenery", "block_for", "check_checkpoint", "images_for", "model_for", "scenery_for"]
 
 # Captures maps without writing scores: the data of a stage must not depend on what fits into memory.
 CAPTURE_BACKEND = "gather-sdpa"
@@ -44,7 +45,7 @@ class Scenery:
 
 def images_for(cell: Cell, device: str) -> Tensor:
     """The images of a cell on a device, in the cell's dtype and memory order."""
-    folder = str(_extra(cell).get("images", ""))
+    folder, _ = _sources(cell)
     images = make_images(cell.problem.batch, *cell.image, seed=cell.seed, folder=folder)
     order = torch.channels_last if cell.layout == "nhwc" else torch.contiguous_format
     return images.to(device=device, dtype=_weight_dtype(cell), memory_format=order)
@@ -59,6 +60,9 @@ def model_for(cell: Cell, device: str) -> Backbone:
     topks = [int(k) for k in cell.topk.split(",")]
     names = cell.backend.split(",")
     model = _seeded(cell.model, cell.seed, task=cell.task, n_win=windows, topks=topks)
+    _, checkpoint = _sources(cell)
+    if checkpoint:
+        load_weights(model, checkpoint, skip_head=True)
     configs = [cell.settings.get(str(i + 1)) for i in range(len(topks))]
     model.set_backend(names[0] if len(names) == 1 else names, configs)
     model = model.to(device=device, dtype=_weight_dtype(cell))
@@ -86,13 +90,18 @@ def block_for(cell: Cell, device: str) -> Residual:
     return block.to(device=device, dtype=_weight_dtype(cell)).eval()
 
 
+def check_checkpoint(model: str, task: str, path: str) -> None:
+    """Refuse a weights file that cannot be read or does not fit a model; raises `CheckpointError`."""
+    variant = get_variant(model)
+    windows, topks = _published_grid(variant, (224, 224), 7)
+    load_weights(_seeded(model, 0, task=task, n_win=windows, topks=topks), path, skip_head=True)
+
+
 def scenery_for(cell: Cell, device: str) -> Scenery:
     """The scenery that a cell shares with every other cell of its model, images, batch and dtype."""
     p = cell.problem
-    images = str(_extra(cell).get("images", ""))
-    return _capture(
-        cell.model, cell.task, cell.image, p.batch, p.dtype, cell.amp, cell.layout, cell.seed, images, device
-    )
+    how = (p.dtype, cell.amp, cell.layout, cell.seed)
+    return _capture(cell.model, cell.task, cell.image, p.batch, *how, *_sources(cell), device)
 
 
 @functools.lru_cache(maxsize=2)
@@ -106,11 +115,14 @@ def _capture(
     layout: str,
     seed: int,
     folder: str,
+    checkpoint: str,
     device: str,
 ) -> Scenery:
     variant = get_variant(model)
     windows, topks = _published_grid(variant, image, get_task(task).n_win if task else 7)
-    net = _seeded(model, seed, n_win=windows, topks=topks)
+    net = _seeded(model, seed, task=task, n_win=windows, topks=topks)
+    if checkpoint:
+        load_weights(net, checkpoint, skip_head=True)
     net.set_backend(CAPTURE_BACKEND)
     weights = tuple({k: v.clone() for k, v in _first_block(s).state_dict().items()} for s in net.stages)
     weight_dtype = torch.float32 if amp else getattr(torch, dtype)
@@ -176,5 +188,7 @@ def _weight_dtype(cell: Cell) -> torch.dtype:
     return dtype
 
 
-def _extra(cell: Cell) -> dict[str, Any]:
-    return dict(json.loads(cell.extra))
+def _sources(cell: Cell) -> tuple[str, str]:
+    """The folder of pictures and the weights file of a cell; empty where it has none."""
+    extra = json.loads(cell.extra)
+    return str(extra.get("images", "")), str(extra.get("checkpoint", ""))
