@@ -15,8 +15,10 @@ from bratune.predict.compile import Launch, compile_for
 from bratune.predict.targets import TARGETS, get_target
 
 
-@triton.jit
-def product_kernel(x_ptr, y_ptr, rows, stride, block: tl.constexpr, width: tl.constexpr = 64):
+@triton.jit  # type: ignore[untyped-decorator]
+def product_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, y_ptr, rows, stride, block: tl.constexpr, width: tl.constexpr = 64
+):
     i, j = tl.arange(0, block), tl.arange(0, width)
     total = tl.zeros((block, block), tl.float32)
     for start in range(0, rows, block):

@@ -85,7 +85,7 @@ def launch_of(target: str = "sm90", programs: int = 6272) -> Launch:
     from bratune.predict.targets import get_target
 
     class Stub(Launch):
-        listing = listing(exps=4)  # type: ignore[assignment]
+        listing = listing(exps=4)
         resources = type("R", (), {"resident_warps": 32})()
 
     return Stub(
@@ -101,6 +101,8 @@ def launch_of(target: str = "sm90", programs: int = 6272) -> Launch:
 
 def test_the_estimate_is_the_longest_bound_at_its_reachable_rate() -> None:
     board = board_of("sm90")
+    assert board.memory_gbps is not None
+    assert board.boost_mhz is not None
     cost = cost_of(launch_of(), "gather_fwd", STAGE_1, board)
     assert cost.bound == "memory"
     assert cost.memory_us == pytest.approx(1e6 * (4 * PASS + 4 * 128 * 2 * 3136) / (board.memory_gbps * 1e9))

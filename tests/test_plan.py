@@ -110,13 +110,13 @@ def test_model_of_a_plan_from_elsewhere_says_so_once(tmp_path: Path) -> None:
     import bratune
 
     path = make_plan(backend="gather").save(tmp_path / "plan.json")
-    small = {"depth": (1, 1, 1, 1), "num_classes": 3}
+    small: dict[str, Any] = {"depth": (1, 1, 1, 1), "num_classes": 3}
     with pytest.warns(UserWarning, match="its times may not hold here"):
         model = bratune.create_model(path, **small)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bratune.create_model(path, **small)
-    routed = [m for m in model.modules() if hasattr(m, "topk") and hasattr(m, "n_win")]
+    routed: list[Any] = [m for m in model.modules() if hasattr(m, "topk") and hasattr(m, "n_win")]
     assert [(m.n_win, m.topk, m.backend) for m in routed] == [
         (7, 1, "gather"),
         (7, 4, "gather"),

@@ -49,7 +49,7 @@ def mask_of(routes: Tensor, kv_regions: int) -> Tensor:
     chosen = torch.zeros(*routes.shape[:2], words * 64, dtype=torch.int64, device=routes.device)
     chosen.scatter_(-1, routes, 1)
     bit = torch.arange(64, device=routes.device)
-    return (chosen.unflatten(-1, (words, 64)) << bit).sum(-1)
+    return (chosen.view(*routes.shape[:2], words, 64) << bit).sum(-1)
 
 
 def inverse_of(routes: Tensor, kv_regions: int) -> tuple[Tensor, Tensor]:
