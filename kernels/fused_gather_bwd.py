@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from bratune.kernels.fused_call import Call, is_wide, precision, route_strides
-from bratune.kernels.fused_tiles import load_rows, position, product, routed_keys
+from bratune.kernels.fused_tiles import channels, load_rows, position, product, routed_keys
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +49,13 @@ def gather_bwd_dq_kernel(
     GUARD_K: tl.constexpr = (not KV_EVEN) or D != BLOCK_D or not FULL
 
     pid = tl.program_id(0)
-    head = pid % HEADS
+    head = (pid % HEADS).to(tl.int64)
     pid = pid // HEADS
     token = (pid % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     region = (pid // TILES) % REGIONS
     b = (pid // (TILES * REGIONS)).to(tl.int64)
 
-    c = tl.arange(0, BLOCK_D)
+    c = channels(BLOCK_D, WIDE)
     lane = c < D
     y, x = position(region, token, GRID_W, RH, RW, WIDE)
     query_ok = token < TOKENS
@@ -136,13 +136,13 @@ def gather_bwd_dkv_kernel(
     GUARD_K: tl.constexpr = (not KV_EVEN) or D != BLOCK_D or KV_TOKENS % BLOCK_N != 0
 
     pid = tl.program_id(0)
-    head = pid % HEADS
+    head = (pid % HEADS).to(tl.int64)
     pid = pid // HEADS
     token = (pid % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
     region = (pid // TILES) % KV_REGIONS
     b = (pid // (TILES * KV_REGIONS)).to(tl.int64)
 
-    c = tl.arange(0, BLOCK_D)
+    c = channels(BLOCK_D, WIDE)
     lane = c < D
     y, x = position(region, token, KV_GRID_W, KRH, KRW, WIDE)
     exists = token < KV_TOKENS

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from bratune.kernels.fused_call import Call, is_wide, precision, route_strides
-from bratune.kernels.fused_tiles import load_rows, position, product, routed_keys
+from bratune.kernels.fused_tiles import channels, load_rows, position, product, routed_keys
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,13 +63,13 @@ def gather_fwd_kernel(
     GUARD_K: tl.constexpr = (not KV_EVEN) or D != BLOCK_D or not FULL
 
     pid = tl.program_id(0)
-    first_head = (pid % GROUPS) * HEADS_PER_PROGRAM
+    first_head = ((pid % GROUPS) * HEADS_PER_PROGRAM).to(tl.int64)
     pid = pid // GROUPS
     token = (pid % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     region = (pid // TILES) % REGIONS
     b = (pid // (TILES * REGIONS)).to(tl.int64)
 
-    c = tl.arange(0, BLOCK_D)
+    c = channels(BLOCK_D, WIDE)
     lane = c < D
     y, x = position(region, token, GRID_W, RH, RW, WIDE)
     query_ok = token < TOKENS

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from bratune.kernels.fused_call import Call, is_wide, precision, route_strides
 from bratune.kernels.fused_families import IMAGE_REGIONS
-from bratune.kernels.fused_tiles import load_rows, position, product
+from bratune.kernels.fused_tiles import channels, load_rows, position, product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,10 +132,10 @@ def image_fwd_kernel(
     WHOLE: tl.constexpr = TOKENS // BLOCK_N
     GUARD: tl.constexpr = (not EVEN) or D != BLOCK_D
     pid = tl.program_id(0)
-    head = pid % HEADS
+    head = (pid % HEADS).to(tl.int64)
     m = ((pid // HEADS) % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = (pid // (HEADS * TILES)).to(tl.int64)
-    c = tl.arange(0, BLOCK_D)
+    c = channels(BLOCK_D, WIDE)
     lane = c < D
     region = m // (RH * RW)
     y, x = position(region, m % (RH * RW), GRID_W, RH, RW, WIDE)
@@ -307,9 +307,9 @@ def image_bwd_kernel(
     """Grid: images x heads. At most four tiles of queries: their gradients stay in registers."""
     TOKENS: tl.constexpr = REGIONS * RH * RW
     WHOLE: tl.constexpr = TOKENS // BLOCK_N
-    head = tl.program_id(0) % HEADS
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
     b = (tl.program_id(0) // HEADS).to(tl.int64)
-    c = tl.arange(0, BLOCK_D)
+    c = channels(BLOCK_D, WIDE)
     lane = c < D
     q_base = q_ptr + b * q_b + head * D * q_c
     k_base = k_ptr + b * k_b + head * D * k_c

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from bratune.kernels.fused_call import Call, is_wide, precision, route_strides
-from bratune.kernels.fused_tiles import load_rows, position, product
+from bratune.kernels.fused_tiles import channels, load_rows, position, product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,9 +46,9 @@ def stationary_fwd_kernel(
     GUARD_K: tl.constexpr = (not KV_EVEN) or D != BLOCK_D or KEYS != BLOCK_N
     pid = tl.program_id(0)
     first_region = (pid % SPLITS) * REGIONS_PER_PROGRAM
-    head = (pid // SPLITS) % HEADS
+    head = ((pid // SPLITS) % HEADS).to(tl.int64)
     b = (pid // (SPLITS * HEADS)).to(tl.int64)
-    c = tl.arange(0, BLOCK_D)
+    c = channels(BLOCK_D, WIDE)
     lane = (c < D)[None, None, :]
     m = tl.arange(0, BLOCK_M)[None, :]
     n = tl.arange(0, BLOCK_N)[None, :]

@@ -39,6 +39,15 @@ def position(region, token, GRID_W: tl.constexpr, RH: tl.constexpr, RW: tl.const
 
 
 @triton.jit
+def channels(BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    """The channels of a head, 64-bit where `position` is: they may be far apart."""
+    c = tl.arange(0, BLOCK_D)
+    if WIDE:
+        c = c.to(tl.int64)
+    return c
+
+
+@triton.jit
 def load_rows(pointers, mask, GUARD: tl.constexpr):
     """A tile; where ``GUARD`` is set, zeros wherever ``mask`` is off."""
     if GUARD:

@@ -177,6 +177,14 @@ def test_scores_of_ten_thousand_stay_finite(case: Case) -> None:
 
 
 @interpreter
+@pytest.mark.parametrize("case", with_pairs(Case(map=(4, 8), heads=2, topk=1, layout="nchw")), ids=str)
+def test_addresses_of_64_bits_are_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("gather_fwd", "gather_bwd", "stationary", "image"):
+        monkeypatch.setattr(f"bratune.kernels.fused_{module}.is_wide", lambda *maps: True)
+    assert_right(case)
+
+
+@interpreter
 @pytest.mark.parametrize("case", with_pairs(Case(heads=2, routes="hub")), ids=str)
 def test_two_runs_give_the_same_bits(case: Case) -> None:
     s = sample(case)

@@ -170,14 +170,18 @@ def test_batches_of_more_than_two_to_the_31_numbers_are_right_to_the_end(topk: i
     assert result.images[-1] == batch - 1
 
 
-def test_an_image_of_more_than_two_to_the_31_numbers_is_right_at_its_end() -> None:
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_an_image_of_more_than_two_to_the_31_numbers_is_right_at_its_end(layout: str) -> None:
     side, size = 64, 8256
     p = Problem(
         batch=1, height=size, width=size, heads=1, head_dim=32, region=(side, side), topk=1, dtype="float16",
         direction="fwd-bwd",
     )  # fmt: skip
     assert size * size * 32 > 2**31
-    q, k, v = (torch.randn(1, size, size, 32, device="cuda", dtype=torch.float16) for _ in range(3))
+    shape = (1, size, size, 32) if layout == "nhwc" else (1, 32, size, size)
+    q, k, v = (torch.randn(*shape, device="cuda", dtype=torch.float16) for _ in range(3))
+    if layout == "nchw":
+        q, k, v = (x.permute(0, 2, 3, 1) for x in (q, k, v))
     routes = torch.arange(p.regions, device="cuda").flip(0).view(1, -1, 1)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = TritonBackend().forward(q, k, v, routes, p)
