@@ -141,12 +141,11 @@ def test_measured_entries_survive_a_new_table(tmp_path: Path) -> None:
     entry: dict[str, Any] = {"kind": "gather_fwd", "architecture": "sm90", "settings": {"block_m": 16}}
     measured = entry | {"class": {"regions": 1}, "evidence": "measured"}
     stale = entry | {"class": {"regions": 2}, "evidence": "modelled"}
-    other = stale | {"architecture": "sm80"}
     path = tmp_path / "table.json"
-    path.write_text(json.dumps({"schema": 1, "entries": [measured, stale, other]}))
-    new = [measured | {"evidence": "modelled", "settings": {"block_m": 64}}]
-    assert launch_table._write(path, "sm90", new) == 2
-    assert json.loads(path.read_text())["entries"] == [other, measured]
+    path.write_text(json.dumps({"schema": 1, "entries": [measured, stale]}))
+    better = {"evidence": "modelled", "settings": {"block_m": 64}}
+    assert launch_table._write(path, [measured | better, stale | better]) == 2
+    assert json.loads(path.read_text())["entries"] == [measured, stale | better]
 
 
 @pytest.mark.compile

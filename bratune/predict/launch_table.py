@@ -33,6 +33,8 @@ __all__ = ["best_settings", "candidates", "main", "problems"]
 # A kernel with more local memory than this per thread, or fewer warps on an SM, hides no latency.
 _MOST_STACK = 64
 _FEWEST_WARPS = 8
+# Scores of the largest tile that is tried.
+_LARGEST_TILE = 64 * 256
 # Estimates closer than this are ties, which fewer instructions decide.
 _TIE = 1.02
 # One variant stands for all: others differ in the number of heads, not in the geometry of tiles.
@@ -40,13 +42,13 @@ _VARIANT = "biformer_small"
 _BATCHES = (1, 128)
 
 
-def problems() -> tuple[Problem, ...]:
-    """The routed attention calls of the suites in bfloat16, one for every geometry of tiles and batch.
+def problems(suites: Sequence[str] = ()) -> tuple[Problem, ...]:
+    """The routed attention calls of suites (all of them by default) in bfloat16, one for every geometry of tiles and batch.
 
     Of several maps with the same geometry the first stands for all: the lookup takes its entry for them.
     """
     found: dict[tuple[int, ...], Problem] = {}
-    for name in names():
+    for name in suites or names():
         suite = load(name)
         for batch in _BATCHES:
             for stage in stages(
@@ -94,33 +96,23 @@ def _tiles(kind: str, problem: Problem) -> list[tuple[int, int]]:
     queries = max(16, next_power_of_2(problem.region_tokens))
     keys = max(16, next_power_of_2(problem.keys_per_query))
     own_keys = max(16, next_power_of_2(problem.kv_region_tokens))
-    if kind == "k1_bwd":  # its tile holds a whole key region
-        return [(64, own_keys), (128, own_keys)]
-    heights, widths = _SIDES[kind]
-    most_high = 128 if kind in ("gather_dkv", "image_fwd", "image_bwd") else queries
-    most_wide = {"gather_dkv": own_keys, "image_fwd": 64, "image_bwd": 64}.get(kind, keys)
-    rows = [n for n in heights if n <= most_high][-2:] or [heights[0]]
-    columns = [n for n in widths if n <= most_wide][-2:] or [widths[0]]
-    return [(m, n) for m in rows for n in columns]
-
-
-# Queries and keys of a tile that are worth trying.
-_SIDES = {
-    "gather_fwd": ((16, 64, 128), (64, 128, 256)),
-    "image_fwd": ((64, 128), (32, 64)),
-    "gather_dq": ((16, 64, 128), (32, 64, 128)),
-    "gather_dkv": ((64, 128), (16, 32, 64)),
-    "image_bwd": ((64,), (32, 64)),
-}
+    if kind in ("image_fwd", "image_bwd"):
+        return [(64, 64), (128, 64)] if kind == "image_fwd" else [(64, 64)]
+    if kind in ("k1_bwd", "gather_dkv"):  # queries are densified: their tile is full whatever the region
+        return [(64, min(64, own_keys) if kind == "gather_dkv" else own_keys)]
+    heights = sorted({min(queries, 64), min(queries, 128)})
+    widths = sorted({min(keys, 64), min(keys, 256 if kind == "gather_fwd" else 64)})
+    return [(m, n) for m in heights for n in widths if m * n <= _LARGEST_TILE]
 
 
 def _variants(kind: str, problem: Problem, block_n: int) -> Iterable[dict[str, int]]:
-    """Settings beside the tile: heads that share a program, stages where there is a loop to pipeline."""
-    if kind != "gather_fwd":
+    """Settings beside the tile: a pipeline where there is a loop, heads that share a program elsewhere."""
+    if kind not in ("gather_fwd", "gather_dq"):
         return [{}]
     if problem.keys_per_query > block_n:
-        return [{"num_stages": 1}, {"num_stages": 2}]
-    return [{"heads_per_program": n, "num_stages": 1} for n in (1, 2) if problem.heads % n == 0]
+        return [{"num_stages": 2}]
+    heads = (1, 2) if kind == "gather_fwd" and problem.heads % 2 == 0 else (1,)
+    return [{"num_stages": 1} | ({"heads_per_program": n} if n > 1 else {}) for n in heads]
 
 
 @dataclass(frozen=True)
@@ -188,40 +180,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bratune.predict.launch_table", description=main.__doc__)
     parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="default: all of them")
+    parser.add_argument("--suite", action="append", choices=names(), help="default: all of them")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default 2)")
     default = Path(__file__).resolve().parent.parent / "kernels" / "launch_table.json"
     parser.add_argument(
         "-o", "--output", type=Path, default=default, help="default: the table of this package"
     )
     given = parser.parse_args(arguments)
-    for architecture in given.architecture or ARCHITECTURES:
-        jobs = [(kind, problem, architecture) for problem in problems() for kind in _kinds(problem)]
-        new = []
-        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-            for job, entry in zip(jobs, pool.map(_job, jobs), strict=True):
-                new += [entry] if entry else []
-                print(f"{architecture} {job[0]}: {job[1]}", file=sys.stderr, flush=True)
-        print(f"{_write(given.output, architecture, new)} entries in {given.output}", file=sys.stderr)
+    jobs = [
+        (kind, problem, architecture)
+        for architecture in given.architecture or ARCHITECTURES
+        for problem in problems(given.suite or ())
+        for kind in _kinds(problem)
+    ]
+    written = 0
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+        for job, entry in zip(jobs, pool.map(_job, jobs), strict=True):
+            if entry:
+                written = _write(given.output, [entry])
+            print(f"{job[2]} {job[0]}: {job[1]}", file=sys.stderr, flush=True)
+    print(f"{written} entries in {given.output}", file=sys.stderr)
     return 0
 
 
-def _write(path: Path, architecture: str, new: list[dict[str, Any]]) -> int:
-    """Replace what a table holds of an architecture, save what was measured; returns its size."""
+def _write(path: Path, new: list[dict[str, Any]]) -> int:
+    """Put entries into a table, save where it holds a measured one of their class; returns its size."""
     old = json.loads(path.read_text("utf-8"))["entries"] if path.exists() else []
-    kept = [x for x in old if x["evidence"] == "measured" or x["architecture"] != architecture]
-    entries = _merged(kept, new)
+    measured = [entry for entry in old if entry["evidence"] == "measured"]
+    entries = _merged(old, new, measured)
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
     path.write_text(f'{{"schema": 1, "entries": [\n{lines}\n]}}\n', "utf-8")
     return len(entries)
 
 
-def _merged(kept: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per kind, architecture and class, in a fixed order; the kept ones win."""
+def _merged(*parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per kind, architecture and class, in a fixed order; later parts win."""
 
     def key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
         return entry["kind"], entry["architecture"], json.dumps(entry["class"], sort_keys=True)
 
-    found = {key(entry): entry for entry in (*new, *kept)}
+    found = {key(entry): entry for part in parts for entry in part}
     return [found[name] for name in sorted(found)]
 
 
