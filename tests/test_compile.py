@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -11,7 +12,8 @@ import triton
 import triton.language as tl
 
 from bratune.errors import UnknownNameError, UnsupportedError, UsageError
-from bratune.predict.compile import Launch, compile_for
+from bratune.predict.budgets import CASES, budget_of, budgets, over_budget
+from bratune.predict.compile import Launch, Resources, compile_for
 from bratune.predict.targets import TARGETS, get_target
 
 
@@ -103,6 +105,26 @@ def test_the_interpreter_cannot_compile() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_are_legal_and_within_their_budget(target: str, case: str) -> None:
+    allowed = budgets()[target]
+    problems = {}
+    for kernel, launch in CASES[case](target).items():
+        name = f"{case}: {kernel}"
+        assert name in allowed, f"{name} has no budget for {target}: python -m bratune.predict.budgets"
+        if over := over_budget(launch.resources, allowed[name]):
+            problems[name] = over
+    assert not problems
+
+
+def test_every_case_has_a_budget_for_every_target_and_no_other() -> None:
+    for target in TARGETS:
+        assert {name.split(": ")[0] for name in budgets()[target]} == set(CASES)
+    assert set(budgets()) == set(TARGETS)
+
+
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "expected"),
     [(62, 12 * 1024, 4, 32), (255, 0, 4, 8), (32, 100 * 1024, 4, 8), (32, 0, 1, 32), (32, 228 * 1024, 4, 0)],
@@ -118,3 +140,14 @@ def test_resident_warps_are_what_the_scarcest_resource_allows(
 def test_unknown_target_lists_the_targets() -> None:
     with pytest.raises(UnknownNameError, match="sm80, sm86"):
         get_target("sm70")
+
+
+def test_a_budget_holds_what_it_was_made_from_and_tells_what_goes_beyond() -> None:
+    found = Resources(
+        registers=62, stack_bytes=8, shared_bytes=1025, num_warps=4, resident_warps=32, instructions=1
+    )
+    budget = budget_of(found)
+    assert budget == {"registers": 80, "stack_bytes": 64, "shared_bytes": 2048}
+    assert not over_budget(found, budget)
+    (reason,) = over_budget(dataclasses.replace(found, stack_bytes=72), budget)
+    assert reason == "72 stack bytes, 64 are allowed"

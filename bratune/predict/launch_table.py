@@ -43,9 +43,12 @@ _BATCHES = (1, 128)
 
 
 def problems(suites: Sequence[str] = ()) -> tuple[Problem, ...]:
-    """The routed attention calls of suites (all of them by default) in bfloat16, one for every geometry of tiles and batch.
+    """The routed attention calls of suites in bfloat16, one for every geometry of tiles and batch.
 
     Of several maps with the same geometry the first stands for all: the lookup takes its entry for them.
+
+    Args:
+        suites: Names of suites; by default all of them.
     """
     found: dict[tuple[int, ...], Problem] = {}
     for name in suites or names():
