@@ -16,8 +16,9 @@ from bratune.errors import ProblemError, UnknownNameError
 from bratune.kernels import layout
 from bratune.kernels.api import route, routed_attention
 from bratune.kernels.composed import TopkRouting, composed_attention, require_composition
+from bratune.kernels.depthwise import depthwise as convolve
 from bratune.kernels.kv_pool import kv_pool, pool_regions
-from bratune.kernels.nhwc import conv_nhwc, depthwise, linear_1x1, to_nchw, to_nhwc
+from bratune.kernels.nhwc import depthwise, linear_1x1, to_nchw, to_nhwc
 from bratune.kernels.packed import split_packed
 from bratune.kernels.registry import get
 from bratune.kernels.routing import region_means, route_pooled
@@ -227,7 +228,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     def enhance(self, v: Tensor) -> Tensor | None:
         """The depthwise convolution of the values (LePE); None without one."""
-        return None if self.lepe is None else conv_nhwc(self.lepe, v)
+        return None if self.lepe is None else convolve(v, self.lepe.weight, self.lepe.bias)
 
     def merge(self, x: Tensor) -> Tensor:
         """The output projection."""
@@ -414,7 +415,7 @@ class NCHWBiLevelRoutingAttention(nn.Module):
 
     def enhance(self, v: Tensor) -> Tensor | None:
         """The depthwise convolution of the values (LePE); None without one."""
-        return None if self.lepe is None else conv_nhwc(self.lepe, v)
+        return None if self.lepe is None else convolve(v, self.lepe.weight, self.lepe.bias)
 
     def merge(self, x: Tensor) -> Tensor:
         """The output projection, on an NHWC map."""

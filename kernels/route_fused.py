@@ -294,13 +294,19 @@ def _route_flops(q_means: torch.Size, k_means: torch.Size, *args: object, **kwar
 
 def why_not(q: Tensor, k: Tensor, *, region: tuple[int, int], kv_region: tuple[int, int]) -> tuple[str, ...]:
     """Every reason for which these tensors cannot be routed by the Triton kernels; empty: they can."""
-    reasons = []
-    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"the tensors are on {q.device}; Triton needs a GPU, or TRITON_INTERPRET=1 to be slow")
-    known = (torch.float16, torch.bfloat16, torch.float32)
-    if q.dtype not in known or k.dtype not in known:
-        reasons.append(f"q is {q.dtype} and k is {k.dtype}; float16, bfloat16 and float32 are routed")
     kv_regions = _regions(k.shape[1], k.shape[2], list(kv_region))
+    reasons: tuple[str, ...] = _reasons(str(q.device), q.dtype, k.dtype, kv_regions)
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+def _reasons(device: str, q_dtype: torch.dtype, k_dtype: torch.dtype, kv_regions: int) -> tuple[str, ...]:
+    reasons = []
+    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"the tensors are on {device}; Triton needs a GPU, or TRITON_INTERPRET=1 to be slow")
+    known = (torch.float16, torch.bfloat16, torch.float32)
+    if q_dtype not in known or k_dtype not in known:
+        reasons.append(f"q is {q_dtype} and k is {k_dtype}; float16, bfloat16 and float32 are routed")
     if kv_regions > MAX_REGIONS:
         reasons.append(f"there are {kv_regions} key regions; up to {MAX_REGIONS} fit into registers")
     return tuple(reasons)

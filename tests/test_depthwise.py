@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from bratune.errors import ProblemError, UnknownNameError, UnsupportedError
+from bratune.kernels import depthwise_fused  # noqa: F401  (makes the operators)
 from bratune.kernels.depthwise import DEPTHWISE, depthwise
 
 on_devices = pytest.mark.parametrize(
@@ -155,6 +156,14 @@ def test_operators_are_well_formed(device: str) -> None:
     library.opcheck(
         torch.ops.bratune.depthwise_backward.default, (x.detach(), x.detach(), weight.detach(), True, True)
     )
+
+
+@on_devices
+def test_compiled_code_holds_one_graph(device: str) -> None:
+    x, weight = normal(1, 4, 4, 16).to(device), normal(16, 1, 3, 3).to(device)
+    compiled = torch.compile(depthwise, fullgraph=True, backend="aot_eager")
+    for backend in DEPTHWISE:
+        assert torch.equal(compiled(x, weight, backend=backend), depthwise(x, weight, backend=backend))
 
 
 @pytest.mark.gpu

@@ -178,6 +178,14 @@ def test_operators_are_well_formed(device: str) -> None:
         library.opcheck(torch.ops.bratune.route.default, (*means, 2, maps))
 
 
+@on_devices
+def test_compiled_code_holds_one_graph(device: str) -> None:
+    x = normal(1, 4, 4, 32).to(device)
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    found = compiled(x, x, region=(2, 2), topk=2, backend="triton")
+    assert torch.equal(found, route(x, x, region=(2, 2), topk=2, backend="triton"))
+
+
 @pytest.mark.gpu
 def test_routing_is_captured_in_a_graph_and_follows_new_inputs() -> None:
     x = normal(2, 14, 14, 96).cuda()

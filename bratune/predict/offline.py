@@ -125,7 +125,7 @@ def depthwise_launches(
     """
     import torch
 
-    from bratune.kernels.depthwise import launch_depthwise, launch_wgrad
+    from bratune.kernels.depthwise_fused import launch_depthwise, launch_wgrad
 
     channels = shape[-1]
     x = torch.empty(*shape[:-1], 3 * channels, dtype=getattr(torch, dtype), device="meta")[..., channels:]
