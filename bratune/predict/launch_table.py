@@ -21,8 +21,8 @@ from typing import Any
 from bratune.errors import UnsupportedError
 from bratune.kernels.fused_families import BACKWARD, FORWARD, backward_families, forward_families
 from bratune.kernels.launch import ARCHITECTURES, KINDS, next_power_of_2, problem_class
-from bratune.predict.compile import Launch
-from bratune.predict.cost import board_of, cost_of
+from bratune.predict.compile import Launch, Resources
+from bratune.predict.cost import Cost, board_of, cost_of
 from bratune.predict.offline import attention_launches
 from bratune.problem import Problem
 from bratune.suites.load import load, names
@@ -35,8 +35,9 @@ _MOST_STACK = 64
 _FEWEST_WARPS = 8
 # Scores of the largest tile that is tried.
 _LARGEST_TILE = 64 * 256
-# Estimates closer than this are ties, which fewer instructions decide.
+# Estimates closer than this are ties; more warps than this on an SM decide none.
 _TIE = 1.02
+_ENOUGH_WARPS = 16
 # One variant stands for all: others differ in the number of heads, not in the geometry of tiles.
 _VARIANT = "biformer_small"
 _BATCHES = (1, 128)
@@ -120,10 +121,20 @@ def _variants(kind: str, problem: Problem, block_n: int) -> Iterable[dict[str, i
 
 @dataclass(frozen=True)
 class _Ranked:
+    """A candidate that compiled, with what it is ranked by."""
+
     settings: dict[str, int]
-    us: float
-    issue_us: float
-    resident_warps: int
+    cost: Cost
+    taken: Resources
+
+    @property
+    def tie_break(self) -> tuple[bool, int, float]:
+        """No local memory, then warps that keep loads in flight, then fewer instructions."""
+        return (
+            self.taken.stack_bytes > 0,
+            -min(self.taken.resident_warps, _ENOUGH_WARPS),
+            self.cost.issue_us,
+        )
 
 
 def best_settings(kind: str, problem: Problem, architecture: str) -> dict[str, Any] | None:
@@ -142,19 +153,18 @@ def best_settings(kind: str, problem: Problem, architecture: str) -> dict[str, A
             continue
         found = launch.resources
         if found.stack_bytes <= _MOST_STACK and found.resident_warps >= _FEWEST_WARPS:
-            cost = cost_of(launch, kind, problem, board_of(architecture))
-            ranked.append(_Ranked(settings, cost.us, cost.issue_us, found.resident_warps))
+            ranked.append(_Ranked(settings, cost_of(launch, kind, problem, board_of(architecture)), found))
     if not ranked:
         return None
-    limit = _TIE * min(x.us for x in ranked)
-    best = min((x for x in ranked if x.us <= limit), key=lambda x: (x.issue_us, -x.resident_warps))
+    limit = _TIE * min(x.cost.us for x in ranked)
+    best = min((x for x in ranked if x.cost.us <= limit), key=lambda x: x.tie_break)
     return {
         "kind": kind,
         "architecture": architecture,
         "class": problem_class(problem),
         "settings": best.settings,
         "evidence": "modelled",
-        "us": round(best.us, 2),
+        "us": round(best.cost.us, 2),
     }
 
 
