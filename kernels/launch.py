@@ -173,6 +173,8 @@ def _gather_fwd(problem: Problem) -> dict[str, int]:
     block_m = 128 if tokens >= 512 else _clamp(tokens, 16, 64)
     most = 64 if block_m == 128 else _most_keys(problem)
     block_n = _clamp(next_power_of_2(problem.keys_per_query), 16, most)
+    if block_n < problem.keys_per_query:  # a running softmax beside a tile of more keys spills
+        block_n = min(block_n, 64)
     return {
         "block_m": block_m,
         "block_n": block_n,
