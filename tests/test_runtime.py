@@ -38,7 +38,8 @@ def golden_runs() -> list[Any]:
     for path in sorted(GOLDEN.glob("model_*.npz")):
         with np.load(path) as file:
             tags = json.loads(str(file["meta"]))["runs"]
-        runs += [pytest.param(path, tag, id=f"{path.stem}-{tag}") for tag in tags]
+        marks = [pytest.mark.slow] if "tinydepth" in path.stem else []
+        runs += [pytest.param(path, tag, id=f"{path.stem}-{tag}", marks=marks) for tag in tags]
     return runs
 
 
