@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import socket
+import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +133,35 @@ def _work(url: str) -> None:
         ledger.complete(trial, [float(trial.params["x"])])
 
 
-@pytest.mark.slow
-def test_four_processes_share_a_journal_and_do_everything_once(tmp_path: Path) -> None:
-    url = urls(tmp_path)["journal"]
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a PostgreSQL server of its own, on this machine only."""
+    pytest.importorskip("psycopg", reason="needs the driver: pip install 'bratune[postgres]'")
+    if not shutil.which("initdb") or not shutil.which("pg_ctl"):
+        pytest.skip("needs a PostgreSQL server: initdb and pg_ctl are not on the path")
+    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # short: the path of a socket has at most 107 bytes
+    as_user: list[str] = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        as_user = ["runuser", "-u", "postgres", "--"]
+        shutil.chown(folder, "postgres")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(*command: str) -> None:
+        subprocess.run([*as_user, *command], check=True, capture_output=True, cwd=folder, timeout=120)
+
+    run("initdb", "-D", f"{folder}/data", "-U", "tuner", "--auth=trust", "--no-sync")
+    settings = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+    run("pg_ctl", "-D", f"{folder}/data", "-o", settings, "-l", f"{folder}/log", "-w", "start")
+    try:
+        yield f"postgresql://tuner@127.0.0.1:{port}/postgres"
+    finally:
+        run("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _share_the_work(url: str) -> None:
     ledger = Ledger(url, "s", ["ms"])
     ledger.enqueue(items(40))
     context = multiprocessing.get_context("spawn")
@@ -142,6 +173,16 @@ def test_four_processes_share_a_journal_and_do_everything_once(tmp_path: Path) -
     assert [worker.exitcode for worker in workers] == [0] * 4
     done = [t.params["x"] for t in ledger.trials("COMPLETE")]
     assert sorted(done) == list(range(40))
+
+
+@pytest.mark.slow
+def test_four_processes_share_a_journal_and_do_everything_once(tmp_path: Path) -> None:
+    _share_the_work(urls(tmp_path)["journal"])
+
+
+@pytest.mark.slow
+def test_four_processes_share_a_database_and_do_everything_once(postgres: str) -> None:
+    _share_the_work(postgres)
 
 
 def test_resumed_study_does_not_repeat_its_draws(tmp_path: Path) -> None:

@@ -53,12 +53,14 @@ def open_storage(url: str) -> BaseStorage:
         if kind == "sqlite" and rest.strip("/"):
             Path(rest.removeprefix("/")).parent.mkdir(parents=True, exist_ok=True)
             return _fast_sqlite(url)
-        if kind.partition("+")[0] in ("postgresql", "postgres"):
-            return RDBStorage("postgresql" + url[url.index(":") :] if kind == "postgres" else url)
-    except ImportError as error:
-        if "psycopg" not in str(error):
+        if kind in ("postgresql", "postgres"):
+            return RDBStorage(f"postgresql+psycopg://{rest}")  # one driver, whatever SQLAlchemy defaults to
+        if kind.startswith("postgresql+"):
+            return RDBStorage(url)
+    except ImportError:
+        if not kind.startswith("postgres"):
             raise
-        raise MissingPackageError("psycopg2-binary", "a study in PostgreSQL", extra="postgres") from None
+        raise MissingPackageError("psycopg", "a study in PostgreSQL", extra="postgres") from None
     except Exception as error:  # every database has error types of its own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StoreError(f"the study storage {_without_password(url)} cannot be opened: {first}") from None
