@@ -87,6 +87,7 @@ BAD = [
     ("profile -o /dev/null/x", 1, "records cannot be written"),
     ("explain --model resnet50", 2, "no model is called 'resnet50'"),
     ("explain --res abc", 2, "is not a size"),
+    ("explain --fit 24XB", 2, "memory '24XB' is not an amount; 24GB, 80GiB or 512MB would be"),
     ("list cars", 2, "no list is called 'cars'; these are: backends, models, tasks, suites, gpus"),
     ("list", 2, "Missing argument"),
     ("dance", 2, "No such command 'dance'"),
@@ -216,6 +217,15 @@ def test_lists_come_in_every_format(what: str, style: str, capsys: pytest.Captur
     code, out, _ = bratune(f"list {what} --format {style} --device cpu", capsys)
     assert code == 0
     assert len(json.loads(out) if style == "json" else out.splitlines()) >= 4
+
+
+def test_explain_says_how_large_a_batch_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = bratune("explain --gpu rtx4090 --fit 24GB --direction fwd-bwd --format json", capsys)
+    assert code == 0
+    batches = {fit["backend"]: fit["batch"] for fit in json.loads(out)["fit"]}
+    assert batches["triton"] > batches["gather"] > 0
+    code, out, _ = bratune("explain --gpu rtx4090 --fit 40MB", capsys)
+    assert "not one image" in out
 
 
 def test_explain_names_every_backend_with_its_answer(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 @options.what_options
 @options.work_options
 @click.option(
+    "--fit", metavar="MEMORY", help="Also the largest batch that so much memory holds, e.g. 24GB or 80GiB."
+)
+@click.option(
     "--format",
     type=options.Name("format", lambda: ("table", "json", "md")),
     default="table",
@@ -29,17 +32,20 @@ if TYPE_CHECKING:
 )
 @options.config_file
 @click.pass_context
-def command(ctx: click.Context, /, gpu: str, device: str, measured: bool, format: str, **asked: Any) -> None:
+def command(
+    ctx: click.Context, /, gpu: str, device: str, measured: bool, fit: str | None, format: str, **asked: Any
+) -> None:
     """Say what each stage asks of a backend, and which backends accept, without running anything.
 
     One row per stage: tokens that padding adds, keys per query, query-key pairs, bytes that gather-then-dense
     copies, multiply-adds, and the S that the paper's complexity formula favours. Then every backend,
-    accepted or with all its reasons.
+    accepted or with all its reasons. With --fit, the largest batch per backend.
     """
     if asked.pop("dump_config"):
         click.echo(options.dump_config(ctx))
         return
-    from bratune.profile.explain import explain_stages
+    from bratune.profile.explain import explain_fit, explain_stages
+    from bratune.profile.fit import parse_memory
     from bratune.profile.request import make_request
     from bratune.profile.target import find_target
 
@@ -47,11 +53,21 @@ def command(ctx: click.Context, /, gpu: str, device: str, measured: bool, format
     if measured:
         target.require_present()
     request = make_request(target.machine, **options.request_values(asked))
+    fits = explain_fit(request, target.machine, parse_memory(fit)) if fit else ()
     facts = explain_stages(request, target.machine)
     if format == "json":
-        click.echo(json.dumps([_as_json(fact) for fact in facts], indent=2))
+        data: Any = [_as_json(fact) for fact in facts]
+        if fit:
+            data = {"stages": data, "fit": [dataclasses.asdict(found) for found in fits]}
+        click.echo(json.dumps(data, indent=2))
         return
     _show(request, facts, str(target.machine), markdown=format == "md")
+    if fit:
+        from bratune.report.explain_tables import fit_table
+        from bratune.report.tables import to_markdown, to_text
+
+        click.echo("")
+        click.echo((to_markdown if format == "md" else to_text)(fit_table(fits, fit)))
 
 
 def _as_json(fact: StageFacts) -> dict[str, Any]:

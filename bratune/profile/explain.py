@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from bratune.kernels import registry
 from bratune.machine import Machine
 from bratune.profile.count import block_macs, optimal_n_win, part_macs
+from bratune.profile.fit import Fit, fit_backends
 from bratune.profile.request import Request
 from bratune.variant import Stage, get_variant
 
-__all__ = ["StageFacts", "explain_stage", "explain_stages"]
+__all__ = ["StageFacts", "explain_fit", "explain_stage", "explain_stages"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,12 @@ def explain_stages(request: Request, machine: Machine) -> tuple[StageFacts, ...]
     model, batch = request.models[0], request.batches[0]
     found = request.stages(model, batch)
     return tuple(explain_stage(request, machine, model, batch, stage) for stage in found)
+
+
+def explain_fit(request: Request, machine: Machine, memory_bytes: int) -> tuple[Fit, ...]:
+    """The largest batch of the request's first model in so much memory, per backend."""
+    model = request.models[0]
+    return fit_backends(get_variant(model), request.stages(model, 1), machine, memory_bytes, request.backends)
 
 
 def explain_stage(request: Request, machine: Machine, model: str, batch: int, stage: Stage) -> StageFacts:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bratune.profile.explain import StageFacts
+from bratune.profile.fit import Fit
 from bratune.report.tables import Note, Row, Table
 
-__all__ = ["backends_table", "stages_table"]
+__all__ = ["backends_table", "fit_table", "stages_table"]
 
 
 def stages_table(facts: Sequence[StageFacts]) -> Table:
@@ -61,3 +62,24 @@ def backends_table(facts: Sequence[StageFacts]) -> Table:
             before = (str(fact.stage.index) if i == 0 else "", name)
             rows.append(Note(before, "accepts" if not reasons else "; ".join(reasons)))
     return Table(("<stage", "<backend", "<answer"), tuple(rows))
+
+
+def fit_table(fits: Sequence[Fit], memory: str) -> Table:
+    """The largest batch of the whole model per backend."""
+    rows: list[Row] = []
+    for fit in fits:
+        if fit.reasons:
+            rows.append(Note((fit.backend,), "; ".join(fit.reasons)))
+            continue
+        rows.append(
+            (
+                fit.backend,
+                str(fit.batch) if fit.batch else "not one image",
+                f"{fit.fixed_bytes / 1e6:.1f}",
+                f"{fit.image_bytes / 1e6:.1f}",
+                str(fit.stage),
+            )
+        )
+    title = f"largest batch that {memory} hold, predicted from the tensors that are alive at once"
+    heads = ("<backend", "batch", "weights MB", "MB per image", "worst stage")
+    return Table(heads, tuple(rows), title=title)
