@@ -75,3 +75,27 @@ def test_the_table_compares_within_a_group_and_gives_reasons() -> None:
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert proof.main(["-o", "nowhere"]) == 1
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_rivals_are_timed_where_they_run_and_refused_with_a_reason_elsewhere() -> None:
+    import torch
+
+    from bratune.machine import detect
+    from bratune.measure.settings import MeterSettings
+    from bratune.problem import Problem
+    from bratune.profile.rival_proof import depthwise_lines, sdpa_lines
+
+    here = detect("cpu")
+    brief = MeterSettings.for_effort(
+        "quick", min_time_s=0.0, min_samples=2, max_samples=2, warmup_s=0.0, timeout_s=5.0
+    )
+    lines = list(depthwise_lines(here, brief, [(1, 4, 4, 8)], torch.float32))
+    assert [line.split()[:2] for line in lines if " us " in line] == [
+        ["torch", "fwd"],
+        ["torch", "fwd-bwd"],
+    ] * 2
+    assert sum("not here: " in line for line in lines) == 4
+    problem = Problem(batch=1, height=4, width=4, heads=1, head_dim=8, region=(2, 2), topk=1)
+    (heading, *rows) = sdpa_lines(here, brief, [problem])
+    assert "1x16 tokens, 1x8" in heading
+    assert any(row.split()[0] == "math" and " us " in row for row in rows)

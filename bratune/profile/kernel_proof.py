@@ -1,6 +1,6 @@
 """Proof of the fused kernels: ``python -m bratune.profile.kernel_proof -o runs/gpu/kernels``.
 
-Three parts, each on stdout; every measurement is also a row of ``records.jsonl`` in the output folder.
+Four parts, each on stdout; every attention call is also a row of ``records.jsonl`` in the output folder.
 
 1. Side by side in one run: the ``triton`` backend against the composed ones and against full attention over
    all tokens, which is what a user would take instead, at the published sizes; forward, and forward with
@@ -9,6 +9,8 @@ Three parts, each on stdout; every measurement is also a row of ``records.jsonl`
 2. The choices that counting instructions could not settle: which family, how many warps, how many rows of a
    tile, what a hub costs.
 3. The rank correlation of the offline cost model with the times of the fused kernels.
+4. Depthwise convolution in strips against PyTorch's, and which implementation of full attention is the one to
+   beat; these are no cells and only printed.
 """
 
 from __future__ import annotations
@@ -216,6 +218,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budget_s=options.budget,
     ) as engine:
         for line in _lines(trials, _kept(engine.run(t.cell for t in trials), rows), gb_s):
+            print(line, flush=True)
+    if not options.only:
+        import torch
+
+        from bratune.profile.rival_proof import depthwise_lines, sdpa_lines
+
+        problems = [p for _, p in _stage_problems(*SCENES[0])]
+        maps = [(p.batch, p.height, p.width, p.channels) for p in problems]
+        for line in depthwise_lines(machine, settings, maps, torch.bfloat16):
+            print(line, flush=True)
+        for line in sdpa_lines(machine, settings, problems):
             print(line, flush=True)
     print(f"\n{_correlation(trials, rows, machine)}\nrecords: {options.output / 'records.jsonl'}")
     return 0
