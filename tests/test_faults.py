@@ -97,6 +97,10 @@ def run_all(folder: Path) -> Iterator[Outcome]:
     while running(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
     left = running(mark)
+    sys.path.remove(str(folder))
+    del os.environ["BRATUNE_FAULT_RUN"]
+    for known in (registry._entry_points, registry.get, registry._chosen_name):
+        known.cache_clear()
     yield Outcome("(after the run)", row, neighbour, written - len(store.records()), left)
 
 

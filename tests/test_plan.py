@@ -106,9 +106,11 @@ def test_installed_plan_lies_under_architecture_not_marketing_name(tmp_path: Pat
     )
 
 
-def test_model_of_a_plan_from_elsewhere_says_so_once(tmp_path: Path) -> None:
+def test_model_of_a_plan_from_elsewhere_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import bratune
+    from bratune.tune import create
 
+    monkeypatch.setattr(create, "_said", set())
     path = make_plan(backend="gather").save(tmp_path / "plan.json")
     small: dict[str, Any] = {"depth": (1, 1, 1, 1), "num_classes": 3}
     with pytest.warns(UserWarning, match="its times may not hold here"):
