@@ -162,8 +162,11 @@ def _read(path: Path, *, trust: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
         needs = _foreign_objects(path)
-        if trust or not needs:
-            raise CheckpointError(f"{path} is not a weights file: {_first_line(error)}") from None
+        if trust:
+            raise CheckpointError(f"{path} {_state(path)}: {_first_line(error)}") from None
+        if not needs:
+            # torch's own text speaks of weights_only=False, which would not help here.
+            raise CheckpointError(f"{path} {_state(path)}; a file written by torch.save would work") from None
         raise CheckpointError(
             f"{path} holds more than weights: it needs {', '.join(needs)}, and reading these runs code; "
             "if you trust where the file comes from, trust=True (command line: --trust-checkpoint) reads it"
@@ -174,8 +177,7 @@ def _read(path: Path, *, trust: bool) -> Any:
             f"pip install {error.name} would help"
         ) from None
     except Exception as error:  # bytes that are no weights make the reader raise anything
-        state = "is cut short or damaged" if _is_archive(path) else "is not a weights file"
-        raise CheckpointError(f"{path} {state}: {_first_line(error)}") from None
+        raise CheckpointError(f"{path} {_state(path)}: {_first_line(error)}") from None
 
 
 def _foreign_objects(path: Path) -> tuple[str, ...]:
@@ -186,9 +188,10 @@ def _foreign_objects(path: Path) -> tuple[str, ...]:
         return ()
 
 
-def _is_archive(path: Path) -> bool:
+def _state(path: Path) -> str:
+    """What is wrong with an unreadable file: archives begin like what torch.save writes."""
     with path.open("rb") as file:
-        return file.read(2) == b"PK"
+        return "is cut short or damaged" if file.read(2) == b"PK" else "is not a weights file"
 
 
 def _first_line(error: BaseException) -> str:

@@ -188,6 +188,13 @@ def test_bad_file_is_one_sentence(write: Any, message: str, trust: bool, tmp_pat
     assert "\n" not in str(caught.value)
 
 
+def test_text_in_the_place_of_weights_is_not_answered_with_advice_to_run_it(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_text("# a page")
+    with pytest.raises(CheckpointError, match=r"is not a weights file; a file written by torch.save would"):
+        read_weights(path)
+
+
 def test_create_model_loads_a_file(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {**SMALL, "qk_dims": SMALL["embed_dim"]}
     trained = bratune.create_model("biformer_tiny", **arguments)

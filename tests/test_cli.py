@@ -90,7 +90,8 @@ BAD = [
     ("explain --fit 24XB", 2, "memory '24XB' is not an amount; 24GB, 80GiB or 512MB would be"),
     ("list cars", 2, "no list is called 'cars'; these are: backends, models, tasks, suites, gpus"),
     ("list", 2, "Missing argument"),
-    ("dance", 2, "No such command 'dance'"),
+    ("dance", 2, "no command is called 'dance'; these are: profile, tune"),
+    ("proflie", 2, "did you mean profile?"),
 ]  # fmt: skip
 
 
@@ -249,6 +250,27 @@ def test_a_gpu_that_is_not_here_gives_modelled_rows_and_says_so_first(
     assert "modelled, not measured" in out
     rows = list(Store(tmp_path / "records.jsonl").records())
     assert {row.evidence for row in rows} == {"modelled"}
+    (line,) = [line for line in out.splitlines() if line.startswith("1 x2")]
+    assert "x/÷ 3.0" in line, "no GPU was measured yet: a factor, not a percentage below zero"
+    assert "x/÷ F: modelled" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--res 512", "S = 7 of classification pads the 64x64 map of stage 2 to 70x70; --task segmentation"),
+        ("--res 512 --n-win 7", ""),  # chosen, so nothing to learn
+        ("--res 224", ""),
+        ("--task detection", ""),  # no task divides its maps
+    ],
+)
+def test_whoever_did_not_choose_s_learns_that_it_pads(
+    arguments: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, _, err = bratune(f"profile --gpu a100 --backend gather {arguments} -o {tmp_path}", capsys)
+    notes = [line for line in err.splitlines() if line.startswith("biformer_tiny: S = ")]
+    assert len(notes) == bool(said)
+    assert said in "".join(notes)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import click
 
 import bratune
-from bratune.errors import BratuneError
+from bratune.errors import BratuneError, UnknownNameError
 
 __all__ = ["main"]
 
@@ -50,6 +50,13 @@ class _Verbs(click.Group):
         command = module.command
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            raise UnknownNameError("command", args[0], VERBS)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

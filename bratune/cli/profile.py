@@ -241,9 +241,12 @@ def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
     try:
         with contextlib.ExitStack() as stack:
             if jobs[0].target.absent:
-                rows[0] += measure(0, _model_engine(jobs[0], asked))
+                model = _model_engine(jobs[0], asked)
+                _say_what_is_padded(jobs[0], asked)
+                rows[0] += measure(0, model)
                 Store(jobs[0].path).extend(rows[0])
                 return rows
+            _say_what_is_padded(jobs[0], asked)
             engines = [stack.enter_context(_engine(job, asked, progress)) for job in jobs]
             for number, record in fleet.run(engines, measure):
                 rows[number].append(record)
@@ -292,6 +295,13 @@ def _engine(job: _Job, asked: dict[str, Any], progress: Progress) -> CellEngine:
         return ClusterEngine(job.site, job.settings, **given)
     made = IsolatedEngine if asked["isolate"] else LocalEngine
     return made(job.target.machine, job.settings, **given)
+
+
+def _say_what_is_padded(job: _Job, asked: dict[str, Any]) -> None:
+    """Whoever did not choose S learns that it pads maps, and whose S would not."""
+    if not asked["n_win"]:
+        for note in job.request.padding_notes():
+            click.echo(note, err=True)
 
 
 def _say_what_was_reused(job: _Job, engine: CellEngine) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bratune.cell import L2_STATES, REGIMES, ROUTE_KINDS
-from bratune.errors import UsageError
+from bratune.errors import ProblemError, UsageError
 from bratune.machine import Machine
-from bratune.variant import Stage, Task, get_task, get_variant, stages
+from bratune.variant import TASKS, Stage, Task, get_task, get_variant, stages
 
 __all__ = ["Request", "auto_batch", "make_request"]
 
@@ -90,6 +90,29 @@ class Request:
             dtype=self.dtype,
             direction=self.direction,
         )
+
+    def padding_notes(self) -> tuple[str, ...]:
+        """A sentence per model whose maps are padded for S, where another task's S would divide them."""
+        notes = []
+        for model in self.models:
+            worst = max(self.stages(model, self.batches[0]), key=lambda stage: stage.padding_waste)
+            better = next((task for task in TASKS.values() if self._tiles(model, task)), None)
+            if worst.problem and worst.padding_waste and better:
+                height, width = worst.problem.padded
+                notes.append(
+                    f"{model}: S = {worst.n_win} of {self.task.name} pads the {worst.height}x{worst.width} "
+                    f"map of stage {worst.index} to {height}x{width}; "
+                    f"--task {better.name} has S = {better.n_win}, which divides every map"
+                )
+        return tuple(notes)
+
+    def _tiles(self, model: str, task: Task) -> bool:
+        """Whether the S of a task divides every map of a model at this resolution."""
+        other = dataclasses.replace(self, task=task, n_win=(task.n_win,))
+        try:
+            return not any(stage.padding_waste for stage in other.stages(model, self.batches[0]))
+        except ProblemError:
+            return False
 
 
 def make_request(

@@ -5,6 +5,7 @@ Made from records alone, so that stored rows give the same tables as a run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from bratune.cell import PARTS
@@ -19,12 +20,15 @@ FOOTNOTE = (
     "* fastest of its stage   (..x) intervals overlap: no difference shown\n"
     "alloc MB: most memory that the call allocated on top of its inputs   ±95 %: interval of the median"
 )
+MODELLED_FOOTNOTE = "x/÷ F: modelled; the time is expected between 1/F of that number and F times it"
 
 
 def profile_text(records: Sequence[Record]) -> str:
     """Every scene of some records as aligned text, at most a hundred characters wide."""
     blocks = [_scene_block(rows, to_text) for rows in group(records)]
-    return "\n\n".join([*blocks, FOOTNOTE]) if blocks else "no rows"
+    modelled = any(row.evidence == "modelled" for row in records)
+    foot = f"{FOOTNOTE}\n{MODELLED_FOOTNOTE}" if modelled else FOOTNOTE
+    return "\n\n".join([*blocks, foot]) if blocks else "no rows"
 
 
 def profile_markdown(records: Sequence[Record]) -> str:
@@ -175,9 +179,11 @@ def _ms(value: float | None) -> str:
 
 
 def _spread(row: Record) -> str:
-    """Half the interval of the median in percent of it; one sample has none."""
+    """Half the interval of the median in percent of it; one sample has none, a model's is a factor."""
     if row.n_samples == 1:
         return "1 sample"
+    if row.evidence == "modelled" and row.ci_lo_ms and row.ci_hi_ms:
+        return f"x/÷ {math.sqrt(row.ci_hi_ms / row.ci_lo_ms):.1f}"
     if row.noise_pct is not None:
         return f"±{row.noise_pct:.1f} %"
     if not row.median_ms or row.ci_lo_ms is None or row.ci_hi_ms is None:
