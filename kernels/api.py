@@ -136,20 +136,32 @@ def _check_alike(q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> None:
         raise ProblemError(f"routes must be int32 or int64, not {routes.dtype}")
 
 
-# The problem, the backend and a plan's settings for it, of every call seen so far. They are kept here and
+# The problem, the backend and a plan's settings for it, of the calls seen so far. They are kept here and
 # not returned by `_resolve` because torch.compile can take a number as a constant of its graph, but not an
 # object.
 _RESOLVED: dict[int, tuple[Problem, Backend, Config | None]] = {}
-_PLACES = itertools.count()
+_PLACES: dict[tuple[Any, ...], int] = {}
+_NUMBERS = itertools.count()
+# Detection at free resolutions makes a new call per image size; the older half of so many is let go.
+_MOST_CALLS = 4096
 
 
 @torch.compiler.assume_constant_result
 def _resolve(*call: Any) -> int:
-    return _resolve_once(*call)
+    """The place in `_RESOLVED` of what was found out about a call."""
+    place = _PLACES.get(call)
+    if place is None:
+        found = _found_out(*call)
+        if len(_PLACES) >= _MOST_CALLS:
+            for old in list(_PLACES)[: _MOST_CALLS // 2]:
+                _RESOLVED.pop(_PLACES.pop(old, -1), None)
+        place = next(_NUMBERS)
+        _RESOLVED[place] = found
+        _PLACES[call] = place
+    return place
 
 
-@functools.cache
-def _resolve_once(
+def _found_out(
     q: tuple[int, ...],
     k: tuple[int, ...],
     v: tuple[int, ...],
@@ -164,8 +176,8 @@ def _resolve_once(
     padding: str,
     backend: str,
     settings: tuple[str, ...],
-) -> int:
-    """The place in `_RESOLVED` of the problem that tensors of these shapes state and of its backend."""
+) -> tuple[Problem, Backend, Config | None]:
+    """The problem that tensors of these shapes state, its backend, and a plan's settings for it."""
     _check_shapes(q, k, v, heads)
     if scale is not None and not (scale and math.isfinite(scale)):
         raise ProblemError(f"scale must be a number other than 0, not {scale}")
@@ -208,9 +220,7 @@ def _resolve_once(
     if unknown:
         these = f"these are: {', '.join(known)}" if known else "it has none"
         raise ConfigError(f"backend {chosen.name!r} has no setting {unknown[0]!r}; {these}")
-    place = next(_PLACES)
-    _RESOLVED[place] = problem, chosen, planned
-    return place
+    return problem, chosen, planned
 
 
 def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], heads: int) -> None:

@@ -172,9 +172,9 @@ def test_auto_runs_what_the_plan_of_this_machine_recommends(monkeypatch: pytest.
     install(make_plan(detect("cpu"), backend="spy", config='{"block": 32}', dtype="float32"))
     monkeypatch.setattr(registry, "names", lambda: ("reference", "spy"))
     monkeypatch.setattr(registry, "get", lambda name: Spy() if name == "spy" else reference)
-    api._resolve_once.cache_clear()
+    api._PLACES.clear()
     attend(make_plan())
-    api._resolve_once.cache_clear()
+    api._PLACES.clear()
     assert asked == [{"block": 32}]
 
 

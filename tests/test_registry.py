@@ -54,7 +54,7 @@ def install(
         registry.get.cache_clear()
         registry._entry_points.cache_clear()
         registry._chosen_name.cache_clear()
-        api._resolve_once.cache_clear()
+        api._PLACES.clear()
 
     def install(points: dict[str, str], package: str = "stranger") -> None:
         info = tmp_path / f"{package}-1.0.dist-info"
