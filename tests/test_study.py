@@ -75,7 +75,10 @@ def _claim_and_die(url: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
-def test_trial_of_a_dead_worker_is_queued_once_more_and_then_given_up(tmp_path: Path, kind: str) -> None:
+def test_trial_of_a_dead_worker_is_queued_once_more_and_then_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("bratune.tune.ledger.MAX_RETRIES", 1)
     url = urls(tmp_path)[kind]
     Ledger(url, "s", ["ms"]).enqueue(items(1))
     for expected in (1, 0):

@@ -2,80 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from recorded import ASKED, NAMES, record
 
-from bratune.cell import Cell
 from bratune.cli import run
 from bratune.cli.tune import command
-from bratune.record import Record
-from bratune.store import Store
-from bratune.tune import session
-from bratune.tune.bench import registry_offers
 from bratune.tune.plan import load_plan
-from bratune.tune.request import Request
-from bratune.tune.synthetic import BACKENDS, MACHINE, SyntheticWorld
-
-NAMES = ("gather", "gather-sdpa", "dense")
-ASKED = [
-    "--gpu",
-    "synthetic",
-    "--dtype",
-    "bf16",
-    "-b",
-    "8",
-    "--effort",
-    "quick",
-    "--l2",
-    "cold",
-    "--no-install",
-]
-ASKED += ["--no-install"]
-ASKED += [text for name in NAMES for text in ("--backend", name)]
-
-
-class Recorder:
-    """A synthetic world whose rows are kept as if they had been measured, for replay."""
-
-    def __init__(self, path: Path) -> None:
-        self.world, self.store = SyntheticWorld(seed=1, noise=0.0), Store(path)
-        self.machine = self.world.machine
-
-    def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
-        for record in self.world.run(cells):
-            kept = record.replace(evidence="measured", outcome="measured")
-            self.store.append(kept)
-            yield kept
+from bratune.tune.synthetic import BACKENDS
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the records and the plan of a whole run."""
     folder = tmp_path_factory.mktemp("recorded")
-    engine = Recorder(folder / "rows" / "records.jsonl")
-    request = Request(
-        model="biformer_tiny",
-        task="classification",
-        height=224,
-        width=224,
-        batch=8,
-        dtype="bfloat16",
-        l2="cold",
-        backends=NAMES,
-        effort="quick",
-    )
-    session.run(
-        engine,
-        lambda: contextlib.nullcontext(engine),
-        request,
-        folder / "run",
-        offers=registry_offers(MACHINE, NAMES),
-    )
+    record(folder)
     return folder
 
 

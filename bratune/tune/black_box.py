@@ -28,6 +28,8 @@ def black_box(tuner: Tuner) -> None:
     while tuner.time_left() and len(tuner.verified()) < most and max(repeats, refusals) < REPEATS:
         known = tuner.settings.by_key()
         trial, setting = tuner.settings.propose(tuner.encoding.suggest)
+        # The key comes last: a trial with a key is queued again after a kill, and then needs its setting.
+        trial.set_user_attr("setting", setting.to_dict())
         trial.set_user_attr("key", setting.key)
         done = known.get(setting.key)
         if done is not None:

@@ -2,7 +2,7 @@
 
 Every measurement is a trial: it waits in the queue, is claimed by one worker, and ends as complete, as
 pruned (it ran and broke a constraint, e.g. out of memory: samplers learn from that) or as failed (nothing
-is known). What a worker that died left running is found again and queued once more.
+is known). What a worker that died left running is found again and queued once more, a few times.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ Proposal = TypeVar("Proposal")
 
 # A trial of another host counts as lost when nothing was heard of it for this long.
 LEASE_S = 900.0
-MAX_RETRIES = 1
+# How often a trial is queued again whose worker died. A cell cannot do that to a worker, because it runs in a
+# process of its own; kill -9 can, and may hit one trial more than once.
+MAX_RETRIES = 3
 INTERRUPTED = "interrupted"
 
 
