@@ -310,6 +310,9 @@ def _join(asked: dict[str, Any]) -> int:
         )
     import optuna
 
+    kind, _, place = asked["join"].partition(":///")
+    if kind == "journal" and not Path(place).exists():
+        raise UsageError(f"there is no study to join at {place}: no such file")
     storage = open_storage(asked["join"])
     known = {s.study_name: s.user_attrs for s in optuna.get_all_study_summaries(storage)}
     open_ones = [name for name, attrs in known.items() if "request" in attrs]

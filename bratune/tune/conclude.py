@@ -37,9 +37,12 @@ def conclude(tuner: Tuner, fresh: Fresh, *, command: str = "", complete: bool = 
     """
     default = tuner.find(tuner.reference)
     if default is None:
+        tried = tuner.settings.by_key().get(tuner.reference.key)
+        why = (
+            tried.user_attrs.get("reason", "") if tried else "the budget ended first; a larger one would help"
+        )
         raise UsageError(
-            f"the default {tuner.reference} could not be measured within the budget, so nothing can be "
-            "compared with it; a larger --budget or a smaller batch would help"
+            f"the default {tuner.reference} could not be measured, so nothing can be compared with it: {why}"
         )
     limits = tuner.fidelity.limits if tuner.fidelity is not None and tuner.second == "loss" else None
     rule = tuner.request.pick
