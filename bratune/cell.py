@@ -120,11 +120,18 @@ class Cell:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Cell:
-        """The inverse of `to_dict`."""
-        fields = dict(data)
-        fields["problem"] = Problem.from_dict(fields["problem"])
-        fields["image"] = tuple(fields.get("image") or (0, 0))
-        return cls(**fields)
+        """The inverse of `to_dict`.
+
+        Raises:
+            ProblemError: a field is missing or not known, or its value is none that a cell can have.
+        """
+        try:
+            fields = dict(data)
+            fields["problem"] = Problem.from_dict(fields["problem"])
+            fields["image"] = tuple(fields.get("image") or (0, 0))
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ProblemError(f"this describes no cell: {str(data)[:80]} ({error})") from None
 
     def replace(self, **changes: Any) -> Cell:
         """A copy with other values."""

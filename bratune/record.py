@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,7 +19,7 @@ from bratune.cell import Cell
 from bratune.errors import StoreError
 from bratune.machine import Machine
 
-__all__ = ["EVIDENCE", "OUTCOMES", "SCHEMA", "Record", "parse_fields", "utc_now"]
+__all__ = ["EVIDENCE", "OUTCOMES", "SCHEMA", "Record", "field_types", "parse_fields", "utc_now"]
 
 SCHEMA = 1
 # In order of trust. `published` is somebody else's number, read from their files.
@@ -97,8 +99,11 @@ class Record:
     deterministic: bool | None = None
     route_distribution: str = ""
     seed: int | None = None
-    # sources that compute the cell, and how it was sampled: with the versions, what a row is reused by
+    # sources that compute the cell, files that it reads, how it was sampled: with the versions, what a row is
+    # reused by
     source_hash: str = ""
+    checkpoint_hash: str = ""
+    images_hash: str = ""
     sampling: str = ""
     # time
     n_samples: int | None = None
@@ -233,7 +238,14 @@ class Record:
             StoreError: the schema is newer than this version can read.
         """
         _check_schema(data)
-        return cls(**{k: v for k, v in data.items() if k in _FIELDS})
+        known = {name: value for name, value in data.items() if name in _KINDS}
+        for name, value in known.items():
+            if value is not None and not isinstance(value, _KINDS[name]):
+                wanted = (
+                    "a text" if _KINDS[name] is str else "yes or no" if _KINDS[name] is bool else "a number"
+                )
+                raise StoreError(f"{name} should be {wanted} and is {value!r}")
+        return cls(**known)
 
     @classmethod
     def from_json(cls, line: str) -> Record:
@@ -245,7 +257,20 @@ class Record:
         return cls.from_dict(parse_fields(line))
 
 
-_FIELDS = frozenset(field.name for field in dataclasses.fields(Record))
+def field_types() -> dict[str, type]:
+    """What every field of a record holds where it is not empty: str, bool, int or float."""
+    hints = typing.get_type_hints(Record)
+    found: dict[str, type] = {}
+    for name in (f.name for f in dataclasses.fields(Record)):
+        kinds = typing.get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+        found[name] = next(kind for kind in kinds if kind is not types.NoneType)
+    return found
+
+
+# A whole number may stand where a number is expected, and the other way round: JSON does not tell them apart.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    name: (int, float) if kind in (int, float) else kind for name, kind in field_types().items()
+}
 
 
 def parse_fields(line: str) -> dict[str, Any]:
@@ -257,9 +282,9 @@ def parse_fields(line: str) -> dict[str, Any]:
     try:
         data = json.loads(line)
     except ValueError as error:
-        raise StoreError(f"a line of the records is not JSON ({error})") from None
+        raise StoreError(f"is not JSON ({error})") from None
     if not isinstance(data, dict):
-        raise StoreError("a line of the records is not a JSON object")
+        raise StoreError("is not a JSON object, as a record is")
     _check_schema(data)
     return data
 

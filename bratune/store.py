@@ -8,23 +8,32 @@ next writer and skipped by readers. Raw samples go to ``<name>.samples.jsonl`` b
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from bratune.errors import StoreError, UnknownNameError
+from bratune.errors import StoreError
+from bratune.index import Index
 from bratune.record import Record, parse_fields
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Store", "read", "read_fields", "read_records", "record_files"]
+__all__ = [
+    "Store",
+    "batches",
+    "cut_torn_line",
+    "locked",
+    "one_by_one",
+    "read",
+    "read_fields",
+    "read_records",
+    "record_files",
+]
 
 SAMPLES_SUFFIX = ".samples.jsonl"
 
@@ -43,8 +52,8 @@ class Store:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked(self.path) as fd:
-                _cut_torn_line(fd)
+            with locked(self.path) as fd:
+                cut_torn_line(fd)
         except OSError as error:
             raise self._failure("be written", error) from None
 
@@ -83,11 +92,15 @@ class Store:
         """Everything written so far, by anyone."""
         return list(read_records([self.path])) if self.path.exists() else []
 
+    def index(self) -> Index:
+        """Where the rows of each cell stand that are finished so far."""
+        return Index(self.path)
+
     def _append_line(self, path: Path, line: str) -> None:
         data = line.encode() + b"\n"
         try:
-            with self._locked(path) as fd:
-                end = _cut_torn_line(fd)
+            with locked(path) as fd:
+                end = cut_torn_line(fd)
                 try:
                     written = 0
                     while written < len(data):
@@ -100,21 +113,43 @@ class Store:
         except OSError as error:
             raise self._failure("be written", error) from None
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _locked(path: Path) -> Iterator[int]:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield fd
-        finally:
-            os.close(fd)  # releases the lock
-
     def _failure(self, verb: str, error: OSError) -> StoreError:
         return StoreError(f"records cannot {verb} to {self.path}: {error.strerror or error}")
 
 
-def _cut_torn_line(fd: int) -> int:
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """The descriptor of a file, made when missing, that no other writer touches meanwhile.
+
+    Raises:
+        OSError: the file cannot be opened, or its file system has no locks.
+    """
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            except OSError as error:
+                why = (
+                    f"its file system gives no locks ({error.strerror}); a folder on a local disk would work"
+                )
+                raise OSError(error.errno, why) from None
+            if not _is_at(fd, path):  # another process put a new file in its place while this one waited
+                continue
+            yield fd
+            return
+        finally:
+            os.close(fd)  # releases the lock
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def cut_torn_line(fd: int) -> int:
     """Drop what follows the last newline; returns the length of the file after it."""
     size = os.fstat(fd).st_size
     end = size
@@ -157,7 +192,8 @@ def read_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Record]:
     Raises:
         StoreError: a path cannot be read, or a line that is not the last is not a record.
     """
-    return _parsed(paths, Record.from_json)
+    for path, number, lines in batches(paths):
+        yield from one_by_one(path, number, lines, Record.from_json)
 
 
 def read(
@@ -168,7 +204,8 @@ def read(
 ) -> pandas.DataFrame:
     """Records as a table, one row per record.
 
-    Rows are not held as text, so that files may be larger than memory as long as the columns fit.
+    Lines are not held, so that files may be larger than memory as long as the columns fit. Asking for the
+    columns that are needed is several times as fast as asking for all.
 
     Args:
         paths: Files and folders.
@@ -179,23 +216,16 @@ def read(
         StoreError: see `read_records`.
         UnknownNameError: a column is not a field of `Record`.
     """
-    import pandas
+    from bratune.columns import Columns, Unusual
 
-    defaults = {field.name: field.default for field in dataclasses.fields(Record)}
-    wanted = list(defaults) if columns is None else list(columns)
-    for name in wanted:
-        if name not in defaults:
-            raise UnknownNameError("column", name, defaults)
     several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    values: dict[str, list[Any]] = {name: [] for name in wanted}
-    targets = [(name, defaults[name], values[name].append) for name in wanted]
-    for fields in read_fields(several):
-        if started or fields.get("outcome") != "started":
-            for name, default, append in targets:
-                value = fields.get(name, default)
-                # Most texts repeat from row to row: one object each is what lets millions of rows fit.
-                append(sys.intern(value) if type(value) is str else value)
-    return pandas.DataFrame(values, columns=wanted)
+    made = Columns(columns, started=started)
+    for path, number, lines in batches(several):
+        try:
+            made.add_lines(lines)
+        except Unusual:
+            made.add_rows(one_by_one(path, number, lines, parse_fields))
+    return made.table()
 
 
 def read_fields(paths: Iterable[str | os.PathLike[str]]) -> Iterator[dict[str, Any]]:
@@ -204,26 +234,46 @@ def read_fields(paths: Iterable[str | os.PathLike[str]]) -> Iterator[dict[str, A
     Raises:
         StoreError: see `read_records`.
     """
-    return _parsed(paths, parse_fields)
+    from bratune.columns import Unusual, parse_together
+
+    for path, number, lines in batches(paths):
+        try:
+            yield from parse_together(lines)
+        except Unusual:
+            yield from one_by_one(path, number, lines, parse_fields)
 
 
 T = TypeVar("T")
 
+# Bytes of lines that are read at a time.
+_BATCH_BYTES = 1 << 21
 
-def _parsed(paths: Iterable[str | os.PathLike[str]], parse: Callable[[str], T]) -> Iterator[T]:
-    """What ``parse`` makes of every line of files and folders; a torn last line is skipped with a warning."""
+
+def batches(
+    paths: Iterable[str | os.PathLike[str]], size: int = _BATCH_BYTES
+) -> Iterator[tuple[Path, int, list[bytes]]]:
+    """Lines of files and folders, many at a time: their file, the number of the first, and the lines."""
     for path in record_files(paths):
+        number = 1
         try:
             with path.open("rb") as file:
-                for number, raw in enumerate(file, start=1):
-                    if not raw.strip():
-                        continue
-                    try:
-                        yield parse(raw.decode("utf-8"))
-                    except (StoreError, TypeError, UnicodeDecodeError) as error:
-                        if not raw.endswith(b"\n"):  # only a writer that died leaves such a line
-                            warnings.warn(f"{path}: the last line is torn and was skipped", stacklevel=3)
-                            continue
-                        raise StoreError(f"{path}, line {number}: {error}") from None
+                while lines := file.readlines(size):
+                    yield path, number, lines
+                    number += len(lines)
         except OSError as error:
             raise StoreError(f"records cannot be read from {path}: {error.strerror or error}") from None
+
+
+def one_by_one(path: Path, first: int, lines: Iterable[bytes], parse: Callable[[str], T]) -> Iterator[T]:
+    """What ``parse`` makes of every line; a torn last line is skipped with a warning."""
+    for number, raw in enumerate(lines, start=first):
+        if not raw.strip():
+            continue
+        try:
+            yield parse(raw.decode("utf-8"))
+        except (StoreError, TypeError, UnicodeDecodeError) as error:
+            if not raw.endswith(b"\n"):  # only a writer that died leaves such a line
+                warnings.warn(f"{path}: the last line is torn and was skipped", stacklevel=3)
+                continue
+            what = "is not text" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise StoreError(f"{path}, line {number}: {what}") from None

@@ -176,6 +176,52 @@ def test_compact_reads_back_as_the_same_table(tmp_path: Path) -> None:
         assert compact[name].tolist() == table[name].tolist(), name
 
 
+def test_compact_skips_a_torn_line_and_names_a_broken_one(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path, target = written(tmp_path / "a.jsonl", row(), started()), tmp_path / "a.parquet"
+    with path.open("a") as file:
+        file.write('{"schema":1,"torn')
+    with pytest.warns(UserWarning, match="torn"):
+        assert upkeep.compact([path], target) == 1
+    for line, message in (
+        ("]", "line 3: is not JSON"),
+        ('{"schema":2}', "schema 2"),
+        ('{"schema":1,"median_ms":"fast"}', "holds what it should not"),
+    ):
+        written(path)  # cuts the torn line
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]) + line + "\n")
+        with pytest.raises(StoreError, match=message):
+            upkeep.compact([path], target)
+    assert len(pandas.read_parquet(target)) == 1  # the copy from before is still there
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.parquet"]
+
+
+def test_prune_keeps_what_a_newer_version_wrote_into_a_row(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", row(), row(median_ms=3.0))
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1][:-1] + ',"of_tomorrow":1}'
+    path.write_text("\n".join(lines) + "\n")
+    assert upkeep.prune(path) == (1, 1)
+    assert path.read_text() == lines[1] + "\n"
+
+
+def test_merge_and_import_write_in_bounded_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "_AT_ONCE", 2)
+    rows = [row(median_ms=float(i)) for i in range(1, 6)]
+    source = written(tmp_path / "a.jsonl", *rows, *rows)
+    assert upkeep.merge(tmp_path / "b.jsonl", [source]) == 5
+    assert upkeep.merge(tmp_path / "b.jsonl", [source]) == 0
+    assert list(upkeep.import_records(tmp_path / "runs", [source]).values()) == [5]
+    assert Store(tmp_path / "b.jsonl").records() == rows
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"no": 1}'])
+def test_a_row_that_describes_no_cell_is_one_sentence(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path / "a.jsonl", row().replace(cell=text))
+    with pytest.raises(BratuneError, match="describes no cell"):
+        call("why", CELL.cell_id, path, "--device", "cpu")
+
+
 def test_compact_without_pyarrow_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.profile import cache
-from bratune.profile.engine import CellEngine
+from bratune.profile.engine import CellEngine, ParallelEngine
 from bratune.profile.replay import ReplayRunner, machine_of
 from bratune.profile.run_cell import Result
 from bratune.record import Record
@@ -264,6 +266,46 @@ def test_a_row_answers_only_when_nothing_that_matters_changed_and_the_miss_names
     assert field in str(why)
 
 
+def _weights(folder: Path) -> Cell:
+    path = folder / "weights.pth"
+    path.write_bytes(b"first")
+    return GATHER.replace(extra=json.dumps({"checkpoint": str(path)}))
+
+
+def _pictures(folder: Path) -> Cell:
+    (folder / "a.png").write_bytes(b"first")
+    return GATHER.replace(extra=json.dumps({"images": str(folder)}))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "field"),
+    [(_weights, "weights.pth", "checkpoint_hash"), (_pictures, "a.png", "images_hash")],
+)
+def test_a_row_answers_only_for_the_contents_of_files_and_not_for_their_path(
+    tmp_path: Path, make: Callable[[Path], Cell], name: str, field: str
+) -> None:
+    cell = make(tmp_path)
+    row = stored(cell)
+    known = cache.Cache(CPU, QUICK, [row])
+    assert known.find(cell) == row
+    (tmp_path / name).write_bytes(b"other")  # as long as before
+    os.utime(tmp_path / name, ns=(1, 1))
+    why = known.why(cell)
+    assert not why.hit
+    assert [changed for changed, _, _ in why.differences] == [field]
+    (tmp_path / name).unlink()
+    assert f"{field}: stored {getattr(row, field)}, asked (nothing)" in str(known.why(cell))
+
+
+def test_rows_that_another_run_adds_meanwhile_answer_too(tmp_path: Path) -> None:
+    store, first, second = Store(tmp_path / "records.jsonl"), FakeRunner(), FakeRunner()
+    rows = CellEngine(first, QUICK, store=store).run(cells("gather", "dense"))
+    next(rows)
+    list(CellEngine(second, QUICK, store=store).run(cells("gather", "dense")))
+    list(rows)
+    assert (first.ran, second.ran) == (["gather"], ["dense"])
+
+
 def test_a_hit_says_where_it_is_from() -> None:
     why = cache.Cache(CPU, QUICK, [stored().replace(run_id="r7")]).why(GATHER)
     assert why.hit
@@ -291,6 +333,66 @@ def test_sources_of_backends_differ_and_layers_count_only_where_they_run() -> No
     assert len(set(hashes.values())) == len(hashes)
     assert cache.source_hash(GATHER.replace(part="block")) != hashes["gather"]
     assert cache.source_hash(GATHER) == hashes["gather"]
+
+
+# --- many cells at a time ---------------------------------------------------------------------
+
+
+class ManyRunner(FakeRunner):
+    """Counts who runs at a time; the first call waits until it is interrupted."""
+
+    def __init__(self, *, first_waits: bool = False) -> None:
+        super().__init__()
+        self.lock, self.now, self.most = threading.Lock(), 0, 0
+        self.waits, self.released = first_waits, threading.Event()
+
+    def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
+        with self.lock:
+            waits, self.waits = self.waits, False
+            self.now += 1
+            self.most = max(self.most, self.now)
+        if waits:
+            assert self.released.wait(20)
+            return Result(Record.of(cell, CPU, outcome="crashed", reason="killed"))
+        time.sleep(0.001)
+        with self.lock:
+            self.now -= 1
+        return super().run(cell, limit_s=limit_s, give_up_ms=give_up_ms)
+
+    def interrupt(self) -> None:
+        self.released.set()
+
+
+def test_many_cells_run_side_by_side_baselines_first_and_no_more_than_there_are_slots(tmp_path: Path) -> None:
+    runner, store = ManyRunner(), Store(tmp_path / "records.jsonl")
+    everything = [
+        GATHER.replace(seed=seed, backend=name) for seed in range(150) for name in ("dense", "gather")
+    ]
+    rows = list(ParallelEngine(runner, QUICK, slots=4, store=store).run(everything))
+    assert sorted(row.cell_id for row in rows) == sorted(cell.cell_id for cell in everything)
+    assert runner.ran == ["gather"] * 150 + ["dense"] * 150
+    assert 2 <= runner.most <= 4
+    assert {row.speedup for row in rows} == {1.0}
+    again = ParallelEngine(runner, QUICK, slots=4, store=store)
+    assert len(list(again.run(everything))) == again.reused == len(everything)
+    assert len(runner.ran) == len(everything)
+
+
+def test_a_caller_that_stops_ends_what_runs_side_by_side() -> None:
+    runner = ManyRunner(first_waits=True)
+    rows = ParallelEngine(runner, QUICK, slots=2).run(GATHER.replace(seed=seed) for seed in range(9))
+    next(rows)
+    rows.close()  # type: ignore[attr-defined]  # a generator, what Ctrl-C does to it
+    assert runner.released.is_set()
+
+
+def test_a_cell_that_waits_for_a_device_when_the_budget_ends_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bratune.profile.engine._GRACE_S", 0.0)
+    runner = ManyRunner(first_waits=True)
+    (row,) = ParallelEngine(runner, QUICK, slots=2, budget_s=0.1).run([GATHER])
+    assert (row.outcome, row.reason) == ("timeout", "not finished: the budget of 0.1 s was spent")
 
 
 # --- replay -----------------------------------------------------------------------------------
@@ -328,6 +430,19 @@ def test_replay_of_several_machines_asks_which() -> None:
 def test_nothing_to_replay_is_one_sentence(rows: list[Record], gpu: str, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         ReplayRunner(rows, gpu=gpu)
+
+
+def test_a_replay_is_no_source_of_another_one(tmp_path: Path) -> None:
+    store = Store(tmp_path / "records.jsonl")
+    list(CellEngine(ReplayRunner([stored()]), QUICK, store=store).run([GATHER]))
+    assert {row.evidence for row in store.records()} == {"replayed"}
+    with pytest.raises(TargetError, match="nothing in them was measured"):
+        ReplayRunner(store.records())
+
+
+def test_a_replayed_row_is_of_the_cell_that_was_asked_for() -> None:
+    (row,) = CellEngine(ReplayRunner([stored().replace(cell="{}")]), QUICK).run([GATHER])
+    assert Cell.from_dict(json.loads(row.cell)) == GATHER
 
 
 def test_the_machine_of_a_row_makes_the_same_rows() -> None:

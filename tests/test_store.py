@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
 from bratune.errors import StoreError, UnknownNameError
 from bratune.record import Record
-from bratune.store import Store, read, read_records, record_files
+from bratune.store import Store, locked, read, read_records, record_files
 
 
 def row(number: int, **values: object) -> Record:
@@ -141,3 +143,30 @@ def test_read_gives_the_columns_that_are_asked_for_in_their_order(tmp_path: Path
     assert found.values.tolist() == [[2.0, "dense", ""], [1.0, "gather", ""]]
     with pytest.raises(UnknownNameError, match=r"no column is called 'medain_ms'.*did you mean median_ms"):
         read(store.path, columns=["medain_ms"])
+
+
+def test_a_file_system_without_locks_is_said_with_what_would_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(
+        StoreError, match=r"no locks \(No locks available\); a folder on a local disk would work"
+    ):
+        Store(tmp_path / "records.jsonl")
+
+
+def test_a_writer_that_waited_while_the_file_was_replaced_writes_into_the_new_one(tmp_path: Path) -> None:
+    store = Store(tmp_path / "records.jsonl")
+    store.append(row(1))
+    with locked(store.path):
+        waiting = threading.Thread(target=store.append, args=(row(2),))
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        (tmp_path / "new").write_text(row(3).to_json() + "\n")
+        (tmp_path / "new").replace(store.path)
+    waiting.join()
+    assert [r.median_ms for r in store.records()] == [3, 2]

@@ -32,14 +32,16 @@ def command() -> None:
 @several
 def ls(paths: tuple[Path, ...]) -> None:
     """List files with their rows, outcomes and machines."""
-    from bratune.store import read_records, record_files
+    from bratune.store import read_fields, record_files
 
     for path in record_files(paths or DEFAULT):
-        rows = list(read_records([path]))
-        outcomes = Counter(row.outcome for row in rows)
-        machines = sorted({row.gpu_key for row in rows})
-        counts = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.most_common())
-        click.echo(f"{path}  {path.stat().st_size / 1e6:.2f} MB  {', '.join(machines)}  {counts}")
+        outcomes: Counter[str] = Counter()
+        machines: set[str] = set()
+        for row in read_fields([path]):
+            outcomes[str(row.get("outcome", "measured"))] += 1
+            machines.add(str(row.get("gpu_key") or "(no machine)"))
+        counts = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.most_common()) or "no rows"
+        click.echo(f"{path}  {path.stat().st_size / 1e6:.2f} MB  {', '.join(sorted(machines))}  {counts}")
 
 
 @command.command("show")
@@ -150,4 +152,7 @@ def _rows_of(cell: str, paths: tuple[Path, ...]) -> list[Record]:
 def _cell_of(row: Record) -> Cell:
     from bratune.cell import Cell
 
-    return Cell.from_dict(json.loads(row.cell))
+    try:
+        return Cell.from_dict(json.loads(row.cell))
+    except ValueError as error:
+        raise StoreError(f"row {row.cell_id} describes no cell: {error}") from None

@@ -1,8 +1,8 @@
 """Cache: which stored row answers a cell, and why or why not, field by field.
 
 A row answers a cell when everything that can change its time is the same: the cell itself, the sources that
-compute it, the versions of torch, triton and the driver, the GPU, and how it is sampled. The board's serial
-number is not among them: a row of one H100 answers for another.
+compute it, what is in the files that it reads, the versions of torch, triton and the driver, the GPU, and how
+it is sampled. The board's serial number is not among them: a row of one H100 answers for another.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from bratune.cell import Cell
-from bratune.errors import UnknownNameError
+from bratune.errors import StoreError, UnknownNameError
+from bratune.index import Index
 from bratune.kernels import registry
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
+from bratune.profile.contents import contents_of
 from bratune.record import Record
 
 __all__ = [
@@ -82,6 +84,7 @@ class Cache:
         machine: Where a cell would be measured now.
         settings: How it would be sampled.
         records: Rows that are there already; of several for one key the last one counts.
+        index: More of them, in a file; those of a cell are read when it is asked for.
         evidence: Kind of rows that may answer: a replayed or modelled one never stands for a measured one.
     """
 
@@ -91,22 +94,25 @@ class Cache:
         settings: MeterSettings,
         records: Iterable[Record] = (),
         *,
+        index: Index | None = None,
         evidence: str = "measured",
     ) -> None:
         self._machine, self._settings, self._evidence = machine, settings, evidence
+        self._index = index
         self._rows: dict[str, list[Record]] = {}
         for record in records:
             self.add(record)
 
     def add(self, record: Record) -> None:
         """Take a row in, if it can answer anything."""
-        silent = record.outcome in _NO_ANSWER or record.reason.startswith(NO_TURN)
-        if record.cell and record.evidence == self._evidence and not silent:
+        if self._answers(record):
             self._rows.setdefault(record.cell_id, []).append(record)
 
     def find(self, cell: Cell) -> Record | None:
         """The row that answers a cell; None when it has to be measured."""
-        rows = self._rows.get(cell.cell_id)
+        rows = self._rows.get(cell.cell_id, [])
+        if self._index is not None and not rows:
+            rows = [row for row in self._index.rows(cell.cell_id) if self._answers(row)]
         if not rows:
             return None
         asked = _circumstances(self._machine, cell, self._settings)
@@ -125,6 +131,11 @@ class Cache:
                 found, nearest = record, differences
         return Why(False, found, nearest)
 
+    def _answers(self, record: Record) -> bool:
+        """Whether a row can answer anything."""
+        silent = record.outcome in _NO_ANSWER or record.reason.startswith(NO_TURN)
+        return bool(record.cell) and record.evidence == self._evidence and not silent
+
 
 def key_fields(cell: Cell, machine: Machine, settings: MeterSettings) -> dict[str, str]:
     """Everything that can change the time of a cell, by name, as text."""
@@ -132,19 +143,22 @@ def key_fields(cell: Cell, machine: Machine, settings: MeterSettings) -> dict[st
 
 
 def key_fields_of(record: Record) -> dict[str, str]:
-    """The same of a stored row."""
-    return _flat(json.loads(record.cell)) | _circumstances_of(record)
+    """The same of a stored row; raises `StoreError` where it does not describe its cell."""
+    try:
+        return _flat(dict(json.loads(record.cell))) | _circumstances_of(record)
+    except (ValueError, TypeError):
+        raise StoreError(f"row {record.cell_id} holds no description of its cell") from None
 
 
 def _circumstances(machine: Machine, cell: Cell, settings: MeterSettings) -> dict[str, str]:
     """What is no part of a cell and can change its time."""
     values = {name: getattr(machine, name) for name in _MACHINE_FIELDS}
-    values |= {"source_hash": source_hash(cell), "sampling": settings.sampling}
+    values |= {"source_hash": source_hash(cell), **contents_of(cell), "sampling": settings.sampling}
     return {name: str(value or "") for name, value in values.items()}
 
 
 def _circumstances_of(record: Record) -> dict[str, str]:
-    names = (*_MACHINE_FIELDS, "source_hash", "sampling")
+    names = (*_MACHINE_FIELDS, "source_hash", "checkpoint_hash", "images_hash", "sampling")
     return {name: str(getattr(record, name) or "") for name in names}
 
 

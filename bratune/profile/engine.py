@@ -8,9 +8,11 @@ on disk before a cell is launched and its outcome right after, the budget is kep
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -20,15 +22,18 @@ from bratune.measure.meter import Meter, meter_for
 from bratune.measure.settings import MeterSettings
 from bratune.profile.cache import NOT_FINISHED, NOT_STARTED, Cache, source_hash
 from bratune.profile.cells import BASELINE
+from bratune.profile.contents import contents_of
 from bratune.profile.repro import command_for
 from bratune.profile.run_cell import Result, run_cell
 from bratune.record import Record
 from bratune.store import Store
 
-__all__ = ["Baselines", "CellEngine", "LocalEngine", "LocalRunner", "Runner"]
+__all__ = ["Baselines", "CellEngine", "LocalEngine", "LocalRunner", "ParallelEngine", "Runner"]
 
 # Making inputs and checking them against the reference come on top of sampling; compiling can take minutes.
 _OVERHEAD_S, _COMPILE_S = 180.0, 600.0
+# What cells on other machines may take to notice that the budget is spent, before they are stopped.
+_GRACE_S = 15.0
 # A backend that is this many times slower than the fastest one so far is not worth a precise time.
 _CLEARLY_WORSE = 3.0
 
@@ -143,7 +148,10 @@ class CellEngine:
 
     Attributes:
         reused: Cells that were answered by stored rows so far.
+        slots: Cells that are measured at a time.
     """
+
+    slots = 1
 
     def __init__(
         self,
@@ -162,8 +170,8 @@ class CellEngine:
         self._runner = runner
         self._settings = settings
         self._store = store
-        known = store.records() if store and not fresh else ()
-        self._cache = Cache(runner.machine, settings, known, evidence=runner.evidence)
+        index = store.index() if store and not fresh else None
+        self._cache = Cache(runner.machine, settings, index=index, evidence=runner.evidence)
         self._run_id = run_id
         self._flags = tuple(flags)
         self._cell_limit_s = cell_limit_s
@@ -219,14 +227,18 @@ class CellEngine:
         if left is not None and left <= 0:
             return self._out_of_budget(cell, NOT_STARTED)
         if self._store:
-            self._store.append(self._signed(cell, Record.of(cell, self.machine, outcome="started")))
+            started = Record.of(cell, self.machine, outcome="started", evidence=self._runner.evidence)
+            self._store.append(self._signed(cell, started))
         limit = self._limit_of(cell)
         result = self._runner.run(
             cell,
             limit_s=limit if left is None else min(limit, left),
             give_up_ms=self._baselines.give_up_ms(cell),
         )
-        if result.record.outcome == "timeout" and left is not None and left < limit:
+        cut_short = result.record.outcome == "timeout" and left is not None and left < limit
+        overdue = self._deadline is not None and self._clock() >= self._deadline
+        interrupted = result.record.outcome == "crashed" and overdue
+        if cut_short or interrupted:
             return self._out_of_budget(cell, NOT_FINISHED)
         return result
 
@@ -245,8 +257,63 @@ class CellEngine:
             run_id=self._run_id,
             repro=command_for(cell, extra=self._flags),
             source_hash=source_hash(cell),
+            **contents_of(cell),
             sampling=self._settings.sampling,
         )
+
+
+class ParallelEngine(CellEngine):
+    """A `CellEngine` whose runner measures several cells at a time, each on a device of its own.
+
+    Args:
+        runner: Measures a cell in the thread that asks; several threads do.
+        settings: How cells are sampled.
+        slots: Cells at a time.
+        options: Those of `CellEngine`.
+    """
+
+    def __init__(self, runner: Runner, settings: MeterSettings, *, slots: int, **options: Any) -> None:
+        super().__init__(runner, settings, **options)
+        self.slots = slots
+
+    def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
+        """One finished record per cell, as each is known, baselines first; see `bratune.engine.Engine`."""
+        waves: tuple[list[Cell], list[Cell]] = [], []
+        for cell in cells:
+            waves[0 if set(cell.backend.split(",")) == {BASELINE} else 1].append(cell)
+        for wave in waves:
+            yield from self._together(wave)
+
+    def _together(self, cells: Sequence[Cell]) -> Iterator[Record]:
+        """Rows of cells that run side by side, each written down where it is known.
+
+        No more cells are under way than can run, so that what a sweep of a hundred thousand holds in memory
+        does not grow with it.
+        """
+        waiting, running = iter(cells), set[Future[list[Record]]]()
+        with ThreadPoolExecutor(self.slots) as pool:
+            try:
+                running = {pool.submit(self._one, cell) for cell in itertools.islice(waiting, self.slots)}
+                while running:
+                    done, running = wait(running, self._patience_s(), return_when=FIRST_COMPLETED)
+                    if not done:  # the budget is spent, and cells still wait for a device
+                        self._runner.interrupt()
+                    for cell in itertools.islice(waiting, len(done)):
+                        running.add(pool.submit(self._one, cell))
+                    for turn in done:
+                        yield from turn.result()
+            finally:
+                if running:
+                    self.cancel()
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for the next cell: none may be under way shortly after the budget is spent."""
+        if self._deadline is None:
+            return None
+        return max(1.0, self._deadline + _GRACE_S - self._clock())
+
+    def _one(self, cell: Cell) -> list[Record]:
+        return list(super().run([cell]))
 
 
 class LocalEngine(CellEngine):

@@ -37,7 +37,7 @@ class ReplayRunner:
     evidence = "replayed"
 
     def __init__(self, records: Iterable[Record], *, gpu: str = "", source: str = "the records") -> None:
-        measured = [row for row in records if row.evidence == "measured" and row.cell]
+        measured = [row for row in records if row.evidence == "measured" and row.outcome != "started"]
         keys = sorted({row.gpu_key for row in measured})
         if not keys:
             raise TargetError(f"{source} cannot be replayed: nothing in them was measured")
@@ -64,7 +64,8 @@ class ReplayRunner:
         if row is None:
             reason = f"not replayed: {self._source} holds no row of this cell on {self.machine.gpu_key}"
             return Result(Record.of(cell, self.machine, outcome="error", evidence="replayed", reason=reason))
-        return Result(row.replace(evidence="replayed"))
+        asked = Record.of(cell, self.machine)  # the same cell, whatever the row made of its description
+        return Result(row.replace(evidence="replayed", cell=asked.cell))
 
     def interrupt(self) -> None:
         """A replayed cell takes no time."""
@@ -119,6 +120,4 @@ def machine_of(record: Record) -> Machine:
 
 def _better(row: Record, other: Record | None) -> bool:
     """Whether a later row replaces an earlier one: not where it failed and the other has a time."""
-    if row.outcome == "started":
-        return False
     return other is None or row.ok or not other.ok
