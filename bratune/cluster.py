@@ -10,12 +10,13 @@ Kinds of accelerator are Ray's: a node with an A100 has the resource ``accelerat
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import functools
+import itertools
 import os
+import platform
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,8 @@ from bratune.cell import Cell
 from bratune.errors import MissingPackageError, TargetError
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
-from bratune.profile.cells import BASELINE
-from bratune.profile.engine import CellEngine, Runner
+from bratune.profile.cache import NOT_FINISHED
+from bratune.profile.engine import ParallelEngine, Runner
 from bratune.profile.run_cell import Result
 from bratune.record import Record
 
@@ -34,6 +35,11 @@ __all__ = ["ClusterEngine", "Site", "connect", "find_sites", "machine_of"]
 
 # How often Ray runs a cell again elsewhere after its node was lost, before the cell counts as crashed.
 _RETRIES = 3
+# How much longer than its limit a cell may stay away while cells that were handed out after it come back, for
+# the transfer and one preemption: as long as the limit itself, within these bounds.
+_LEAST_SLACK_S, _MOST_SLACK_S = 30.0, 600.0
+# What must be the same on all nodes of a site, so that their rows may be compared.
+_SAME = ("bratune", "torch", "triton")
 _ACCELERATOR = "accelerator_type:"
 # Describing a node takes a worker's start and one import of torch.
 _DESCRIBE_S = 300.0
@@ -48,7 +54,7 @@ class Site:
     Attributes:
         accelerator: Ray's name, e.g. ``A100``; empty for nodes without a GPU.
         slots: Cells that can run at a time: GPUs, or nodes where there are none.
-        cpus: Cores that a cell takes, on nodes without a GPU: those of the smallest one.
+        cpus: Cores that a cell takes, on nodes without a GPU: all of a node, so that no two share one.
     """
 
     accelerator: str
@@ -126,7 +132,8 @@ def _sites(nodes: Sequence[Mapping[str, float]]) -> list[Site]:
         elif resources.get("CPU"):
             bare.append(int(resources["CPU"]))
     sites = [Site(kind, count) for kind, count in sorted(slots.items())]
-    return [*sites, Site("", len(bare), min(bare))] if bare else sites
+    # Of nodes without a GPU the largest only: two cells would share one that is larger than they ask for.
+    return [*sites, Site("", bare.count(max(bare)), max(bare))] if bare else sites
 
 
 def machine_of(site: Site) -> Machine:
@@ -158,6 +165,8 @@ class ClusterRunner:
         task = ray.remote(**site.options(), max_retries=_RETRIES, max_calls=0)
         self._measure = task(_measure)
         self._in_flight: set[Any] = set()
+        self._handed_out = itertools.count(1)
+        self._last_back = 0
         self._token = uuid.uuid4().hex
         self.machine = self._describe(task(_describe))
 
@@ -166,9 +175,13 @@ class ClusterRunner:
             found = self._ray.get(
                 task.remote(self._token, self._make, self._settings.to_dict()), timeout=_DESCRIBE_S
             )
+        except self._ray.exceptions.GetTimeoutError:
+            raise TargetError(
+                f"no {self._where} node of the cluster answers within {_DESCRIBE_S:g} s; `ray status` shows "
+                "whether all are taken"
+            ) from None
         except self._ray.exceptions.RayError as error:
-            where = self.site.accelerator or "CPU"
-            raise TargetError(f"no {where} node of the cluster answers: {_first_line(error)}") from None
+            raise TargetError(f"no {self._where} node of the cluster answers: {_cause(error)}") from None
         machine = Machine.from_dict(found)
         if machine.bratune != bratune.__version__:
             raise TargetError(
@@ -179,32 +192,65 @@ class ClusterRunner:
 
     def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
         """See `bratune.profile.engine.Runner.run`; the limit counts on the node, from the cell's start."""
+        exceptions = self._ray.exceptions
         settings = self._settings.to_dict()
+        same = {name: getattr(self.machine, name) for name in _SAME}
         reference = self._measure.remote(
-            self._token, self._make, settings, cell.to_dict(), limit_s, give_up_ms
+            self._token, self._make, settings, cell.to_dict(), limit_s, give_up_ms, same
         )
         self._in_flight.add(reference)
+        number = next(self._handed_out)
         try:
-            found = self._ray.get(reference)
-        except self._ray.exceptions.RayError as error:
+            found = self._wait_for(reference, number, limit_s)
+            self._last_back = max(self._last_back, number)
+        except exceptions.GetTimeoutError as error:
+            self._cancel(reference)
+            return self._failed(cell, "timeout", f"{NOT_FINISHED}{error}")
+        except exceptions.RayTaskError as error:  # raised on the node, which is alive and well
+            return self._failed(cell, "error", f"on a node: {_cause(error)}")
+        except exceptions.RayError as error:
             reason = f"lost with its node, {_RETRIES + 1} times: {_first_line(error)}"
-            return Result(Record.of(cell, self.machine, outcome="crashed", reason=reason))
+            return self._failed(cell, "crashed", reason)
         finally:
             self._in_flight.discard(reference)
         return Result(Record.from_dict(found["record"]), tuple(found["samples_ms"]))
 
+    def _wait_for(self, reference: Any, number: int, limit_s: float) -> Any:
+        """What a cell gives; one that waits for a free GPU is waited for, one that hangs is not.
+
+        A cell hangs where it is overdue and one that was handed out after it is back already.
+        """
+        patience = limit_s + min(max(limit_s, _LEAST_SLACK_S), _MOST_SLACK_S)
+        while True:
+            try:
+                return self._ray.get(reference, timeout=patience)
+            except self._ray.exceptions.GetTimeoutError:
+                if self._last_back > number:
+                    text = f"its {self._where} node gave no result within {patience:g} s, and others did"
+                    raise self._ray.exceptions.GetTimeoutError(text) from None
+
+    @property
+    def _where(self) -> str:
+        return self.site.accelerator or "CPU"
+
+    def _failed(self, cell: Cell, outcome: str, reason: str) -> Result:
+        return Result(Record.of(cell, self.machine, outcome=outcome, reason=reason))
+
+    def _cancel(self, reference: Any) -> None:
+        with contextlib.suppress(Exception):  # it may have ended meanwhile
+            self._ray.cancel(reference, force=True)
+
     def interrupt(self) -> None:
         """End every cell that is running."""
         for reference in tuple(self._in_flight):
-            with contextlib.suppress(Exception):  # it may have ended meanwhile
-                self._ray.cancel(reference, force=True)
+            self._cancel(reference)
 
     def close(self) -> None:
         """Nothing to close: workers belong to Ray."""
 
 
-class ClusterEngine(CellEngine):
-    """A `bratune.profile.engine.CellEngine` that measures on as many GPUs of a site as there are.
+class ClusterEngine(ParallelEngine):
+    """A `bratune.profile.engine.ParallelEngine` that measures on as many GPUs of a site as there are.
 
     Args:
         site: Which nodes.
@@ -221,32 +267,7 @@ class ClusterEngine(CellEngine):
         make_runner: MakeRunner | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(ClusterRunner(site, settings, make_runner), settings, **options)
-        self._slots = site.slots
-
-    def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
-        """One finished record per cell, as each is known, baselines first; see `bratune.engine.Engine`."""
-        waiting = list(cells)
-        baselines = [cell for cell in waiting if set(cell.backend.split(",")) == {BASELINE}]
-        others = [cell for cell in waiting if cell not in baselines]
-        for wave in (baselines, others):
-            yield from self._together(wave)
-
-    def _together(self, cells: Sequence[Cell]) -> Iterator[Record]:
-        """Rows of cells that run side by side, each written down where it is known."""
-        with concurrent.futures.ThreadPoolExecutor(self._slots) as pool:
-            turns = [pool.submit(self._one, cell) for cell in cells]
-            try:
-                for turn in concurrent.futures.as_completed(turns):
-                    yield from turn.result()
-            finally:
-                for turn in turns:
-                    turn.cancel()
-                if not all(turn.done() for turn in turns):
-                    self.cancel()
-
-    def _one(self, cell: Cell) -> list[Record]:
-        return list(super().run([cell]))
+        super().__init__(ClusterRunner(site, settings, make_runner), settings, slots=site.slots, **options)
 
 
 def _measure(
@@ -256,9 +277,20 @@ def _measure(
     cell: Mapping[str, Any],
     limit_s: float,
     give_up_ms: float | None,
+    same: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Measure one cell; runs on a node."""
+    """Measure one cell; runs on a node.
+
+    Raises:
+        TargetError: the node has other versions than the one that the run began on.
+    """
     runner = _runner_here(token, make, settings)
+    for name, wanted in same.items():
+        here = getattr(runner.machine, name)
+        if here != wanted:
+            raise TargetError(
+                f"{platform.node()} has {name} {here or '(nothing)'} and the others {wanted or '(nothing)'}"
+            )
     result = runner.run(Cell.from_dict(cell), limit_s=limit_s, give_up_ms=give_up_ms)
     return {"record": result.record.to_dict(), "samples_ms": list(result.samples_ms)}
 
@@ -287,6 +319,11 @@ def _isolated(settings: MeterSettings) -> Runner:
     from bratune.profile.isolated import IsolatedRunner
 
     return IsolatedRunner(detect(), settings)
+
+
+def _cause(error: BaseException) -> str:
+    """What a task raised on a node, without Ray's account of where."""
+    return _first_line(getattr(error, "cause", None) or error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from bratune.cli import run
 from bratune.cli.profile import command
+from bratune.cli.progress import Progress
 from bratune.record import Record
 from bratune.store import Store
 
@@ -367,3 +368,16 @@ def test_the_page_of_the_command_line_is_what_help_says() -> None:
     written = (ROOT / "docs" / "cli.md").read_text()
     # Versions of click wrap lines differently; words are what must agree.
     assert written.split() == page().split(), "python -m bratune.cli.help_page > docs/cli.md"
+
+
+def test_the_time_left_follows_from_measured_cells_and_ends_with_the_budget(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    moments = iter([0.0, 0.001, 0.002, 4.0, 4.0, 10.0, 10.0])
+    progress = Progress(10, budget_s=12.0, clock=lambda: next(moments))
+    for _ in range(4):  # two answered by stored rows, two measured
+        progress.finish(Record(model="m", part="norm", median_ms=1.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == lines[1].replace("2/10", "1/10") == "[1/10] m norm: 1.000 ms"
+    assert lines[2].endswith("(8 s left)")  # 7 cells of 4 s would be 28 s
+    assert lines[3].endswith("(2 s left)")

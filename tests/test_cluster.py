@@ -36,12 +36,25 @@ class Fake:
 
     evidence = "measured"
 
-    def __init__(self, folder: str, seconds: float, version: str = bratune.__version__) -> None:
-        self.folder, self.seconds = Path(folder), seconds
+    def __init__(
+        self,
+        folder: str,
+        seconds: float,
+        version: str = bratune.__version__,
+        special: dict[int, str] | None = None,
+    ) -> None:
+        self.folder, self.seconds, self.special = Path(folder), seconds, special or {}
         self.machine = Machine(kind="cuda", device="cuda:0", gpu_key="a100", gpu_name="A100", bratune=version)
 
     def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
         (self.folder / f"{cell.seed}-started-{time.time_ns()}").touch()
+        match self.special.get(cell.seed):
+            case "hangs":
+                time.sleep(600)
+            case "raises":
+                raise OSError("no space left on this node")
+            case "another torch":
+                self.machine = Machine.from_dict(self.machine.to_dict() | {"torch": "9.9"})
         time.sleep(self.seconds)
         (self.folder / f"{cell.seed}-finished-{time.time_ns()}").touch()
         return Result(Record.of(cell, self.machine, median_ms=1.0 + cell.seed), (1.0, 2.0))
@@ -62,7 +75,12 @@ class TestSites:
     )
 
     def test_gpus_of_a_kind_are_one_site_and_bare_nodes_another(self) -> None:
-        assert cluster._sites(self.NODES) == [Site("A100", 6), Site("L4", 1), Site("", 2, 2)]
+        assert cluster._sites(self.NODES) == [Site("A100", 6), Site("L4", 1), Site("", 1, 6)]
+
+    def test_two_cells_never_share_a_node_without_a_gpu(self) -> None:
+        (site,) = cluster._sites([{"CPU": 4.0}, {"CPU": 6.0}, {"CPU": 6.0}, {"CPU": 2.0}])
+        assert site == Site("", 2, 6)
+        assert site.options() == {"num_cpus": 6}
 
     @pytest.mark.parametrize(
         ("key", "kind", "same"),
@@ -158,3 +176,64 @@ def test_cells_of_a_lost_node_run_elsewhere(nodes: Any, tmp_path: Path) -> None:
     assert sorted(row.seed or 0 for row in got) == [0, 1, 2, 3, 4]
     assert {row.outcome for row in got} == {"measured"}
     assert set(finished(tmp_path)) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.slow
+def test_what_a_node_raises_is_the_reason_of_a_row_and_the_run_goes_on(nodes: Any, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    with ClusterEngine(
+        Site("A100", 2), QUICK, make_runner=lambda _: Fake(folder, 0.1, special={1: "raises"})
+    ) as engine:
+        rows = {row.seed: row for row in engine.run(cells(4))}
+    assert (rows[1].outcome, rows[1].reason) == ("error", "on a node: no space left on this node")
+    assert [rows[seed].outcome for seed in (0, 2, 3)] == ["measured"] * 3
+
+
+@pytest.mark.slow
+def test_a_node_of_other_versions_is_found_out_cell_by_cell(nodes: Any, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    with ClusterEngine(
+        Site("L4", 1), QUICK, make_runner=lambda _: Fake(folder, 0.0, special={0: "another torch"})
+    ) as engine:
+        first, second = engine.run(cells(2))
+    assert first.outcome == "measured"
+    assert second.outcome == "error"
+    assert second.reason.endswith("has torch 9.9 and the others (nothing)")
+
+
+@pytest.mark.slow
+def test_a_cell_that_never_comes_back_does_not_hold_up_the_sweep(
+    nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_LEAST_SLACK_S", 1.0)
+    folder = str(tmp_path)
+    with ClusterEngine(
+        Site("A100", 2),
+        QUICK,
+        make_runner=lambda _: Fake(folder, 0.1, special={0: "hangs"}),
+        cell_limit_s=1.0,
+    ) as engine:
+        rows = {row.seed: row for row in engine.run(cells(6))}
+    assert [rows[seed].outcome for seed in range(6)] == ["timeout", *["measured"] * 5]
+    assert rows[0].reason == "not finished: its A100 node gave no result within 2 s, and others did"
+
+
+@pytest.mark.slow
+def test_a_budget_ends_a_run_that_waits_for_a_gpu(nodes: Any, tmp_path: Path) -> None:
+    ray = importlib.import_module("ray")
+    site, folder = Site("L4", 1), str(tmp_path)
+
+    @ray.remote(num_gpus=1, num_cpus=0, resources={"accelerator_type:L4": 0.001})  # type: ignore[untyped-decorator]
+    def somebody_else() -> None:
+        time.sleep(600)
+
+    with ClusterEngine(site, QUICK, make_runner=lambda _: Fake(folder, 0.0), budget_s=2.0) as engine:
+        taken = somebody_else.remote()
+        time.sleep(1.0)
+        rows = list(engine.run(cells(3)))
+        ray.cancel(taken, force=True)
+    assert {row.outcome for row in rows} == {"timeout"}
+    assert {row.reason for row in rows} == {
+        "not finished: the budget of 2 s was spent",
+        "not started: the budget of 2 s was spent",
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.profile import fleet, session
-from bratune.profile.engine import CellEngine
+from bratune.profile.engine import CellEngine, ParallelEngine
 from bratune.profile.request import make_request
 from bratune.profile.run_cell import Result
 from bratune.profile.target import device_names
@@ -138,18 +138,44 @@ def test_all_devices_of_a_machine_without_any_is_an_error(monkeypatch: pytest.Mo
     assert device_names("all") == ("cuda:0", "cuda:1")
 
 
+class Anything:
+    """Measures whatever it is given; `dense` is the fastest."""
+
+    evidence = "measured"
+    machine = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="CPU")
+
+    def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
+        return Result(Record.of(cell, self.machine, median_ms=1.0 if "dense" in cell.backend else 2.0))
+
+    def interrupt(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_many_slots_measure_what_one_measures_in_two_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = make_request(
+        Anything.machine,
+        models=("biformer_tiny", "biformer_small"),
+        backends=("gather", "dense"),
+        batches=(1, 2),
+    )
+    one = list(session.run(request, CellEngine(Anything(), QUICK)))
+    engine = ParallelEngine(Anything(), QUICK, slots=8)
+    goes = []
+    together = engine.run
+
+    def counted(cells: Iterable[Cell]) -> Iterator[Record]:
+        goes.append(list(cells))
+        return together(goes[-1])
+
+    monkeypatch.setattr(engine, "run", counted)
+    many = list(session.run(request, engine))
+    assert len(goes) == 2
+    assert {(row.cell_id, row.speedup) for row in many} == {(row.cell_id, row.speedup) for row in one}
+    assert len(many) == len(one)
+
+
 def parts_in_order(*, answer_first: bool) -> list[tuple[str, int | None]]:
-    class Anything:
-        evidence = "measured"
-        machine = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="CPU")
-
-        def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
-            return Result(Record.of(cell, self.machine, median_ms=1.0))
-
-        def interrupt(self) -> None: ...
-
-        def close(self) -> None: ...
-
     request = make_request(Anything.machine, models=("biformer_small",), backends=("gather", "dense"))
     rows = session.run(request, CellEngine(Anything(), QUICK), answer_first=answer_first)
     kinds = [(row.part if row.part in ("attention", "model") else "block", row.stage) for row in rows]

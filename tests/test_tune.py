@@ -335,3 +335,21 @@ def test_requests_that_cannot_be_met_say_why(changes: dict[str, Any], words: str
 def test_request_survives_json() -> None:
     asked = request(**WITH_WEIGHTS, constraints=("peak_alloc_mb<=1",), trained_topks=(1, 4, 16, -2))
     assert Request.from_dict(asked.to_dict()) == asked
+
+
+def test_where_many_cells_run_at_a_time_the_table_is_measured_together(tmp_path: Path) -> None:
+    class Wide(SyntheticWorld):
+        slots = 4
+
+        def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
+            waiting = list(cells)
+            goes.append(len(waiting))
+            yield from super().run(waiting)
+
+    goes: list[int] = []
+    for name in ("one", "many"):
+        (tmp_path / name).mkdir()
+    one = tune(tmp_path / "one", SyntheticWorld(seed=1, noise=0.0), request())
+    many = tune(tmp_path / "many", Wide(seed=1, noise=0.0), request())
+    assert max(goes) == 4 * 4
+    assert many.setting == one.setting

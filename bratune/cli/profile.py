@@ -231,7 +231,7 @@ def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
     from bratune.cli.progress import Progress
     from bratune.profile import fleet, session
 
-    progress = Progress(sum(len(job.planned) for job in jobs))
+    progress = Progress(sum(len(job.planned) for job in jobs), budget_s=asked["budget"])
     rows: list[list[Record]] = [[] for _ in jobs]
 
     def measure(number: int, engine: Engine) -> Iterator[Record]:
@@ -251,8 +251,10 @@ def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
             for number, record in fleet.run(engines, measure):
                 rows[number].append(record)
                 progress.finish(record)
-            for job, engine in zip(jobs, engines, strict=True):
+            for number, (job, engine) in enumerate(zip(jobs, engines, strict=True)):
                 _say_what_was_reused(job, engine)
+                if engine.slots > 1:
+                    rows[number] = _in_order(job, rows[number])
     except KeyboardInterrupt:
         progress.close()
         for job, found in zip(jobs, rows, strict=True):
@@ -261,6 +263,12 @@ def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
     finally:
         progress.close()
     return rows
+
+
+def _in_order(job: _Job, rows: Sequence[Record]) -> list[Record]:
+    """Rows that came as they were finished, in the order in which one device would have measured them."""
+    places = {step.cell.cell_id: place for place, step in enumerate(job.planned) if step.cell}
+    return sorted(rows, key=lambda row: (places.get(row.cell_id, len(places)), row.stage or 9))
 
 
 def _model_engine(job: _Job, asked: dict[str, Any]) -> Engine:
@@ -367,7 +375,7 @@ def _with_suite(asked: dict[str, Any]) -> dict[str, Any]:
 def _records_path(output: Path | None, machine: Machine, *, several: bool) -> Path:
     """Where rows go: by default one folder per kind of machine, so that a run goes on where one ended."""
     folder = output or Path("runs") / machine.gpu_key
-    if folder.is_file() or folder.suffix == ".jsonl":
+    if (folder.exists() and not folder.is_dir()) or folder.suffix == ".jsonl":
         raise UsageError(f"--output takes a folder, {folder} is a file; {folder.parent} would work")
     if several:
         folder /= machine.gpu_uuid or machine.device.replace(":", "-")

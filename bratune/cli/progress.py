@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 
 from bratune.cell import Cell
 from bratune.record import Record
@@ -11,17 +12,28 @@ from bratune.record import Record
 __all__ = ["Progress"]
 
 
+# What takes less was answered by a stored row, and says nothing about cells that have to be measured.
+_MEASURED_S = 0.02
+
+
 class Progress:
-    """Counts cells and says how long the rest may take.
+    """Counts cells and says how long the rest may take, from what those took that were measured.
 
     Args:
         total: Cells that are expected.
+        budget_s: Seconds after which no cell is started; None without a limit.
+        clock: Seconds that only grow.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(
+        self, total: int, *, budget_s: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.total = total
         self.done = 0
-        self._start = time.monotonic()
+        self._clock = clock
+        self._last = clock()
+        self._end = None if budget_s is None else self._last + budget_s
+        self._costs: list[float] = []
         self._bar = sys.stderr.isatty()
 
     def start(self, cell: Cell) -> None:
@@ -31,6 +43,10 @@ class Progress:
 
     def finish(self, record: Record) -> None:
         """Count a cell and, where there is no bar, write its line."""
+        now = self._clock()
+        if now - self._last > _MEASURED_S:
+            self._costs.append(now - self._last)
+        self._last = now
         self.done += 1
         self.total = max(self.total, self.done)
         if self._bar:
@@ -47,9 +63,11 @@ class Progress:
 
     def _eta(self) -> str:
         left = self.total - self.done
-        if not left or not self.done:
+        if not left or not self._costs:
             return ""
-        seconds = (time.monotonic() - self._start) / self.done * left
+        seconds = sum(self._costs) / len(self._costs) * left
+        if self._end is not None:
+            seconds = min(seconds, max(0.0, self._end - self._clock()))
         return f"  ({seconds:.0f} s left)" if seconds < 120 else f"  ({seconds / 60:.0f} min left)"
 
     def _draw(self, name: str) -> None:

@@ -7,7 +7,7 @@ then put into a whole block, and the fastest of all stages together into the who
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from bratune.cell import Cell
@@ -64,6 +64,9 @@ def run(
         answer_first: For a run that may be cut off: the backends of the stages where most can be gained,
             then the whole model, then the parts of blocks, which explain and do not decide.
     """
+    if getattr(engine, "slots", 1) > 1:
+        yield from _together(request, engine, stages)
+        return
     for scene in scenes(request):
         rows: list[Record] = []
         baselines = Baselines()
@@ -71,6 +74,41 @@ def run(
             cell = Cell.from_dict(json.loads(record.cell))
             rows.append(baselines.compared(cell, record))
             yield rows[-1]
+
+
+def _together(request: Request, engine: Engine, stages: tuple[int, ...]) -> Iterator[Record]:
+    """Rows of all scenes at once, for an engine that measures many cells at a time.
+
+    First everything that is known before, the backends of the stages where most can be gained ahead of the
+    parts of blocks; then the blocks and models that depend on what was fastest.
+    """
+    found = scenes(request)
+    rows: list[list[Record]] = [[] for _ in found]
+    baselines = [Baselines() for _ in found]
+
+    def measure(cells_of: Callable[[int, Scene], list[Cell]]) -> Iterator[Record]:
+        owners = {cell: number for number, scene in enumerate(found) for cell in cells_of(number, scene)}
+        for record in engine.run(owners):
+            cell = Cell.from_dict(json.loads(record.cell))
+            number = owners[cell]
+            rows[number].append(baselines[number].compared(cell, record))
+            yield rows[number][-1]
+
+    def chosen(scene: Scene) -> list[Stage]:
+        return [stage for stage in scene.stages if not stages or stage.index in stages]
+
+    def known_before(number: int, scene: Scene) -> list[Cell]:
+        order = sorted(chosen(scene), key=_possible_gain, reverse=True)
+        attention = [cell for stage in order for cell in scene.attention_cells(stage)]
+        return attention + [cell for stage in order for cell in scene.part_cells(stage)]
+
+    def known_after(number: int, scene: Scene) -> list[Cell]:
+        cells = [_best_block(scene, rows[number], stage) for stage in chosen(scene)]
+        cells += _model_cells(scene, rows[number]) if request.whole_model else []
+        return [cell for cell in cells if cell is not None]
+
+    yield from measure(known_before)
+    yield from measure(known_after)
 
 
 def _scene_rows(
@@ -105,10 +143,15 @@ def _possible_gain(stage: Stage) -> int:
 def _block_rows(scene: Scene, engine: Engine, rows: list[Record], stage: Stage) -> Iterator[Record]:
     """The parts of a block that no backend computes, and the block with the fastest backend."""
     yield from engine.run(scene.part_cells(stage))
-    best = best_attention(rows, stage.index)
-    cell = scene.block_cell(stage, best.backend) if best is not None else None
+    cell = _best_block(scene, rows, stage)
     if cell is not None:
         yield from engine.run([cell])
+
+
+def _best_block(scene: Scene, rows: list[Record], stage: Stage) -> Cell | None:
+    """The block of a stage with its fastest backend; None where no backend has a time."""
+    best = best_attention(rows, stage.index)
+    return scene.block_cell(stage, best.backend) if best is not None else None
 
 
 def _model_rows(scene: Scene, engine: Engine, rows: list[Record]) -> Iterator[Record]:

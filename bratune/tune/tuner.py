@@ -11,9 +11,10 @@ Every step is a trial of a study: a run that was killed goes on where it stopped
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bratune.cell import Cell
 from bratune.engine import Engine
 from bratune.errors import UsageError
 from bratune.kernels.tuned import machine_key
@@ -162,7 +163,9 @@ class Tuner:
 
     def measure_table(self) -> None:
         """Measure options of stages, the most promising first, then divergences; sets `table`."""
-        self.cells.enqueue(self.options.cell_items(self.options.ordered(self.named().values())))
+        entries = list(self.options.ordered(self.named().values()))
+        self.cells.enqueue(self.options.cell_items(entries))
+        self._measure_ahead([self.bench.block_cell(entry) for entry in entries])
         self._drain(self.cells, self.options.run_cell, CELLS_UNTIL, "stage options")
         if self.losses is not None:
             self.losses.enqueue(self.options.loss_items())
@@ -175,6 +178,18 @@ class Tuner:
             if self.cells.enqueue(self.options.cell_items(more)):
                 self._drain(self.cells, self.options.run_cell, LOSSES_UNTIL, "backend settings")
                 self.read_table()
+
+    def _measure_ahead(self, cells: Sequence[Cell]) -> None:
+        """Measure cells together where the engine can; the trials that ask for them then find their rows."""
+        slots = getattr(self.engine, "slots", 1)
+        known = self.cells.by_key()
+        missing = [cell for cell in cells if cell.cell_id not in known] if slots > 1 else []
+        at_once = 4 * slots  # between these the budget is looked at
+        for start in range(0, len(missing), at_once):
+            if self.pace.left(CELLS_UNTIL) <= 0:
+                return
+            rows = list(self.engine.run(missing[start : start + at_once]))
+            self.say(f"{start + len(rows)} of {len(missing)} stage options are measured, {slots} at a time")
 
     def verify(self) -> None:
         """Measure the best settings of the table end to end, then the next ones, while that helps."""
