@@ -1,29 +1,37 @@
-"""Every fault of `bratune.testing_faults` costs its own cell and nothing else.
+"""Every fault of `bratune.testing_faults` costs its own cell and nothing else; none of a disk costs a row.
 
-``python tests/test_faults.py`` prints the table: fault x outcome x rows lost.
+``python tests/test_faults.py`` prints the tables: fault x outcome x rows lost.
 """
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
+import random
+import resource
+import signal
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from bratune import machine, testing_faults
 from bratune.cell import Cell
+from bratune.errors import StoreError
 from bratune.kernels import registry
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.profile.isolated import IsolatedEngine
 from bratune.record import Record
-from bratune.store import Store
+from bratune.store import Store, read_records
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +112,125 @@ def run_all(folder: Path) -> Iterator[Outcome]:
     yield Outcome("(after the run)", row, neighbour, written - len(store.records()), left)
 
 
+# --- faults of the place where rows go --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What became of rows: those whose writer was told that they are on disk, and those that are."""
+
+    fault: str
+    what: str
+    promised: int
+    found: int
+
+
+def numbered(number: int) -> Record:
+    return Record(cell_id=f"{number:016x}", median_ms=float(number), repro="x" * 500)
+
+
+def found_in(path: Path) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a torn last line
+        return sum(1 for _ in read_records([path]))
+
+
+def _write(path: Path, first: int, count: int, done: Connection) -> None:
+    store = Store(path)
+    for number in range(first, first + count):
+        store.append(numbered(number))
+        done.send(number)
+
+
+def torn_line(folder: Path) -> Disk:
+    store = Store(folder / "torn.jsonl")
+    store.append(numbered(1))
+    with store.path.open("a") as file:
+        file.write(numbered(2).to_json()[:99])
+    Store(store.path).append(numbered(3))
+    return Disk("torn last line", "cut off by the next writer", 2, found_in(store.path))
+
+
+def killed_writers(folder: Path) -> Disk:
+    path, forks, chance, promised = (
+        folder / "killed.jsonl",
+        multiprocessing.get_context("fork"),
+        random.Random(1),
+        0,
+    )
+    for turn in range(10):
+        ours, theirs = forks.Pipe(duplex=False)
+        writer = forks.Process(target=_write, args=(path, 1000 * turn, 1000, theirs))
+        writer.start()
+        theirs.close()
+        ours.recv()
+        time.sleep(chance.uniform(0, 0.02))
+        writer.kill()
+        writer.join()
+        promised += 1
+        with contextlib.suppress(EOFError):
+            while True:
+                ours.recv()
+                promised += 1
+    # A row may be there that its writer did not live to be told of: that is no loss.
+    return Disk(
+        "ten writers killed with -9",
+        "each row that was promised is there",
+        promised,
+        min(promised, found_in(path)),
+    )
+
+
+def several_writers(folder: Path) -> Disk:
+    path, forks = folder / "several.jsonl", multiprocessing.get_context("fork")
+    pipes = [forks.Pipe(duplex=False) for _ in range(3)]
+    writers = [
+        forks.Process(target=_write, args=(path, 100 * n, 20, theirs)) for n, (_, theirs) in enumerate(pipes)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    return Disk("three writers at once", "they take turns, line by line", 60, found_in(path))
+
+
+def full_disk(folder: Path) -> Disk:
+    store = Store(folder / "full.jsonl")
+    store.append(numbered(1))
+    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (store.path.stat().st_size + 99, limits[1]))
+        with pytest.raises(StoreError) as refused:
+            store.append(numbered(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    store.append(numbered(3))
+    return Disk("disk full in the middle of a line", _said(refused.value), 2, found_in(store.path))
+
+
+def read_only(folder: Path) -> Disk:
+    with pytest.raises(StoreError) as refused:
+        Store("/sys/bratune/records.jsonl")
+    return Disk("folder that cannot be written", _said(refused.value), 0, 0)
+
+
+def _said(error: StoreError) -> str:
+    return f"error: {str(error).rpartition(': ')[2]}"
+
+
+DISKS = (torn_line, killed_writers, several_writers, full_disk, read_only)
+
+
+@pytest.mark.parametrize("fault", DISKS, ids=lambda fault: fault.__name__)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_no_row_is_lost_that_was_promised_to_be_on_disk(
+    fault: Callable[[Path], Disk], tmp_path: Path
+) -> None:
+    found = fault(tmp_path)
+    assert found.promised == found.found, found.what
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     return {outcome.fault: outcome for outcome in run_all(tmp_path_factory.mktemp("faults"))}
@@ -140,11 +267,14 @@ def main() -> None:
             if found.fault in EXPECTED:
                 print(
                     f"{found.fault:<16}  {found.row.outcome:<9}  {found.neighbour.outcome:<9}  "
-                    f"{found.rows_lost:>9}  {found.row.reason[:90]}",
+                    f"{found.rows_lost:>9}  {found.row.reason[:57]}".rstrip(),
                     flush=True,
                 )
             else:
                 print(f"processes left behind: {found.left_behind}")
+        print(f"\n{'fault':<33}  {'what happens':<38}  rows lost")
+        for disk in (fault(Path(folder)) for fault in DISKS):
+            print(f"{disk.fault:<33}  {disk.what:<38}  {disk.promised - disk.found:>9}")
 
 
 if __name__ == "__main__":
