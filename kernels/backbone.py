@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from bratune.backend import Config
 from bratune.errors import ProblemError
 from bratune.kernels.full_attention import FullAttention
-from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bratune.kernels.layer import RoutedLayer
 from bratune.kernels.nhwc import LayerNorm2d, to_nchw, to_nhwc
 
 __all__ = ["Backbone", "drop_path_rates", "per_stage"]
 
 # The modules that a backend stands behind.
-ATTENTION = (BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, FullAttention)
+ATTENTION = (RoutedLayer, FullAttention)
 
 
 def per_stage(value: Any, count: int, name: str) -> tuple[Any, ...]:

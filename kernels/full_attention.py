@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bratune.backend import Config
 from bratune.errors import ProblemError
-from bratune.kernels.nhwc import conv_nhwc, depthwise, linear_1x1
+from bratune.kernels.nhwc import conv_nhwc, depthwise, linear_1x1, to_nchw, to_nhwc
 from bratune.kernels.registry import get
 from bratune.variant import FULL_ATTENTION_HEADS
 
@@ -52,9 +52,11 @@ class FullAttention(nn.Module):
 
     qkv: nn.Module
     proj: nn.Module
+    lepe: nn.Module | None
 
     def __init__(self, dim: int, num_heads: int, qk_scale: float | None, backend: str) -> None:
         super().__init__()
+        self.lepe = None
         if num_heads < 1 or dim % num_heads:
             raise ProblemError(f"{num_heads} heads do not divide {dim} channels")
         self.dim = dim
@@ -77,10 +79,18 @@ class FullAttention(nn.Module):
         """The attention itself, without projection and local enhancement."""
         return full_attention(q, k, v, heads=self.num_heads, scale=self.scale, backend=self.backend)
 
+    def enhance(self, x: Tensor) -> Tensor | None:
+        """The local enhancement of the module's input, or of the values; None without one."""
+        return None if self.lepe is None else conv_nhwc(self.lepe, x)
+
     def merge(self, x: Tensor) -> Tensor:
         """The output projection."""
         out: Tensor = self.proj(x)
         return out
+
+    def finish(self, out: Tensor, local: Tensor | None) -> Tensor:
+        """The output projection of what was attended to, with its local enhancement."""
+        return self.merge(out if local is None else out + local)
 
 
 class Attention(FullAttention):
@@ -109,7 +119,7 @@ class Attention(FullAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, C]`` to ``[B, H, W, C]``."""
-        return self.merge(self.attend(*self.project(x)))
+        return self.finish(self.attend(*self.project(x)), self.enhance(x))
 
 
 class AttentionLePE(Attention):
@@ -136,16 +146,6 @@ class AttentionLePE(Attention):
     ) -> None:
         super().__init__(dim, num_heads, qkv_bias, qk_scale, backend=backend)
         self.lepe = depthwise(dim, side_dwconv)
-
-    def enhance(self, x: Tensor) -> Tensor | None:
-        """The local enhancement of the module's input; None without one."""
-        return None if self.lepe is None else conv_nhwc(self.lepe, x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, H, W, C]`` to ``[B, H, W, C]``."""
-        out = self.attend(*self.project(x))
-        local = self.enhance(x)
-        return self.merge(out if local is None else out + local)
 
 
 class NCHWAttentionLePE(FullAttention):
@@ -183,17 +183,11 @@ class NCHWAttentionLePE(FullAttention):
         q, k, v = linear_1x1(self.qkv, x).chunk(3, dim=-1)
         return q, k, v
 
-    def enhance(self, v: Tensor) -> Tensor | None:
-        """The local enhancement of the values; None without one."""
-        return None if self.lepe is None else conv_nhwc(self.lepe, v)
-
     def merge(self, x: Tensor) -> Tensor:
         """The output projection, on an NHWC map."""
         return linear_1x1(self.proj, x)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C, H, W]``, channels-last in memory."""
-        q, k, v = self.project(x.permute(0, 2, 3, 1))
-        out = self.attend(q, k, v)
-        local = self.enhance(v)
-        return self.merge(out if local is None else out + local).permute(0, 3, 1, 2)
+        q, k, v = self.project(to_nhwc(x))
+        return to_nchw(self.finish(self.attend(q, k, v), self.enhance(v)))

@@ -24,7 +24,7 @@ from bratune.kernels.registry import get
 from bratune.kernels.routing import region_means, route_pooled
 from bratune.problem import split_map
 
-__all__ = ["BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention"]
+__all__ = ["BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention", "RoutedLayer"]
 
 
 class _QKVLinear(nn.Module):
@@ -39,7 +39,110 @@ class _QKVLinear(nn.Module):
         return out
 
 
-class BiLevelRoutingAttention(nn.Module):
+class RoutedLayer(nn.Module):
+    """What both layers share: their numbers, and the parts of a forward pass on NHWC maps.
+
+    The layers differ in the modules that hold their weights and in how a map is divided. ``qkv_layer`` and
+    ``output_layer`` are the projections, a linear layer or a 1x1 convolution.
+    """
+
+    lepe: nn.Conv2d | None
+    soft_routing = False
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        n_win: int,
+        qk_dim: int,
+        qk_scale: float | None,
+        topk: int,
+        *,
+        backend: str,
+        config: Config | None,
+        pooled_routing: bool,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_heads = num_heads
+        self.n_win = n_win
+        self.qk_dim = qk_dim
+        self.scale = qk_scale or qk_dim**-0.5
+        self.topk = topk
+        self.pooled_routing = pooled_routing
+        self.set_backend(backend, config)
+        if num_heads < 1 or dim % num_heads or qk_dim % num_heads:
+            channels = f"{dim} channels" if dim == qk_dim else f"{dim} channels of v and {qk_dim} of q and k"
+            raise ProblemError(f"{num_heads} heads do not divide {channels}")
+
+    @property
+    def qkv_layer(self) -> nn.Linear | nn.Conv2d:
+        """The projection to queries, keys and values."""
+        raise NotImplementedError
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """The output projection."""
+        raise NotImplementedError
+
+    def set_backend(self, backend: str, config: Config | None = None) -> None:
+        """Let another backend attend from now on."""
+        if backend != "auto":
+            get(backend)
+        self.backend, self.config = backend, config
+
+    def region_of(self, height: int, width: int) -> tuple[int, int]:
+        """The region in tokens on a map of this size."""
+        raise NotImplementedError
+
+    def route(self, q: Tensor, k: Tensor) -> Tensor:
+        """The key regions of every query region, ``[B, R, topk]``, without gradient."""
+        return route(q, k, region=self.region_of(*q.shape[1:3]), topk=self.topk)
+
+    def route_pooled(self, x: Tensor) -> Tensor:
+        """The routes of `route`, from the map that ``project`` takes."""
+        rows, layer = 2 * self.qk_dim, self.qkv_layer
+        return route_pooled(
+            x,
+            layer.weight.flatten(1)[:rows],
+            None if layer.bias is None else layer.bias[:rows],
+            region=self.region_of(*x.shape[1:3]),
+            topk=self.topk,
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> Tensor:
+        """Level two: from every query region to its routed regions."""
+        region = self.region_of(*q.shape[1:3])
+        return self._attend(q, k, v, routes, region, region)
+
+    def enhance(self, v: Tensor) -> Tensor | None:
+        """The depthwise convolution of the values (LePE); None without one."""
+        return None if self.lepe is None else convolve(v, self.lepe.weight, self.lepe.bias)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        region: tuple[int, int],
+        kv_region: tuple[int, int],
+    ) -> Tensor:
+        return routed_attention(
+            q,
+            k,
+            v,
+            routes,
+            heads=self.num_heads,
+            region=region,
+            kv_region=kv_region,
+            scale=self.scale,
+            backend=self.backend,
+            config=self.config,
+        )
+
+
+class BiLevelRoutingAttention(RoutedLayer):
     """Routed attention on an NHWC map (the official ``BiLevelRoutingAttention``).
 
     Args:
@@ -95,19 +198,22 @@ class BiLevelRoutingAttention(nn.Module):
         config: Config | None = None,
         pooled_routing: bool = False,
     ) -> None:
-        super().__init__()
-        self.dim = dim
-        self.num_heads = num_heads
-        self.n_win = n_win
-        self.qk_dim = qk_dim or dim
-        self.scale = qk_scale or self.qk_dim**-0.5
-        self.topk = topk
-        self.auto_pad = auto_pad
-        self.soft_routing = soft_routing
-        self.pooled_routing = pooled_routing
-        self.set_backend(backend, config)
-        _check_heads(num_heads, dim, self.qk_dim)
+        super().__init__(
+            dim,
+            num_heads,
+            n_win,
+            qk_dim or dim,
+            qk_scale,
+            topk,
+            backend=backend,
+            config=config,
+            pooled_routing=pooled_routing,
+        )
         _check_routes(n_win, topk)
+        self.auto_pad = auto_pad
+        if soft_routing:
+            require_composition(backend, "soft routing")
+        self.soft_routing = soft_routing
         if param_attention not in ("qkvo", "qkv"):
             raise UnknownNameError("param_attention", param_attention, ("qkvo", "qkv"))
         if param_routing and not diff_routing:
@@ -160,10 +266,19 @@ class BiLevelRoutingAttention(nn.Module):
 
     def set_backend(self, backend: str, config: Config | None = None) -> None:
         """Let another backend attend from now on."""
-        _check_backend(backend)
         if self.soft_routing:
             require_composition(backend, "soft routing")
-        self.backend, self.config = backend, config
+        super().set_backend(backend, config)
+
+    @property
+    def qkv_layer(self) -> nn.Linear | nn.Conv2d:
+        """The projection to queries, keys and values."""
+        return self.qkv.qkv
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """The output projection; an identity where the layer has none."""
+        return self.wo
 
     # --- the parts, on padded maps -------------------------------------------------------------------
 
@@ -192,16 +307,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     def route(self, q: Tensor, k: Tensor) -> Tensor:
         """The key regions of every query region, ``[B, R, topk]``, without gradient."""
-        if self.soft_routing:
-            return self.route_soft(q, k)[0]
-        return route(q, k, region=self.region_of(*q.shape[1:3]), topk=self.topk)
-
-    def route_pooled(self, x: Tensor) -> Tensor:
-        """The routes of `route`, from the padded map that `project` takes."""
-        linear = self.qkv.qkv
-        rows = 2 * self.qk_dim
-        region = self.region_of(*x.shape[1:3])
-        return route_pooled(x, linear.weight[:rows], linear.bias[:rows], region=region, topk=self.topk)
+        return self.route_soft(q, k)[0] if self.soft_routing else super().route(q, k)
 
     def route_soft(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Routes and their softmax weights, ``[B, R, topk]`` each."""
@@ -213,22 +319,7 @@ class BiLevelRoutingAttention(nn.Module):
         """Level two: from every query region to its routed regions, pooled as the layer says."""
         region = self.region_of(*q.shape[1:3])
         k, v, kv_region = self._pool(k, v, region)
-        return routed_attention(
-            q,
-            k,
-            v,
-            routes,
-            heads=self.num_heads,
-            region=region,
-            kv_region=kv_region,
-            scale=self.scale,
-            backend=self.backend,
-            config=self.config,
-        )
-
-    def enhance(self, v: Tensor) -> Tensor | None:
-        """The depthwise convolution of the values (LePE); None without one."""
-        return None if self.lepe is None else convolve(v, self.lepe.weight, self.lepe.bias)
+        return self._attend(q, k, v, routes, region, kv_region)
 
     def merge(self, x: Tensor) -> Tensor:
         """The output projection."""
@@ -267,7 +358,7 @@ class BiLevelRoutingAttention(nn.Module):
         return k, v, kv_region
 
 
-class NCHWBiLevelRoutingAttention(nn.Module):
+class NCHWBiLevelRoutingAttention(RoutedLayer):
     """Routed attention on an NCHW map (the official ``nchwBRA``).
 
     Regions are ``(H // S, W // S)`` tokens, so that a map that S does not divide has more than ``S x S`` of
@@ -308,15 +399,17 @@ class NCHWBiLevelRoutingAttention(nn.Module):
         config: Config | None = None,
         pooled_routing: bool = False,
     ) -> None:
-        super().__init__()
-        self.dim = dim
-        self.num_heads = num_heads
-        self.n_win = n_win
-        self.scale = qk_scale or dim**-0.5
-        self.topk = topk
-        self.pooled_routing = pooled_routing
-        self.set_backend(backend, config)
-        _check_heads(num_heads, dim, dim)
+        super().__init__(
+            dim,
+            num_heads,
+            n_win,
+            dim,
+            qk_scale,
+            topk,
+            backend=backend,
+            config=config,
+            pooled_routing=pooled_routing,
+        )
         if attn_backend != "torch":
             raise UnknownNameError("attn_backend", attn_backend, ("torch",))
         if n_win < 1 or topk < 1:
@@ -358,10 +451,15 @@ class NCHWBiLevelRoutingAttention(nn.Module):
         out = to_nchw(self.merge(out if local is None else out + local))
         return out if attn is None else (out, attn)
 
-    def set_backend(self, backend: str, config: Config | None = None) -> None:
-        """Let another backend attend from now on."""
-        _check_backend(backend)
-        self.backend, self.config = backend, config
+    @property
+    def qkv_layer(self) -> nn.Linear | nn.Conv2d:
+        """The projection to queries, keys and values."""
+        return self.qkv_linear
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """The output projection."""
+        return self.output_linear
 
     # --- the parts, on NHWC maps ---------------------------------------------------------------------
 
@@ -383,49 +481,9 @@ class NCHWBiLevelRoutingAttention(nn.Module):
         q, k, v = split_packed(linear_1x1(self.qkv_linear, x), (self.dim,) * 3)
         return q, k, v
 
-    def route(self, q: Tensor, k: Tensor) -> Tensor:
-        """The key regions of every query region, ``[B, R, topk]``, without gradient."""
-        return route(q, k, region=self.region_of(*q.shape[1:3]), topk=self.topk)
-
-    def route_pooled(self, x: Tensor) -> Tensor:
-        """The routes of `route`, from the NHWC map that `project` takes."""
-        rows = 2 * self.dim
-        weight, bias = self.qkv_linear.weight.flatten(1)[:rows], self.qkv_linear.bias
-        return route_pooled(
-            x,
-            weight,
-            None if bias is None else bias[:rows],
-            region=self.region_of(*x.shape[1:3]),
-            topk=self.topk,
-        )
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> Tensor:
-        """Level two: from every query region to its routed regions."""
-        return routed_attention(
-            q,
-            k,
-            v,
-            routes,
-            heads=self.num_heads,
-            region=self.region_of(*q.shape[1:3]),
-            scale=self.scale,
-            backend=self.backend,
-            config=self.config,
-        )
-
-    def enhance(self, v: Tensor) -> Tensor | None:
-        """The depthwise convolution of the values (LePE); None without one."""
-        return None if self.lepe is None else convolve(v, self.lepe.weight, self.lepe.bias)
-
     def merge(self, x: Tensor) -> Tensor:
         """The output projection, on an NHWC map."""
         return linear_1x1(self.output_linear, x)
-
-
-def _check_heads(heads: int, dim: int, qk_dim: int) -> None:
-    if heads < 1 or dim % heads or qk_dim % heads:
-        channels = f"{dim} channels" if dim == qk_dim else f"{dim} channels of v and {qk_dim} of q and k"
-        raise ProblemError(f"{heads} heads do not divide {channels}")
 
 
 def _check_routes(n_win: int, topk: int) -> None:
@@ -435,8 +493,3 @@ def _check_routes(n_win: int, topk: int) -> None:
         raise ProblemError(
             f"top-k {topk} of {n_win}x{n_win} = {n_win**2} regions; 1 to {n_win**2} would work"
         )
-
-
-def _check_backend(backend: str) -> None:
-    if backend != "auto":
-        get(backend)

@@ -13,7 +13,7 @@ copies the weights: later changes of the model do not reach it.
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from bratune.kernels.blocks import ConvAttention, DWConv, Residual
 from bratune.kernels.epilogues import FrozenConv, FrozenLinear
 from bratune.kernels.fold import conv_then_norm, norm_then_conv, norm_then_linear
 from bratune.kernels.full_attention import Attention, FullAttention, full_attention
-from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bratune.kernels.layer import BiLevelRoutingAttention, RoutedLayer
 from bratune.kernels.nhwc import to_nchw, to_nhwc
 from bratune.kernels.packed_attention import PackedAttention, prefers_mask
 from bratune.kernels.routing import route_pooled
@@ -35,7 +35,6 @@ from bratune.problem import Problem
 __all__ = ["FastModel", "GraphRunner", "optimize"]
 
 Module = TypeVar("Module", bound=nn.Module)
-Routed: TypeAlias = BiLevelRoutingAttention | NCHWBiLevelRoutingAttention
 
 
 def optimize(model: Backbone, *, compile: bool = False, graph_input: Tensor | None = None) -> nn.Module:
@@ -166,17 +165,15 @@ class _Merged(nn.Module):
 class _FastRouted(_Merged):
     def __init__(
         self,
-        attn: Routed,
+        attn: RoutedLayer,
         gamma: Tensor | None,
         *,
         pack: bool,
     ) -> None:
-        proj = attn.wo if isinstance(attn, BiLevelRoutingAttention) else attn.output_linear
-        super().__init__(attn.lepe, proj, gamma, pack=pack)
-        qkv = attn.qkv.qkv if isinstance(attn, BiLevelRoutingAttention) else attn.qkv_linear
-        self.qkv = _linear(qkv, None, pack=pack)
+        super().__init__(attn.lepe, attn.output_layer, gamma, pack=pack)
+        self.qkv = _linear(attn.qkv_layer, None, pack=pack)
         self.source = _skeleton(attn)
-        self.qk_dim = attn.qk_dim if isinstance(attn, BiLevelRoutingAttention) else attn.dim
+        self.qk_dim = attn.qk_dim
         self.packed = PackedAttention(
             heads=attn.num_heads, qk_dim=self.qk_dim, n_win=attn.n_win, topk=attn.topk, scale=attn.scale
         )
@@ -236,8 +233,8 @@ class _FastRouted(_Merged):
 
 
 class _FastFull(_Merged):
-    def __init__(self, attn: Any, gamma: Tensor | None, *, pack: bool) -> None:
-        super().__init__(getattr(attn, "lepe", None), attn.proj, gamma, pack=pack)
+    def __init__(self, attn: FullAttention, gamma: Tensor | None, *, pack: bool) -> None:
+        super().__init__(attn.lepe, attn.proj, gamma, pack=pack)
         self.qkv = _linear(attn.qkv, None, pack=pack)
         self.heads, self.scale, self.backend = attn.num_heads, attn.scale, attn.backend
         self.enhances_input = isinstance(attn, Attention)  # the NCHW module enhances the values
@@ -279,7 +276,7 @@ def _fast_attention(attn: nn.Module, gamma: Tensor | None, *, pack: bool) -> nn.
         if special or not isinstance(attn.wo, nn.Linear):
             return _AsItIs(attn, gamma)
         return _FastRouted(attn, gamma, pack=pack)
-    if isinstance(attn, NCHWBiLevelRoutingAttention):
+    if isinstance(attn, RoutedLayer):
         return _FastRouted(attn, gamma, pack=pack)
     if isinstance(attn, ConvAttention):
         return _FastConvs(attn, gamma, pack=pack)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -33,22 +34,36 @@ class StageSTL(nn.Module):
 class _BackboneSTL(Backbone):
     """What both layouts share; they differ in how a block is made and in which maps fit."""
 
+    n_wins: tuple[int, ...]
     topks: tuple[int, ...]
 
     def __init__(
         self,
+        block: Callable[..., Residual],
+        *,
         depth: Sequence[int],
         in_chans: int,
         num_classes: int,
         embed_dim: Sequence[int],
+        head_dim: int,
         drop_path_rate: float,
         use_checkpoint_stages: Sequence[int],
         norm_layer: Callable[[int], nn.Module],
-        make_block: Callable[[int, float], Residual],
+        n_wins: int | Sequence[int],
+        topks: int | Sequence[int],
+        side_dwconv: int,
+        mlp_ratios: Sequence[float],
+        backend: str | Sequence[str],
+        config: Config | Sequence[Config | None] | None,
         features_only: bool,
     ) -> None:
         super().__init__()
-        dims = tuple(embed_dim)
+        count, dims = len(depth), tuple(embed_dim)
+        self.n_wins = per_stage(n_wins, count, "n_wins")
+        self.topks = per_stage(topks, count, "topks")
+        mlps = per_stage(mlp_ratios, count, "mlp_ratios")
+        backends = per_stage(backend, count, "backend")
+        configs = per_stage(config, count, "config")
         self.use_checkpoint_stages = tuple(use_checkpoint_stages)
         self.downsample_layers = nn.ModuleList(
             [nn.Sequential(nn.Conv2d(in_chans, dims[0], kernel_size=4, stride=4), norm_layer(dims[0]))]
@@ -60,9 +75,23 @@ class _BackboneSTL(Backbone):
         self.stages = nn.ModuleList()
         for i, rates in enumerate(drop_path_rates(drop_path_rate, depth)):
             try:
-                self.stages.append(StageSTL([make_block(i, rate) for rate in rates]))
+                blocks = [
+                    block(
+                        dim=dims[i],
+                        drop_path=rate,
+                        num_heads=dims[i] // head_dim,
+                        n_win=self.n_wins[i],
+                        topk=self.topks[i],
+                        mlp_ratio=mlps[i],
+                        side_dwconv=side_dwconv,
+                        backend=backends[i],
+                        config=configs[i],
+                    )
+                    for rate in rates
+                ]
             except ProblemError as error:
                 raise ProblemError(f"stage {i + 1}: {error}") from None
+            self.stages.append(StageSTL(blocks))
         self._finish(dims, num_classes, norm_layer(dims[-1]), features_only=features_only)
 
     def check_map(self, index: int, height: int, width: int) -> None:
@@ -135,39 +164,25 @@ class BiFormerSTL(_BackboneSTL):
         config: Config | Sequence[Config | None] | None = None,
         features_only: bool = False,
     ) -> None:
-        count = len(depth)
-        windows = per_stage(n_wins, count, "n_wins")
-        ks = per_stage(topks, count, "topks")
-        mlps = per_stage(mlp_ratios, count, "mlp_ratios")
-        backends = per_stage(backend, count, "backend")
-        configs = per_stage(config, count, "config")
-
-        def make_block(i: int, rate: float) -> Residual:
-            return BlockSTL(
-                dim=embed_dim[i],
-                drop_path=rate,
-                num_heads=embed_dim[i] // head_dim,
-                n_win=windows[i],
-                topk=ks[i],
-                mlp_ratio=mlps[i],
-                side_dwconv=side_dwconv,
-                auto_pad=auto_pad,
-                backend=backends[i],
-                config=configs[i],
-            )
-
         super().__init__(
-            depth,
-            in_chans,
-            num_classes,
-            embed_dim,
-            drop_path_rate,
-            use_checkpoint_stages,
-            norm_layer,
-            make_block,
-            features_only,
+            functools.partial(BlockSTL, auto_pad=auto_pad),
+            depth=depth,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            embed_dim=embed_dim,
+            head_dim=head_dim,
+            drop_path_rate=drop_path_rate,
+            use_checkpoint_stages=use_checkpoint_stages,
+            norm_layer=norm_layer,
+            n_wins=n_wins,
+            topks=topks,
+            side_dwconv=side_dwconv,
+            mlp_ratios=mlp_ratios,
+            backend=backend,
+            config=config,
+            features_only=features_only,
         )
-        self.n_wins, self.topks, self.auto_pad = windows, ks, auto_pad
+        self.auto_pad = auto_pad
 
     def check_map(self, index: int, height: int, width: int) -> None:
         """Raise a `ProblemError` where S does not divide the map."""
@@ -229,38 +244,24 @@ class NCHWBiFormerSTL(_BackboneSTL):
         config: Config | Sequence[Config | None] | None = None,
         features_only: bool = False,
     ) -> None:
-        count = len(depth)
-        windows = per_stage(n_wins, count, "n_wins")
-        ks = per_stage(topks, count, "topks")
-        mlps = per_stage(mlp_ratios, count, "mlp_ratios")
-        backends = per_stage(backend, count, "backend")
-        configs = per_stage(config, count, "config")
-
-        def make_block(i: int, rate: float) -> Residual:
-            return NCHWBlockSTL(
-                dim=embed_dim[i],
-                drop_path=rate,
-                num_heads=embed_dim[i] // head_dim,
-                n_win=windows[i],
-                topk=ks[i],
-                mlp_ratio=mlps[i],
-                side_dwconv=side_dwconv,
-                backend=backends[i],
-                config=configs[i],
-            )
-
         super().__init__(
-            depth,
-            in_chans,
-            num_classes,
-            embed_dim,
-            drop_path_rate,
-            use_checkpoint_stages,
-            norm_layer,
-            make_block,
-            features_only,
+            NCHWBlockSTL,
+            depth=depth,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            embed_dim=embed_dim,
+            head_dim=head_dim,
+            drop_path_rate=drop_path_rate,
+            use_checkpoint_stages=use_checkpoint_stages,
+            norm_layer=norm_layer,
+            n_wins=n_wins,
+            topks=topks,
+            side_dwconv=side_dwconv,
+            mlp_ratios=mlp_ratios,
+            backend=backend,
+            config=config,
+            features_only=features_only,
         )
-        self.n_wins, self.topks = windows, ks
 
     def check_map(self, index: int, height: int, width: int) -> None:
         """Raise a `ProblemError` where the map is smaller than S."""
