@@ -82,12 +82,13 @@ class FrozenConv(nn.Module):
         residual: Add the convolution's input to its output (stride 1, as many channels out as in). In
             float32 and float64 the centre of the kernel does it; half precision would round the small
             weight there beside the 1, and adds instead.
+        pack: See `FrozenLinear`.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, conv: nn.Conv2d, *, residual: bool = False) -> None:
+    def __init__(self, conv: nn.Conv2d, *, residual: bool = False, pack: bool = True) -> None:
         super().__init__()
         weight = conv.weight.detach().clone(memory_format=torch.channels_last)
         wide = weight.dtype in (torch.float32, torch.float64)
@@ -97,46 +98,69 @@ class FrozenConv(nn.Module):
             weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2] += 1.0
         self.is_depthwise = conv.groups == conv.in_channels and conv.stride == (1, 1)
         self.geometry: dict[str, Any] = {
-            "stride": conv.stride,
             "padding": conv.padding,
+            "stride": conv.stride,
+            "dilation": conv.dilation,
             "groups": conv.groups,
         }
+        self.packed: Tensor | None = None
+        if pack and packs(weight):
+            # Otherwise oneDNN orders the weight at every call: at 3x3x256x512, longer than it convolves.
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry.values())
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, in]`` to ``[B, H', W', out]``."""
-        return self.add(x, x) if self.adds_input else self._convolve(x)
+        if x.is_cuda and self.is_depthwise:
+            return self._depthwise(x, x if self.adds_input else None)
+        out = self._convolve(x)
+        return out.add_(x) if self.adds_input else out
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """`forward`, then GELU."""
+        if self.packed is not None and not self.adds_input:
+            return self._convolve(x, "gelu")
+        return torch.ops.aten.gelu_(self(x))  # type: ignore[no-any-return]
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        """The convolution plus another map of the output's shape, in one operation where there is one."""
-        if packs(self.weight):
-            return self._convolve_and_add(x, other)
+        """The convolution plus another map of the output's shape, in one operation where there is one.
+
+        Args:
+            x: The input.
+            other: Contiguous, in its own memory, and overwritten: nobody needs it afterwards.
+        """
+        if self.packed is not None:
+            torch.ops.mkldnn._convolution_pointwise_.binary(
+                to_nchw(other),
+                to_nchw(x.contiguous()),
+                self.packed,
+                self.bias,
+                *self.geometry.values(),
+                "add",
+                1.0,
+                None,
+                [],
+                None,
+            )
+            return other
         if x.is_cuda and self.is_depthwise:
-            # Triton is no dependency of a CPU.
-            from bratune.kernels.depthwise import depthwise
+            return self._depthwise(x, other)
+        return other.add_(self._convolve(x))
 
-            return depthwise(x, self.weight, self.bias, add=other)
-        return self._convolve(x).add_(other)
+    def _depthwise(self, x: Tensor, add: Tensor | None) -> Tensor:
+        """By cuDNN, or in strips where those were measured to be faster."""
+        # Triton is no dependency of a CPU.
+        from bratune.kernels.depthwise import depthwise
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        return to_nhwc(F.conv2d(to_nchw(x), self.weight, self.bias, **self.geometry))
+        return depthwise(x, self.weight, self.bias, add=add)
 
-    def _convolve_and_add(self, x: Tensor, other: Tensor) -> Tensor:
-        stride, padding, groups = (self.geometry[key] for key in ("stride", "padding", "groups"))
-        out: Tensor = torch.ops.mkldnn._convolution_pointwise.binary(
-            to_nchw(x),
-            to_nchw(other),
-            self.weight,
-            self.bias,
-            padding,
-            stride,
-            (1, 1),
-            groups,
-            "add",
-            1.0,
-            None,
-            [],
-            None,
+    def _convolve(self, x: Tensor, then: str = "none") -> Tensor:
+        """The convolution, and in its packed form what shall follow."""
+        if self.packed is None:
+            return to_nhwc(F.conv2d(to_nchw(x), self.weight, self.bias, **self.geometry))
+        # A slice of channels would be copied inside, where nobody counts it.
+        out: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            to_nchw(x.contiguous()), self.packed, self.bias, *self.geometry.values(), then, [], "none"
         )
         return to_nhwc(out)

@@ -1,23 +1,26 @@
-"""Routed attention for inference, straight from the packed projection ``[B, H, W, q | k | v]``.
+"""Routed attention for inference, from the map that is projected to the map that is enhanced.
 
 A layer that is not trained can do less than a backend must: queries, keys and values lie in one tensor, so
 that keys and values move together and both region means are one reduction; routes come from top-k, so
 that none occurs twice; maps are padded before. Two ways, both exact:
 
-* *gathered*: whole rows of keys and values are copied out per query region, then fused attention. Five
-  operations, ``topk`` copies of the map.
-* *masked*: fused attention over the whole map under a mask. Three operations, no copy of the map, and
-  ``tokens ** 2`` mask entries: better where a map is small.
+* *gathered*: the map is brought into regions before it is projected, so that queries need no copy and a
+  region of keys and values is one row to gather; then fused attention. ``topk`` copies of keys and values.
+* *masked*: fused attention over the whole map under a mask. No copy of the map, and ``tokens ** 2`` mask
+  entries: better where a map is small.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bratune.kernels import layout
+from bratune.kernels.routing import region_means
 from bratune.problem import Problem
 
 __all__ = ["PackedAttention", "prefers_mask"]
@@ -30,17 +33,6 @@ def prefers_mask(problem: Problem) -> bool:
     both took equally long on the CPU that this was written on (stage 3 at 224: 196 tokens against 64 keys).
     """
     return problem.kv_tokens <= 4 * problem.keys_per_query
-
-
-@dataclass
-class _Tables:
-    """Constant index tensors of a map size and batch."""
-
-    image: Tensor  # [B, 1, 1]
-    rows: Tensor  # [B, R, T]: row numbers of the tokens of every region, over the batch
-    query_region: Tensor  # [N, 1]: which region a token lies in
-    key_region: Tensor  # [1, N]
-    nothing: Tensor  # [1, R, R] of -inf
 
 
 class PackedAttention:
@@ -60,90 +52,93 @@ class PackedAttention:
         self.n_win = n_win
         self.topk = topk
         self.scale = scale
-        self._tables: dict[tuple[object, ...], _Tables] = {}
 
-    def __call__(self, qkv: Tensor, *, masked: bool, routes: Tensor | None = None) -> Tensor:
-        """Route, where no routes are given, and attend.
+    def __call__(
+        self,
+        y: Tensor,
+        project: Callable[[Tensor], Tensor],
+        *,
+        masked: bool,
+        routes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Project, route where no routes are given, and attend.
 
         Args:
-            qkv: ``[B, H, W, 2 * qk_dim + C]``, contiguous; S divides H and W.
+            y: The layer's input ``[B, H, W, C]``; S divides H and W.
+            project: Takes ``[..., C]`` to queries, keys and values, ``[..., 2 * qk_dim + V]``.
             masked: Attend under a mask; gather keys and values otherwise.
             routes: ``[B, R, topk]``, none twice in a row.
 
         Returns:
-            ``[B, H, W, C]``, contiguous.
+            What was attended to, and the values, ``[B, H, W, V]`` each; the first is contiguous and nobody
+            else's.
         """
-        tables = self._tables_of(qkv)
-        if self.topk == self.n_win**2:
-            return self._attend_whole(qkv, None)
+        height, width = y.shape[1:3]
+        region = (height // self.n_win, width // self.n_win)
+        if masked or self.topk == self.n_win**2:
+            qkv = project(y)
+            return self._attend_map(qkv, region, routes), qkv[..., 2 * self.qk_dim :]
+        qkv = project(layout.to_regions(y, region))  # [B, R, T, q | k | v]
         if routes is None:
-            routes = self.route(qkv)
-        if masked:
-            # Out of place, so that the constant stays; routes are distinct, so that the mask is exact.
-            regions = tables.nothing.expand(qkv.shape[0], -1, -1).scatter(2, routes, 0.0)
-            mask = regions[:, tables.query_region, tables.key_region]  # [B, N, N]
-            return self._attend_whole(qkv, mask[:, None])
-        return self._attend_gathered(qkv, tables.rows[tables.image, routes])
+            routes = self._route(qkv.mean(2))
+        out, values = self._attend_regions(qkv, routes), qkv[..., 2 * self.qk_dim :]
+        return (
+            layout.from_regions(out, height, width, region),
+            layout.from_regions(values, height, width, region),
+        )
 
-    def route(self, qkv: Tensor) -> Tensor:
-        """The key regions of every query region, ``[B, R, topk]``."""
-        means = self._tiles(qkv)[..., : 2 * self.qk_dim].mean((2, 4)).flatten(1, 2)  # [B, R, q | k]
-        q, k = means.chunk(2, dim=-1)
+    def _route(self, means: Tensor) -> Tensor:
+        """The key regions of every query region ``[B, R, topk]``, from the means ``[B, R, q | k | v]``."""
+        q, k, _ = means.split(self._sizes(means), dim=-1)
         routes: Tensor = torch.topk(q @ k.transpose(1, 2), self.topk, dim=-1).indices
         return routes
 
-    def _attend_whole(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend_map(self, qkv: Tensor, region: tuple[int, int], routes: Tensor | None) -> Tensor:
         batch, height, width, _ = qkv.shape
-        q, k, v = (self._split(x) for x in torch.split(qkv.flatten(1, 2), self._sizes(qkv), dim=-1))
+        mask = None
+        if self.topk < self.n_win**2:
+            if routes is None:
+                # The values' means come along for nothing; to leave them out would copy queries and keys.
+                routes = self._route(region_means(qkv, region))
+            # Out of place, so that the constant stays; routes are distinct, so that the mask is exact.
+            nothing = _nothing(self.n_win**2, qkv.dtype, qkv.device)
+            regions = nothing.expand(batch, -1, -1).scatter(2, routes, 0.0)
+            pairs = _region_pairs(height, width, self.n_win, qkv.device)
+            mask = regions.flatten(1).index_select(1, pairs)
+            mask = mask.view(batch, 1, height * width, height * width)
+        q, k, v = (self._by_head(x) for x in qkv.flatten(1, 2).split(self._sizes(qkv), dim=-1))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return out.transpose(1, 2).reshape(batch, height, width, -1)
 
-    def _attend_gathered(self, qkv: Tensor, rows: Tensor) -> Tensor:
-        batch, height, width, channels = qkv.shape
-        regions, side = self.n_win**2, self.n_win
-        rh, rw = height // side, width // side
+    def _attend_regions(self, qkv: Tensor, routes: Tensor) -> Tensor:
+        batch, regions, tokens, _ = qkv.shape
+        if batch > 1:
+            routes = layout.flat_routes(routes, regions)
         qk, _, v_dim = self._sizes(qkv)
-        pairs = qkv.view(-1, channels)[:, qk:].index_select(0, rows.flatten())
-        k, v = (
-            self._split(x)
-            for x in torch.split(pairs.view(batch * regions, -1, qk + v_dim), [qk, v_dim], dim=-1)
-        )
-        q = self._tiles(qkv)[..., :qk].transpose(2, 3).reshape(batch * regions, rh * rw, self.heads, -1)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=self.scale)
-        out = out.transpose(1, 2).reshape(batch, side, side, rh, rw, v_dim)
-        return out.transpose(2, 3).reshape(batch, height, width, v_dim)
+        flat = qkv.flatten(0, 1)  # [B * R, T, q | k | v]
+        pairs = flat[..., qk:].index_select(0, routes.flatten()).view(batch * regions, -1, qk + v_dim)
+        k, v = (self._by_head(x) for x in pairs.split([qk, v_dim], dim=-1))
+        q = self._by_head(flat[..., :qk])
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return out.transpose(1, 2).reshape(batch, regions, tokens, v_dim)
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _by_head(self, x: Tensor) -> Tensor:
         """``[N, L, heads * D]`` as ``[N, heads, L, D]`` without a copy."""
-        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _tiles(self, qkv: Tensor) -> Tensor:
-        batch, height, width, channels = qkv.shape
-        side = self.n_win
-        return qkv.view(batch, side, height // side, side, width // side, channels)
+    def _sizes(self, x: Tensor) -> list[int]:
+        return [self.qk_dim, self.qk_dim, x.shape[-1] - 2 * self.qk_dim]
 
-    def _sizes(self, qkv: Tensor) -> list[int]:
-        return [self.qk_dim, self.qk_dim, qkv.shape[-1] - 2 * self.qk_dim]
 
-    def _tables_of(self, qkv: Tensor) -> _Tables:
-        batch, height, width, _ = qkv.shape
-        key = (batch, height, width, qkv.device, qkv.dtype)
-        if key not in self._tables:
-            self._tables[key] = self._made(batch, height, width, qkv)
-        return self._tables[key]
+@functools.lru_cache(maxsize=64)
+def _nothing(regions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A mask that hides everything, ``[1, R, R]``."""
+    return torch.full((1, regions, regions), -torch.inf, dtype=dtype, device=device)
 
-    def _made(self, batch: int, height: int, width: int, like: Tensor) -> _Tables:
-        side, device = self.n_win, like.device
-        tokens = torch.arange(height * width, device=device).view(height, width)
-        tiled = tokens.view(side, height // side, side, width // side).transpose(1, 2)
-        rows = tiled.reshape(1, side * side, -1)
-        first = torch.arange(batch, device=device)[:, None, None] * (height * width)
-        region = torch.empty(height * width, dtype=torch.long, device=device)
-        region[rows[0]] = torch.arange(side * side, device=device)[:, None]
-        return _Tables(
-            image=torch.arange(batch, device=device)[:, None, None],
-            rows=rows + first,
-            query_region=region[:, None],
-            key_region=region[None, :],
-            nothing=torch.full((1, side * side, side * side), -torch.inf, dtype=like.dtype, device=device),
-        )
+
+@functools.lru_cache(maxsize=64)
+def _region_pairs(height: int, width: int, side: int, device: torch.device) -> Tensor:
+    """Where in a mask between regions the mask between two tokens is found, ``[N * N]`` for N tokens."""
+    region = (height // side, width // side)
+    own = layout.spread(torch.arange(side**2, device=device), height, width, region)
+    return (own[:, None] * side**2 + own).flatten()

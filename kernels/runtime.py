@@ -75,8 +75,9 @@ class FastModel(nn.Module):
     def __init__(self, model: Backbone, *, pack: bool = True) -> None:
         super().__init__()
         self.check_size = _skeleton(model).check_size
+        self.dtype = next(model.parameters()).dtype
         self.features_only = model.features_only
-        self.downsample_layers = nn.ModuleList(_folded(layer) for layer in model.downsample_layers)
+        self.downsample_layers = nn.ModuleList(_folded(layer, pack=pack) for layer in model.downsample_layers)
         self.stages = nn.ModuleList(
             nn.Sequential(
                 *(FastBlock(block, pack=pack) for block in stage.modules() if isinstance(block, Residual))
@@ -94,7 +95,13 @@ class FastModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Images ``[B, channels, H, W]`` to class scores, or to the four maps."""
         self.check_size(*x.shape[2:])
-        x = to_nhwc(x)
+        if x.dtype != self.dtype:
+            raise ProblemError(f"the runtime was made of a model in {self.dtype}; the images are {x.dtype}")
+        # The weights have their data type already, and packed ones cannot be cast.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._forward(to_nhwc(x))
+
+    def _forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         maps = []
         for index, (down, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = stage(down(x).contiguous())
@@ -119,7 +126,7 @@ class FastBlock(nn.Module):
         self.pos_embed = None
         if block.pos_embed is not None:
             assert isinstance(block.pos_embed, nn.Conv2d)
-            self.pos_embed = FrozenConv(block.pos_embed, residual=True)
+            self.pos_embed = FrozenConv(block.pos_embed, residual=True, pack=pack)
         self.norm1, self.norm2 = copy.deepcopy(block.norm1), copy.deepcopy(block.norm2)
         self.attn = _fast_attention(block.attn, block.gamma1, pack=pack)
         assert isinstance(block.mlp, nn.Sequential)
@@ -127,7 +134,7 @@ class FastBlock(nn.Module):
         self.widen = _linear(first, None, pack=pack)
         self.narrow = _linear(last, block.gamma2, pack=pack)
         convs = [module.dwconv for module in between if isinstance(module, DWConv)]
-        self.between = FrozenConv(convs[0]) if convs else None
+        self.between = FrozenConv(convs[0], pack=pack) if convs else None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, C]`` to ``[B, H, W, C]``."""
@@ -144,7 +151,7 @@ class FastBlock(nn.Module):
         """The activated hidden channels of the MLP."""
         if self.between is None:
             return self.widen.gelu(y)
-        return torch.ops.aten.gelu_(self.between(self.widen(y)))  # type: ignore[no-any-return]
+        return self.between.gelu(self.widen(y))
 
 
 class _Merged(nn.Module):
@@ -152,7 +159,7 @@ class _Merged(nn.Module):
 
     def __init__(self, lepe: nn.Module | None, proj: nn.Module, gamma: Tensor | None, *, pack: bool) -> None:
         super().__init__()
-        self.lepe = FrozenConv(lepe) if isinstance(lepe, nn.Conv2d) else None
+        self.lepe = FrozenConv(lepe, pack=pack) if isinstance(lepe, nn.Conv2d) else None
         self.proj = _linear(proj, gamma, pack=pack)
 
     def merge(self, out: Tensor, local: Tensor, residual: Tensor) -> Tensor:
@@ -181,29 +188,28 @@ class _FastRouted(_Merged):
     def forward(self, y: Tensor, residual: Tensor) -> Tensor:
         if isinstance(self.source, BiLevelRoutingAttention):
             y = self.source.pad(y)
+        height, width = y.shape[1:3]
+        region = self.source.region_of(height, width)
+        routes = self._pooled_routes(y, region)
+        tiled = (region[0] * self.source.n_win, region[1] * self.source.n_win) == (height, width)
+        if self.source.backend == "auto" and tiled and not y.is_cuda:
+            masked = prefers_mask(self._problem(y, region))
+            return self.merge(*self.packed(y, self.qkv, masked=masked, routes=routes), residual)
         qkv = self.qkv(y)
         q, k, v = qkv.split((self.qk_dim, self.qk_dim, qkv.shape[-1] - 2 * self.qk_dim), dim=-1)
-        region = self.source.region_of(*q.shape[1:3])
-        tiled = not (q.shape[1] % region[0] or q.shape[2] % region[1])
-        tiled = tiled and (q.shape[1] // region[0], q.shape[2] // region[1]) == (self.source.n_win,) * 2
-        if self.source.backend == "auto" and tiled and not q.is_cuda:
-            masked = prefers_mask(self._problem(q, region))
-            out = self.packed(qkv, masked=masked, routes=self._pooled_routes(y, region))
-        else:
-            routes = self._pooled_routes(y, region)
-            if routes is None:
-                routes = self.source.route(q, k)
-            out = routed_attention(
-                q,
-                k,
-                v,
-                routes,
-                heads=self.source.num_heads,
-                region=region,
-                scale=self.source.scale,
-                backend=self.source.backend,
-                config=self.source.config,
-            )
+        if routes is None:
+            routes = self.source.route(q, k)
+        out = routed_attention(
+            q,
+            k,
+            v,
+            routes,
+            heads=self.source.num_heads,
+            region=region,
+            scale=self.source.scale,
+            backend=self.source.backend,
+            config=self.source.config,
+        )
         return self.merge(out, v, residual)
 
     def _pooled_routes(self, y: Tensor, region: tuple[int, int]) -> Tensor | None:
@@ -220,11 +226,11 @@ class _FastRouted(_Merged):
             topk=self.source.topk,
         )
 
-    def _problem(self, q: Tensor, region: tuple[int, int]) -> Problem:
+    def _problem(self, y: Tensor, region: tuple[int, int]) -> Problem:
         return Problem(
-            batch=q.shape[0],
-            height=q.shape[1],
-            width=q.shape[2],
+            batch=y.shape[0],
+            height=y.shape[1],
+            width=y.shape[2],
             heads=self.source.num_heads,
             head_dim=self.qk_dim // self.source.num_heads,
             region=region,
@@ -250,7 +256,7 @@ class _FastConvs(_Merged):
         super().__init__(None, attn[3], gamma, pack=pack)
         self.first = _linear(attn[1], None, pack=pack)
         assert isinstance(attn[2], nn.Conv2d)
-        self.depthwise = FrozenConv(attn[2])
+        self.depthwise = FrozenConv(attn[2], pack=pack)
 
     def forward(self, y: Tensor, residual: Tensor) -> Tensor:
         return self.merge(self.depthwise(self.first(y)), y, residual)
@@ -301,8 +307,8 @@ def _linear(layer: nn.Module, gamma: Tensor | None, *, pack: bool) -> FrozenLine
     return FrozenLinear(weight, bias, pack=pack)
 
 
-def _folded(layer: nn.Module) -> nn.Sequential:
-    """Stem or downsampling with its batch norms folded, on NHWC maps."""
+def _folded(layer: nn.Module, *, pack: bool) -> nn.Sequential:
+    """Stem or downsampling with its batch norms folded and its GELU part of the convolution, on NHWC maps."""
     assert isinstance(layer, nn.Sequential)
     parts: list[nn.Module] = list(layer)
     done: list[nn.Module] = []
@@ -312,18 +318,23 @@ def _folded(layer: nn.Module) -> nn.Sequential:
             part, *parts = conv_then_norm(part, parts[0]), *parts[1:]
         elif isinstance(part, nn.BatchNorm2d) and parts and isinstance(parts[0], nn.Conv2d):
             part, *parts = norm_then_conv(part, parts[0]), *parts[1:]
-        if isinstance(part, nn.Conv2d):
-            done.append(FrozenConv(part))
-        elif isinstance(part, nn.GELU):
-            done.append(_GeluInPlace())
+        if isinstance(part, nn.Conv2d) and parts and isinstance(parts[0], nn.GELU):
+            part, *parts = _ConvGelu(FrozenConv(part, pack=pack)), *parts[1:]
+        elif isinstance(part, nn.Conv2d):
+            part = FrozenConv(part, pack=pack)
         else:
-            done.append(_OnNCHW(part))
+            part = _OnNCHW(part)
+        done.append(part)
     return nn.Sequential(*done)
 
 
-class _GeluInPlace(nn.Module):
+class _ConvGelu(nn.Module):
+    def __init__(self, conv: FrozenConv) -> None:
+        super().__init__()
+        self.conv = conv
+
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.aten.gelu_(x)  # type: ignore[no-any-return]
+        return self.conv.gelu(x)
 
 
 class _OnNCHW(nn.Module):
@@ -351,23 +362,26 @@ class GraphRunner(nn.Module):
         if not example.is_cuda:
             raise TargetError(f"a CUDA graph needs a CUDA device; the example is on {example.device}")
         self.model = model
-        self.static_input = example.clone()
-        side = torch.cuda.Stream(example.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(example.device))
-        with torch.cuda.stream(side), torch.no_grad():
-            for _ in range(3):  # compiles, tunes and fills caches, none of which may happen in a capture
-                model(self.static_input)
-        torch.cuda.current_stream(example.device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph), torch.no_grad():
-            self.static_output = model(self.static_input)
+        self.static_input = example.detach().clone()
+        # Streams and graphs belong to the current device, which need not be the example's.
+        with torch.cuda.device(example.device), torch.no_grad():
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):  # compiles, tunes and fills caches, none of which may happen in a capture
+                    model(self.static_input)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.static_output = model(self.static_input)
 
     def forward(self, x: Tensor) -> Any:
         """The model's output for a batch, in tensors that the next call overwrites."""
-        if x.shape != self.static_input.shape:
+        held = self.static_input
+        if x.shape != held.shape or x.dtype != held.dtype:
             raise ProblemError(
-                f"this graph was captured for {list(self.static_input.shape)}, not {list(x.shape)}; "
-                "capture another"
+                f"this graph was captured for {list(held.shape)} in {held.dtype}, not {list(x.shape)} in "
+                f"{x.dtype}; capture another"
             )
         self.static_input.copy_(x)
         self.graph.replay()
