@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bratune.backend import Config
 from bratune.errors import ProblemError
+from bratune.kernels.blocks import Residual
 from bratune.kernels.full_attention import FullAttention
 from bratune.kernels.layer import RoutedLayer
 from bratune.kernels.nhwc import LayerNorm2d, to_nchw, to_nhwc
@@ -91,6 +92,18 @@ class Backbone(nn.Module):
             for module in stage.modules():
                 if isinstance(module, ATTENTION):
                     module.set_backend(name, settings)
+
+    def set_lean(self, lean: bool = True) -> None:
+        """Keep less for the backward pass from now on, with equal gradients; the weights stay.
+
+        The outputs of norms and GELU are computed again in the backward pass, about a quarter to a third
+        of what a block keeps for two more passes over its map, and residuals are added in place; see
+        `bratune.kernels.lean`. Blocks with options that no published model has stay partly or wholly as
+        they are. `use_checkpoint_stages` saves more, for a second forward pass.
+        """
+        for module in self.modules():
+            if isinstance(module, Residual):
+                module.lean = lean
 
     def reset_classifier(self, num_classes: int) -> None:
         """A fresh head for another number of classes; 0 returns the pooled features."""

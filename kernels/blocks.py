@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from bratune.backend import Config
 from bratune.errors import ProblemError
 from bratune.kernels.full_attention import Attention, AttentionLePE, NCHWAttentionLePE
-from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
+from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, RoutedLayer
+from bratune.kernels.lean import add_conv, add_mlp
 from bratune.kernels.nhwc import conv_nhwc, linear_1x1, to_nchw, to_nhwc
 
 __all__ = ["Block", "BlockSTL", "ConvAttention", "DropPath", "NCHWBlockSTL", "Residual"]
@@ -37,9 +38,13 @@ class DropPath(nn.Module):
         """``[B, ...]`` to ``[B, ...]``."""
         if not self.training or self.rate == 0.0:
             return x
+        return x * self.draw(x)
+
+    def draw(self, x: Tensor) -> Tensor:
+        """A random factor per image, ``[B, 1, ...]``: 0 where the branch is dropped."""
         keep = 1.0 - self.rate
         mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
+        return mask.div_(keep)
 
     def extra_repr(self) -> str:
         """The rate, for ``print(model)``."""
@@ -91,6 +96,9 @@ class Residual(nn.Module):
 
     Subclasses add ``norm1``, ``attn``, ``norm2``, ``mlp`` and ``drop_path`` (and ``gamma1``, ``gamma2`` where
     layers are scaled) in the order of the official keys.
+
+    Attributes:
+        lean: Keep less for the backward pass; see `bratune.kernels.backbone.Backbone.set_lean`.
     """
 
     pos_embed: nn.Module | None
@@ -105,6 +113,7 @@ class Residual(nn.Module):
     def __init__(self, *, pre_norm: bool = True) -> None:
         super().__init__()
         self.pre_norm = pre_norm
+        self.lean = False
         self.pos_embed = None
         self.gamma1 = None
         self.gamma2 = None
@@ -121,10 +130,43 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, C]`` to ``[B, H, W, C]``."""
+        if self.lean and torch.is_grad_enabled():
+            return self._forward_lean(x)
         if self.pos_embed is not None:
             x = x + conv_nhwc(self.pos_embed, x)
         x = self._add(x, self.attend, self.norm1, self.gamma1)
         return self._add(x, self.feed, self.norm2, self.gamma2)
+
+    def _forward_lean(self, x: Tensor) -> Tensor:
+        """`forward` with the parts of `bratune.kernels.lean`, where the block's options allow them."""
+        if isinstance(self.pos_embed, nn.Conv2d):
+            x = add_conv(x, self.pos_embed)
+        x = self._attend_lean(x)
+        return self._feed_lean(x)
+
+    def _attend_lean(self, x: Tensor) -> Tensor:
+        attn, norm = self.attn, self.norm1
+        known = self.pre_norm and isinstance(attn, RoutedLayer) and attn.takes_norm(*x.shape[1:3])
+        if not known:
+            return self._add(x, self.attend, norm, self.gamma1)
+        assert isinstance(attn, RoutedLayer)
+        assert isinstance(norm, nn.LayerNorm)
+        y = attn.forward_normed(x, norm)
+        out: Tensor = x + self.drop_path(y if self.gamma1 is None else self.gamma1 * y)
+        return out
+
+    def _feed_lean(self, x: Tensor) -> Tensor:
+        norm, layers = self.norm2, list(self.mlp.children())
+        if not self.pre_norm or self.gamma2 is not None or any(isinstance(part, DWConv) for part in layers):
+            return self._add(x, self.feed, norm, self.gamma2)
+        widen, narrow = layers[0], layers[-1]
+        assert isinstance(norm, nn.LayerNorm)
+        assert isinstance(widen, nn.Linear | nn.Conv2d)
+        assert isinstance(narrow, nn.Linear | nn.Conv2d)
+        mask = None
+        if isinstance(self.drop_path, DropPath) and self.drop_path.training:
+            mask = self.drop_path.draw(x)
+        return add_mlp(x, norm, widen, narrow, mask)
 
     def _add(
         self, x: Tensor, part: Callable[[Tensor], Tensor], norm: nn.Module, gamma: Tensor | None

@@ -18,6 +18,7 @@ from bratune.kernels.api import route, routed_attention
 from bratune.kernels.composed import TopkRouting, composed_attention, require_composition
 from bratune.kernels.depthwise import depthwise as convolve
 from bratune.kernels.kv_pool import kv_pool, pool_regions
+from bratune.kernels.lean import norm_linear
 from bratune.kernels.nhwc import depthwise, linear_1x1, to_nchw, to_nhwc
 from bratune.kernels.packed import split_packed
 from bratune.kernels.registry import get
@@ -118,6 +119,21 @@ class RoutedLayer(nn.Module):
     def enhance(self, v: Tensor) -> Tensor | None:
         """The depthwise convolution of the values (LePE); None without one."""
         return None if self.lepe is None else convolve(v, self.lepe.weight, self.lepe.bias)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """The output projection, on an NHWC map."""
+        raise NotImplementedError
+
+    def takes_norm(self, height: int, width: int) -> bool:
+        """Whether `forward_normed` can run on a map of this size: what else reads the layer's input?"""
+        return not self.pooled_routing
+
+    def forward_normed(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """The layer of ``norm(x)``, NHWC, which keeps x for the backward pass and not the norm's output."""
+        qkv = norm_linear(x, norm, self.qkv_layer)
+        q, k, v = split_packed(qkv, (self.qk_dim, self.qk_dim, self.dim))
+        out, local = self.attend(q, k, v, self.route(q, k)), self.enhance(v)
+        return self.merge(out if local is None else out + local)
 
     def _attend(
         self,
@@ -279,6 +295,12 @@ class BiLevelRoutingAttention(RoutedLayer):
     def output_layer(self) -> nn.Module:
         """The output projection; an identity where the layer has none."""
         return self.wo
+
+    def takes_norm(self, height: int, width: int) -> bool:
+        """Whether `forward_normed` can run on a map of this size: what else reads the layer's input?"""
+        rh, rw = self.region_of(height, width)
+        tiled = (rh * self.n_win, rw * self.n_win) == (height, width)
+        return tiled and not self.soft_routing and super().takes_norm(height, width)
 
     # --- the parts, on padded maps -------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ that none occurs twice; maps are padded before. Two ways, both exact:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bratune.kernels import layout
+from bratune.kernels.constants import kept
 from bratune.kernels.routing import region_means
 from bratune.problem import Problem
 
@@ -89,7 +89,7 @@ class PackedAttention:
 
     def _route(self, means: Tensor) -> Tensor:
         """The key regions of every query region ``[B, R, topk]``, from the means ``[B, R, q | k | v]``."""
-        q, k, _ = means.split(self._sizes(means), dim=-1)
+        q, k, _ = torch.split(means, self._sizes(means), dim=-1)
         routes: Tensor = torch.topk(q @ k.transpose(1, 2), self.topk, dim=-1).indices
         return routes
 
@@ -106,7 +106,7 @@ class PackedAttention:
             pairs = _region_pairs(height, width, self.n_win, qkv.device)
             mask = regions.flatten(1).index_select(1, pairs)
             mask = mask.view(batch, 1, height * width, height * width)
-        q, k, v = (self._by_head(x) for x in qkv.flatten(1, 2).split(self._sizes(qkv), dim=-1))
+        q, k, v = (self._by_head(x) for x in torch.split(qkv.flatten(1, 2), self._sizes(qkv), dim=-1))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return out.transpose(1, 2).reshape(batch, height, width, -1)
 
@@ -117,26 +117,26 @@ class PackedAttention:
         qk, _, v_dim = self._sizes(qkv)
         flat = qkv.flatten(0, 1)  # [B * R, T, q | k | v]
         pairs = flat[..., qk:].index_select(0, routes.flatten()).view(batch * regions, -1, qk + v_dim)
-        k, v = (self._by_head(x) for x in pairs.split([qk, v_dim], dim=-1))
+        k, v = (self._by_head(x) for x in torch.split(pairs, [qk, v_dim], dim=-1))
         q = self._by_head(flat[..., :qk])
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return out.transpose(1, 2).reshape(batch, regions, tokens, v_dim)
 
     def _by_head(self, x: Tensor) -> Tensor:
         """``[N, L, heads * D]`` as ``[N, heads, L, D]`` without a copy."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
     def _sizes(self, x: Tensor) -> list[int]:
         return [self.qk_dim, self.qk_dim, x.shape[-1] - 2 * self.qk_dim]
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def _nothing(regions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A mask that hides everything, ``[1, R, R]``."""
     return torch.full((1, regions, regions), -torch.inf, dtype=dtype, device=device)
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def _region_pairs(height: int, width: int, side: int, device: torch.device) -> Tensor:
     """Where in a mask between regions the mask between two tokens is found, ``[N * N]`` for N tokens."""
     region = (height // side, width // side)
