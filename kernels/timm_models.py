@@ -15,16 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from bratune.errors import CheckpointError, MissingPackageError
+from bratune.errors import CheckpointError
 from bratune.kernels.biformer import build
+from bratune.kernels.timm_import import import_timm
 from bratune.variant import VARIANTS
 
-try:
-    import timm.models
-except ModuleNotFoundError as error:
-    if error.name != "timm":
-        raise
-    raise MissingPackageError("timm", "timm.create_model", extra="timm") from None
+timm = import_timm("timm.create_model")
 
 __all__ = ["PREFIX"]
 

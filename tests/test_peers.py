@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from bratune.errors import MissingPackageError, UnknownNameError
+from bratune.errors import BratuneError, MissingPackageError, UnknownNameError
 from bratune.machine import detect
 from bratune.measure.settings import MeterSettings
 from bratune.profile import peers
 from bratune.profile.request import Request, make_request
+from bratune.record import Record
 from bratune.report.point_infos import peers as peer_points
 from bratune.store import Store
 
@@ -90,7 +91,7 @@ def test_a_model_that_fails_is_a_row_with_the_reason(timm: Any) -> None:
 
 
 def test_an_unknown_peer_lists_the_usual_ones(timm: Any) -> None:
-    with pytest.raises(UnknownNameError, match="swin_tiny, convnext_tiny"):
+    with pytest.raises(UnknownNameError, match="runtime, swin_tiny, convnext_tiny"):
         peers.peer_cells(["swin_tinny"], request())
 
 
@@ -109,3 +110,58 @@ def test_what_is_missing_is_named_with_the_command(missing: str, monkeypatch: py
         monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     with pytest.raises(MissingPackageError, match=f"{missing}.*pip install"):
         peers.peer_cells(["swin_tiny"], request())
+
+
+def test_torchvision_of_another_torch_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "timm":
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(
+        BratuneError, match=r"torchvision .* does not fit torch .* \(operator torchvision::nms"
+    ):
+        peers.peer_cells(["swin_tiny"], request())
+
+
+def own(**more: Any) -> Request:
+    """A request for a small map; the names of our forms need no timm."""
+    return make_request(detect("cpu"), image=(112, 112), models=("biformer_tiny",), **more)
+
+
+def test_our_forms_are_measured_beside_the_peers(tmp_path: Any) -> None:
+    store = Store(tmp_path / "r.jsonl")
+    cells = peers.peer_cells(["published", "gather", "auto", "runtime"], own(n_win=(7,), batches=(1,)))
+    rows = list(peers.measure_peers(cells, detect("cpu"), SETTINGS, store=store))
+    assert [(row.backend, row.model, row.outcome) for row in rows[1:]] == [
+        (name, "biformer_tiny", "measured") for name in ("gather", "auto", "runtime")
+    ]
+    # 112 pixels leave a map of 7x7 in stage 3 and 14x14 in stage 2: seven regions tile all three.
+    assert rows[0].outcome == "measured", rows[0].reason
+    work = [2 * row.median_ms * row.tflops_s for row in rows if row.median_ms and row.tflops_s]
+    assert work == pytest.approx([work[0]] * 4)
+    assert store.records() == rows
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"), [({"direction": "fwd-bwd"}, "--direction fwd"), ({"amp": True}, "--amp")]
+)
+def test_the_runtime_says_what_it_cannot_do(more: dict[str, Any], reason: str) -> None:
+    (row,) = peers.measure_peers(peers.peer_cells(["runtime"], own(**more)), detect("cpu"), SETTINGS)
+    assert row.outcome == "unsupported"
+    assert reason in row.reason
+
+
+def test_pairs_name_the_fastest_form_and_call_it_faster_where_intervals_part(timm: Any) -> None:
+    cells = peers.peer_cells(["auto", "runtime", "resnet50"], own(batches=(2,)))
+    (slow, fast, peer) = (
+        Record.of(cell, detect("cpu"), outcome="measured", median_ms=ms, ci_lo_ms=low, ci_hi_ms=high)
+        for cell, ms, low, high in zip(cells, (8, 4, 6), (7.0, 3.0, 5.0), (9.0, 4.5, 7.0), strict=True)
+    )
+    (line,) = peers.pair_lines([slow, fast, peer])
+    assert line == (
+        "biformer_tiny (runtime, eager) is 1.50x resnet50 (eager) at batch 2, 95 % 1.11 to 2.33: faster"
+    )
+    assert "no difference" in peers.pair_lines([fast.replace(ci_hi_ms=5.5), peer])[0]

@@ -57,7 +57,7 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
     "--peers",
     metavar="NAME,NAME",
     help="Also time these models of timm: swin_tiny, convnext_tiny, pvt_v2_b2, maxvit_tiny, deit_small, "
-    "resnet50, or any name that timm knows.",
+    "resnet50, or any name that timm knows; and these forms of ours: published, gather, auto, runtime.",
 )
 @click.option(
     "--confirm/--no-confirm",
@@ -97,7 +97,7 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
         _show(job.target, sorted(found, key=lambda row: row.stage or 0) if asked["budget"] else found, asked)
         _say_what_is_missing(found)
         _confirm(job, found, asked)
-        found += _run_peers(job, asked["peers"])
+        found += _run_peers(job, asked["peers"], [row for row in found if row.part == "model"])
         click.echo(f"results: {job.path}   again: {_again(ctx)}", err=True)
     failed = any(row.outcome in FAILED for found in rows for row in found)
     return 4 if asked["strict"] and failed else 0
@@ -122,14 +122,14 @@ def _confirm(job: _Job, rows: Sequence[Record], asked: dict[str, Any]) -> None:
             click.echo(f"{final} against {default.backend}", err=asked["format"] != "table")
 
 
-def _run_peers(job: _Job, names: str | None) -> list[Record]:
+def _run_peers(job: _Job, names: str | None, ours: Sequence[Record]) -> list[Record]:
     """The rows of timm's models, shown one per line; none where nothing can be measured."""
     if not names:
         return []
     if job.target.absent or job.replayed or job.site:
         click.echo("peers are only ever measured, and here: left out", err=True)
         return []
-    from bratune.profile.peers import measure_peers, peer_cells
+    from bratune.profile.peers import describe, measure_peers, pair_lines, peer_cells
     from bratune.store import Store
 
     cells = peer_cells([name.strip() for name in names.split(",")], job.request)
@@ -137,8 +137,9 @@ def _run_peers(job: _Job, names: str | None) -> list[Record]:
     rows = []
     for row in measure_peers(cells, job.target.machine, job.settings, store=Store(job.path), run_id=run_id):
         rows.append(row)
-        time_or_reason = f"{row.images_per_s:.1f} images/s, {row.median_ms:.4g} ms" if row.ok else row.reason
-        click.echo(f"{row.model} (timm), batch {row.batch}, {row.regime}: {time_or_reason}")
+        click.echo(describe(row))
+    for line in pair_lines([*ours, *rows]):
+        click.echo(line)
     return rows
 
 

@@ -1,17 +1,23 @@
-"""Peers: models of timm, measured by the same meter on the same kind of images as ours.
+"""Peers: models of timm and whole models of ours, measured by the same meter on the same kind of images.
 
 A peer's row is a whole-model row whose backend is ``timm``; its multiply-adds are counted by torch while it
-runs, so that it stands beside ours on the axis of work.
+runs, so that it stands beside ours on the axis of work. Our own rows here are those of `OWN`: forms of a
+whole model, which no backend's name stands for.
+
+    $ python -m bratune.profile.peers --model biformer_tiny --res 224 -b 1 --peers runtime,swin_tiny
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from bratune.cell import Cell
-from bratune.errors import MissingPackageError, UnknownNameError
+from bratune.errors import MeasureError, MissingPackageError, UnknownNameError, UnsupportedError
 from bratune.machine import Machine
 from bratune.problem import Problem
 from bratune.record import Record
@@ -24,7 +30,17 @@ if TYPE_CHECKING:
     from bratune.profile.request import Request
     from bratune.store import Store
 
-__all__ = ["BACKEND", "PEERS", "Peer", "build_peer", "measure_peers", "peer_cells"]
+__all__ = [
+    "BACKEND",
+    "OWN",
+    "PEERS",
+    "Peer",
+    "build_peer",
+    "describe",
+    "measure_peers",
+    "pair_lines",
+    "peer_cells",
+]
 
 BACKEND = "timm"
 # Models of about the work or accuracy of BiFormer-T and -S, by the short names that users type.
@@ -36,11 +52,14 @@ PEERS = {
     "deit_small": "deit_small_patch16_224",
     "resnet50": "resnet50",
 }
+# Forms of a model of ours: the official sequence of operations, the published attention in this package's
+# layers, the preferred backend in them, and the runtime for inference.
+OWN = ("published", "gather", "auto", "runtime")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A model of timm with its images.
+    """A model with its images.
 
     Attributes:
         model: On the device, in evaluation or training mode.
@@ -54,32 +73,33 @@ class Peer:
 
 
 def _timm() -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        if error.name == "timm":
-            raise MissingPackageError("timm", "measuring peers", extra="timm") from None
-        raise MissingPackageError(str(error.name), "timm, which measures peers,") from None
-    return timm
+    from bratune.kernels.timm_import import import_timm
+
+    return import_timm("measuring peers")
 
 
 def peer_cells(names: Sequence[str], request: Request) -> list[Cell]:
     """A whole-model cell per peer, batch size and regime of a request.
 
     Args:
-        names: Short names of `PEERS`, or any name that timm knows.
+        names: Short names of `PEERS`, any name that timm knows, or a name of `OWN`, which stands for every
+            model of the request.
         request: Batches, image, dtype, direction, regimes and cache states.
 
     Raises:
         UnknownNameError: timm has no such model.
         MissingPackageError: timm is not installed.
     """
-    timm = _timm()
+    from bratune.profile.cells import scenes
+
     found = []
     for name in names:
-        model = PEERS.get(name, name)
+        if name in OWN:
+            found += [scene.model_cell((name,)) for scene in scenes(request)]
+            continue
+        model, timm = PEERS.get(name, name), _timm()
         if not timm.is_model(model):
-            raise UnknownNameError("peer", name, PEERS)
+            raise UnknownNameError("peer", name, (*OWN, *PEERS))
         for batch in request.batches:
             for regime in request.regimes:
                 for l2 in request.l2:
@@ -121,7 +141,11 @@ def build_peer(cell: Cell, device: str) -> Peer:
 
     Raises:
         MissingPackageError: timm is not installed.
+        UnsupportedError: a form of ours that this model or this cell has not.
+        MeasureError: a form of ours gives other scores than the plain model.
     """
+    if cell.backend in OWN:
+        return _own(cell, device)
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,6 +161,57 @@ def build_peer(cell: Cell, device: str) -> Peer:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     return Peer(model.train(cell.problem.backward), images, counter.get_total_flops() // 2)
+
+
+def _own(cell: Cell, device: str) -> Peer:
+    """A model of ours in one of its forms, checked against the plain model on these images."""
+    import torch
+
+    from bratune.kernels.biformer import BiFormer
+    from bratune.kernels.published import as_published
+    from bratune.kernels.runtime import FastModel
+    from bratune.profile.cells import model_stages
+    from bratune.profile.count import model_macs
+    from bratune.profile.scenery import images_for, model_for
+    from bratune.profile.whole_model import difference_limit
+    from bratune.variant import get_variant
+
+    plain = model_for(cell.replace(backend="auto"), device)
+    images = images_for(cell, device)
+    form: nn.Module = plain
+    if cell.backend == "gather":
+        form = model_for(cell, device)
+    elif cell.backend == "published":
+        if not isinstance(plain, BiFormer):
+            raise UnsupportedError(
+                "published", ("only BiFormer-T, -S and -B have an official composition here",)
+            )
+        official = model_for(cell.replace(backend="auto"), device)
+        assert isinstance(official, BiFormer)
+        for module in official.modules():
+            if hasattr(module, "auto_pad"):  # where nothing is padded, the official code is the same without
+                module.auto_pad = False
+        official.check_size(*cell.image)
+        form = as_published(official).train(cell.problem.backward)
+    elif cell.backend == "runtime":
+        reasons = []
+        if cell.problem.backward:
+            reasons.append("the runtime is for inference; --direction fwd would work")
+        if cell.amp:
+            reasons.append("the runtime has its weights in --dtype already; no --amp would work")
+        if reasons:
+            raise UnsupportedError("runtime", reasons)
+        form = FastModel(plain, pack=cell.regime != "compile")
+    if form is not plain and not cell.problem.backward:
+        kind, dtype = device.partition(":")[0], getattr(torch, cell.problem.dtype)
+        with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=cell.amp):
+            difference, limit = difference_limit(form(images), plain(images))
+        if not difference <= limit:
+            raise MeasureError(
+                f"{cell.backend} differs from the plain model by {difference:.1e} of the largest output; "
+                f"{limit:.0e} would pass"
+            )
+    return Peer(form, images, model_macs(get_variant(cell.model), model_stages(cell), cell.problem.batch))
 
 
 def _takes_size(timm: Any, model: str) -> bool:
@@ -182,6 +257,8 @@ def _measured(
         found = meter.measure(call, settings.replace(l2=cell.l2, regime=cell.regime))
     except MissingPackageError:
         raise
+    except UnsupportedError as error:
+        return Record.of(cell, machine, outcome="unsupported", reason=str(error)), ()
     except BratuneError as error:
         return Record.of(cell, machine, outcome="error", reason=str(error)), ()
     except Exception as error:  # another project's model may raise anything; the row says what
@@ -214,3 +291,104 @@ def _call(cell: Cell, peer: Peer, device: str) -> Any:
         return torch.autograd.grad(out.float().sum(), wanted, allow_unused=True)
 
     return forward_backward if cell.problem.backward else forward
+
+
+def describe(row: Record) -> str:
+    """A peer's row in one line."""
+    kind = row.backend if row.backend in OWN else BACKEND
+    found = f"{row.images_per_s:.1f} images/s, {row.median_ms:.4g} ms" if row.ok else row.reason
+    return f"{row.model} ({kind}), batch {row.batch}, {row.regime}: {found}"
+
+
+def pair_lines(rows: Sequence[Record]) -> list[str]:
+    """The fastest form of each model of ours against every peer of the same batch and image.
+
+    A ratio is of medians; its interval is the widest that the 95 % intervals of both allow, and only where it
+    leaves 1 out is one called faster.
+    """
+    lines = []
+    measured = [row for row in rows if row.ok and row.median_ms]
+    for place in dict.fromkeys((row.batch, row.image_height, row.image_width) for row in measured):
+        here = [r for r in measured if (r.batch, r.image_height, r.image_width) == place]
+        ours = [row for row in here if row.backend != BACKEND]
+        for model in dict.fromkeys(row.model for row in ours):
+            best = min((r for r in ours if r.model == model), key=lambda r: r.median_ms or 0.0)
+            lines += [_pair(best, peer) for peer in here if peer.backend == BACKEND]
+    return lines
+
+
+def _pair(own: Record, peer: Record) -> str:
+    assert own.median_ms is not None
+    assert peer.median_ms is not None
+    low = (peer.ci_lo_ms or peer.median_ms) / (own.ci_hi_ms or own.median_ms)
+    high = (peer.ci_hi_ms or peer.median_ms) / (own.ci_lo_ms or own.median_ms)
+    word = "faster" if low > 1 else "slower" if high < 1 else "no difference"
+    return (
+        f"{own.model} ({own.backend}, {own.regime}) is {peer.median_ms / own.median_ms:.2f}x "
+        f"{peer.model} ({peer.regime}) at batch {own.batch}, 95 % {low:.2f} to {high:.2f}: {word}"
+    )
+
+
+@click.command()
+@click.option("--model", "models", multiple=True, default=("biformer_tiny",), show_default=True)
+@click.option("--res", default="224", show_default=True, help="Image size, 512 or 800x1333.")
+@click.option("-b", "--batch-size", "batches", multiple=True, type=int, default=(1,), show_default=True)
+@click.option("--dtype", default=None, help="float32, float16 or bfloat16.  [default: that of profile]")
+@click.option("--regime", "regimes", multiple=True, default=("eager",), show_default=True)
+@click.option("--peers", default=",".join((*OWN, *PEERS)), show_default=True, help="Names, joined by commas.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--effort", default="standard", show_default=True, help="quick, standard or full.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=None, help="Folder for records.jsonl."
+)
+def main(
+    models: tuple[str, ...],
+    res: str,
+    batches: tuple[int, ...],
+    dtype: str | None,
+    regimes: tuple[str, ...],
+    peers: str,
+    device: str,
+    effort: str,
+    output: Path | None,
+) -> None:
+    """Time whole models of ours and of timm, without the stages; `bratune profile --peers` times both."""
+    import shlex
+    import sys
+    import time
+
+    from bratune.errors import BratuneError
+    from bratune.machine import detect
+    from bratune.measure.settings import MeterSettings
+    from bratune.profile.request import make_request
+    from bratune.store import Store
+    from bratune.variant import parse_resolution
+
+    try:
+        machine = detect(device)
+        request = make_request(
+            machine,
+            models=models,
+            image=parse_resolution(res),
+            batches=batches,
+            regimes=regimes,
+            dtype=dtype,
+        )
+        cells = peer_cells([name.strip() for name in peers.split(",")], request)
+        store = None if output is None else Store(output / "records.jsonl")
+        run_id = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        click.echo(str(machine))
+        rows = []
+        for row in measure_peers(
+            cells, machine, MeterSettings.for_effort(effort), store=store, run_id=run_id
+        ):
+            rows.append(row)
+            click.echo(describe(row))
+    except BratuneError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo("\n".join(pair_lines(rows)))
+    click.echo(f"again: python -m bratune.profile.peers {shlex.join(sys.argv[1:])}", err=True)
+
+
+if __name__ == "__main__":
+    main()

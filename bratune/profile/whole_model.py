@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from bratune.kernels.backbone import Backbone
 
-__all__ = ["CLOCKS", "Contest", "Row", "contenders", "contest"]
+__all__ = ["CLOCKS", "Contest", "Row", "contenders", "contest", "difference_limit"]
 
 # ``cpu`` counts the time that this process computed, which other processes on a shared machine do not change
 # much; it is the sum over threads, so that it is latency with one thread alone.
@@ -160,6 +160,16 @@ def contest(
             )
         )
     return Contest(rows=tuple(rows), rounds=rounds)
+
+
+def difference_limit(
+    found: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]
+) -> tuple[float, float]:
+    """How far a model's outputs are from another's, over the largest, and how far its data type allows."""
+    a, b = _flat(found), _flat(expected)
+    first = expected[0] if isinstance(expected, tuple) else expected
+    limit = AGREE[str(first.dtype).removeprefix("torch.")]
+    return float((a - b).abs().max() / b.abs().max()), limit
 
 
 def _timed(model: nn.Module, images: Tensor, clock: Callable[[], float]) -> float:
