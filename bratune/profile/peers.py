@@ -168,6 +168,7 @@ def _own(cell: Cell, device: str) -> Peer:
     import torch
 
     from bratune.kernels.biformer import BiFormer
+    from bratune.kernels.layer import BiLevelRoutingAttention
     from bratune.kernels.published import as_published
     from bratune.kernels.runtime import FastModel
     from bratune.profile.cells import model_stages
@@ -189,8 +190,8 @@ def _own(cell: Cell, device: str) -> Peer:
         official = model_for(cell.replace(backend="auto"), device)
         assert isinstance(official, BiFormer)
         for module in official.modules():
-            if hasattr(module, "auto_pad"):  # where nothing is padded, the official code is the same without
-                module.auto_pad = False
+            if isinstance(module, BiFormer | BiLevelRoutingAttention):
+                module.auto_pad = False  # no other function where nothing is padded, which is checked next
         official.check_size(*cell.image)
         form = as_published(official).train(cell.problem.backward)
     elif cell.backend == "runtime":
