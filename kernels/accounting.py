@@ -1,4 +1,4 @@
-"""Operations and bytes of a forward pass, counted while it runs, on any device.
+"""Operations and bytes of a forward pass or a training step, counted while it runs, on any device.
 
 What is counted is every operation that torch dispatches and that computes or copies something: views and
 mere allocations are free. Each reads its inputs and writes its outputs once, in memory, at the width of
@@ -60,7 +60,11 @@ class Account:
 
 
 def count(
-    call: Callable[[], Any], *, weights: Iterable[Tensor] | nn.Module = (), item_bytes: int = 2
+    call: Callable[[], Any],
+    *,
+    weights: Iterable[Tensor] | nn.Module = (),
+    item_bytes: int = 2,
+    gradients: bool = False,
 ) -> Account:
     """The account of one call.
 
@@ -69,11 +73,13 @@ def count(
         weights: Tensors, or the module whose parameters and buffers, do not count as activations.
         item_bytes: Bytes of a floating-point number: 2 counts a float32 run as bfloat16 would move it.
             Integers count as they are.
+        gradients: Let the call run a backward pass, whose operations count too. Gradients of weights
+            count as activations.
     """
     if isinstance(weights, nn.Module):
         weights = [*weights.parameters(), *weights.buffers()]
     mode = _Counting({_storage(w) for w in weights}, item_bytes)
-    with torch.no_grad(), mode:
+    with torch.set_grad_enabled(gradients), mode:
         call()
     return Account(
         operations=sum(mode.operations.values()),

@@ -80,8 +80,8 @@ class FrozenConv(nn.Module):
     Args:
         conv: Where numbers and geometry come from.
         residual: Add the convolution's input to its output (stride 1, as many channels out as in). In
-            float32 and float64 the centre of the kernel does it; half precision would round the small
-            weight there beside the 1, and adds instead.
+            float32 and float64 on a CPU the centre of the kernel does it. Half precision would round the
+            small weight there beside the 1, and TF32 on a GPU the input: those add instead.
         pack: See `FrozenLinear`.
     """
 
@@ -91,9 +91,9 @@ class FrozenConv(nn.Module):
     def __init__(self, conv: nn.Conv2d, *, residual: bool = False, pack: bool = True) -> None:
         super().__init__()
         weight = conv.weight.detach().clone(memory_format=torch.channels_last)
-        wide = weight.dtype in (torch.float32, torch.float64)
-        self.adds_input = residual and not wide
-        if residual and wide:
+        exact = weight.dtype in (torch.float32, torch.float64) and weight.device.type == "cpu"
+        self.adds_input = residual and not exact
+        if residual and exact:
             assert conv.groups == conv.in_channels == conv.out_channels
             weight[:, :, weight.shape[2] // 2, weight.shape[3] // 2] += 1.0
         self.is_depthwise = conv.groups == conv.in_channels and conv.stride == (1, 1)

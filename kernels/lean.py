@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bratune.kernels.constants import kept
+from bratune.kernels.depthwise import depthwise
 from bratune.kernels.nhwc import to_nchw, to_nhwc
 
 __all__ = ["add_conv", "add_mlp", "norm_linear"]
@@ -70,12 +71,14 @@ def add_mlp(
 def add_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """``x + conv(x)`` on an NHWC map, for a depthwise convolution with an odd side that keeps the map's size.
 
-    In float32 and float64 the centre of the kernel adds x, forward and backward, instead of two passes over
-    the map. Reduced precision would round the small weight there beside the 1, and adds.
+    In float32 and float64 on a CPU the centre of the kernel adds x, forward and backward, instead of two
+    passes over the map. Half precision would round the small weight there beside the 1, and TF32 on a GPU the
+    map: those add, in the same kernel where the strips convolve.
     """
+    exact = x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu" and _lower(x) is None
+    if not exact:
+        return depthwise(x, conv.weight, conv.bias, add=x)
     nchw = to_nchw(x)
-    if _lower(x) is not None or x.dtype not in (torch.float32, torch.float64):
-        return x + to_nhwc(conv(nchw))
     weight = conv.weight + _identity(conv.weight.shape[-1], x.dtype, x.device)
     return to_nhwc(F.conv2d(nchw, weight, conv.bias, padding=conv.padding, groups=conv.groups))
 

@@ -80,7 +80,7 @@ class PackedAttention:
             return self._attend_map(qkv, region, routes), qkv[..., 2 * self.qk_dim :]
         qkv = project(layout.to_regions(y, region))  # [B, R, T, q | k | v]
         if routes is None:
-            routes = self._route(qkv.mean(2))
+            routes = self._route(qkv[..., : 2 * self.qk_dim].mean(2))
         out, values = self._attend_regions(qkv, routes), qkv[..., 2 * self.qk_dim :]
         return (
             layout.from_regions(out, height, width, region),
@@ -88,8 +88,8 @@ class PackedAttention:
         )
 
     def _route(self, means: Tensor) -> Tensor:
-        """The key regions of every query region ``[B, R, topk]``, from the means ``[B, R, q | k | v]``."""
-        q, k, _ = torch.split(means, self._sizes(means), dim=-1)
+        """The key regions of every query region ``[B, R, topk]``, from the means ``[B, R, q | k]``."""
+        q, k = means.chunk(2, dim=-1)
         routes: Tensor = torch.topk(q @ k.transpose(1, 2), self.topk, dim=-1).indices
         return routes
 
@@ -99,7 +99,7 @@ class PackedAttention:
         if self.topk < self.n_win**2:
             if routes is None:
                 # The values' means come along for nothing; to leave them out would copy queries and keys.
-                routes = self._route(region_means(qkv, region))
+                routes = self._route(region_means(qkv, region)[..., : 2 * self.qk_dim])
             # Out of place, so that the constant stays; routes are distinct, so that the mask is exact.
             nothing = _nothing(self.n_win**2, qkv.dtype, qkv.device)
             regions = nothing.expand(batch, -1, -1).scatter(2, routes, 0.0)

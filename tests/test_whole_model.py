@@ -63,4 +63,43 @@ def test_real_contenders_agree_and_the_runtime_does_about_half() -> None:
     assert work["published"] is not None
     assert work["runtime"] is not None
     assert work["runtime"] <= 0.55 * work["published"]
-    assert all(row.difference < 1e-5 for row in found.rows)
+    assert all(row.difference is not None and row.difference < 1e-5 for row in found.rows)
+
+
+def test_training_contenders_agree_on_gradients_and_keep_their_names() -> None:
+    torch.manual_seed(0)
+    model = BiFormer(
+        depth=(1, 1, 1, 1),
+        embed_dim=(32, 32, 32, 32),
+        head_dim=32,
+        n_win=2,
+        num_classes=5,
+        topks=(1, 2, 4, -2),
+        kv_downsample_mode="identity",
+    ).double()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    forms = contenders(model.eval(), images, direction="fwd-bwd")
+    found = contest(forms, images, rounds=6, direction="fwd-bwd")
+    assert [row.name for row in found.rows] == ["published", "gather", "auto", "lean"]
+    work = {row.name: row.operations for row in found.rows}
+    assert work["auto"] is not None
+    assert work["published"] is not None
+    assert work["auto"] < 0.9 * work["published"]
+    assert images.grad is None
+
+
+def test_contender_with_another_gradient_is_not_timed() -> None:
+    clock = [0.0]
+    models = {"old": Slow(clock, [1.0]), "new": Slow(clock, [0.5], error=0.01)}
+    with pytest.raises(MeasureError, match="new differs from old"):
+        contest(models, torch.ones(1, 3), rounds=8, clock=lambda: clock[0], direction="fwd-bwd")
+    assert clock[0] == 1.5
+
+
+def test_rivals_run_in_the_same_rounds_and_may_differ() -> None:
+    clock = [0.0]
+    models, rivals = {"own": Slow(clock, [1.0])}, {"other": Slow(clock, [2.0], error=5.0)}
+    found = contest(models, torch.ones(1, 3), rounds=8, clock=lambda: clock[0], rivals=rivals)
+    own, other = found.rows
+    assert (own.name, other.name) == ("own", "other")
+    assert (other.ratio, other.difference) == (0.5, None)

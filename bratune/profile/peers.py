@@ -40,6 +40,7 @@ __all__ = [
     "measure_peers",
     "pair_lines",
     "peer_cells",
+    "timm_model",
 ]
 
 BACKEND = "timm"
@@ -136,6 +137,25 @@ def _cell(model: str, request: Request, batch: int, regime: str, l2: str) -> Cel
     )
 
 
+def timm_model(name: str, image: tuple[int, int]) -> nn.Module:
+    """A model of timm for images of a size, with random weights.
+
+    Args:
+        name: A short name of `PEERS`, or any name that timm knows.
+        image: ``(height, width)`` in pixels.
+
+    Raises:
+        UnknownNameError: timm has no such model.
+        MissingPackageError: timm is not installed.
+    """
+    timm, full_name = _timm(), PEERS.get(name, name)
+    if not timm.is_model(full_name):
+        raise UnknownNameError("peer", name, PEERS)
+    sized = {"img_size": image} if _takes_size(timm, full_name) else {}
+    model: nn.Module = timm.create_model(full_name, pretrained=False, **sized)
+    return model
+
+
 def build_peer(cell: Cell, device: str) -> Peer:
     """The model of a peer's cell with seeded weights, and seeded images.
 
@@ -152,9 +172,8 @@ def build_peer(cell: Cell, device: str) -> Peer:
     from bratune.profile.scenery import images_for
 
     torch.manual_seed(cell.seed)
-    timm, images = _timm(), images_for(cell, device)
-    sized = {"img_size": cell.image} if _takes_size(timm, cell.model) else {}
-    model = timm.create_model(cell.model, pretrained=False, **sized)
+    images = images_for(cell, device)
+    model: Any = timm_model(cell.model, cell.image)
     order = torch.channels_last if cell.layout == "nhwc" else torch.contiguous_format
     model = model.to(device=device, dtype=images.dtype, memory_format=order)
     model.eval()
@@ -332,9 +351,12 @@ def _pair(own: Record, peer: Record) -> str:
 
 @click.command()
 @click.option("--model", "models", multiple=True, default=("biformer_tiny",), show_default=True)
+@click.option("--task", default="classification", show_default=True, help="Sets S; see bratune list tasks.")
 @click.option("--res", default="224", show_default=True, help="Image size, 512 or 800x1333.")
 @click.option("-b", "--batch-size", "batches", multiple=True, type=int, default=(1,), show_default=True)
-@click.option("--dtype", default=None, help="float32, float16 or bfloat16.  [default: that of profile]")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="As profile, by default."
+)
 @click.option("--regime", "regimes", multiple=True, default=("eager",), show_default=True)
 @click.option("--peers", default=",".join((*OWN, *PEERS)), show_default=True, help="Names, joined by commas.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -344,6 +366,7 @@ def _pair(own: Record, peer: Record) -> str:
 )
 def main(
     models: tuple[str, ...],
+    task: str,
     res: str,
     batches: tuple[int, ...],
     dtype: str | None,
@@ -370,6 +393,7 @@ def main(
         request = make_request(
             machine,
             models=models,
+            task=task,
             image=parse_resolution(res),
             batches=batches,
             regimes=regimes,

@@ -1,10 +1,12 @@
 """Whole models side by side: the published composition, a backend everywhere, and the runtime.
 
     $ python -m bratune.profile.whole_model --model biformer_tiny --res 224 -b 1
+    $ python -m bratune.profile.whole_model -b 4 --direction fwd-bwd
 
 All contenders share weights and images, give equal outputs before anything is timed, and are timed in
 turn, so that what happens to the machine happens to all of them. A ratio is the median over rounds of the
-ratio within a round, with its distribution-free 95 % interval.
+ratio within a round, with its distribution-free 95 % interval. Models of timm (``--peers``) take
+their turns too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -45,7 +47,8 @@ class Row:
         median_ms: Median time of a batch.
         ratio: How many times faster than the baseline, the median over rounds.
         ratio_interval: Its 95 % interval.
-        difference: Largest difference of its output from the baseline's, over the largest number.
+        difference: Largest difference of its output from the baseline's, over the largest number; None of
+            another model.
     """
 
     name: str
@@ -54,7 +57,7 @@ class Row:
     median_ms: float
     ratio: float
     ratio_interval: tuple[float, float]
-    difference: float
+    difference: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +81,19 @@ class Contest:
         return "\n".join(lines)
 
 
-def contenders(model: Backbone, images: Tensor) -> dict[str, nn.Module]:
+def contenders(model: Backbone, images: Tensor, *, direction: str = "fwd") -> dict[str, nn.Module]:
     """What there is to compare of a model, the baseline first.
 
     Args:
         model: In evaluation, with backend ``auto``; its weights are shared.
         images: A batch; on CUDA, graphs are captured for it.
+        direction: ``fwd``, or ``fwd-bwd`` for a training step without the optimizer's.
 
     Returns:
         ``published`` (the official sequence of operations, for models that have one), ``gather`` (this
-        package's layers with the published attention), ``auto`` (with the preferred backend), ``runtime``
-        (`bratune.kernels.runtime`) and, on CUDA, ``runtime, graph``.
+        package's layers with the published attention), ``auto`` (with the preferred backend). Then for
+        ``fwd``, ``runtime`` (`bratune.kernels.runtime`) and, on CUDA, ``runtime, graph``; for ``fwd-bwd``,
+        ``lean`` (`Backbone.set_lean`).
     """
     from bratune.kernels.biformer import BiFormer
     from bratune.kernels.published import as_published
@@ -99,7 +104,12 @@ def contenders(model: Backbone, images: Tensor) -> dict[str, nn.Module]:
         found["published"] = as_published(model)
     gather = copy.deepcopy(model)
     gather.set_backend("gather")
-    found |= {"gather": gather, "auto": model, "runtime": optimize(model)}
+    found |= {"gather": gather, "auto": model}
+    if direction == "fwd-bwd":
+        lean = copy.deepcopy(model)
+        lean.set_lean()
+        return {name: form.train() for name, form in {**found, "lean": lean}.items()}
+    found["runtime"] = optimize(model)
     if images.is_cuda:
         found["runtime, graph"] = optimize(model, graph_input=images)
     return found
@@ -111,6 +121,8 @@ def contest(
     *,
     rounds: int = 30,
     clock: Callable[[], float] | None = None,
+    direction: str = "fwd",
+    rivals: Mapping[str, nn.Module] | None = None,
 ) -> Contest:
     """Check that contenders agree, count what they do, and time them in turn.
 
@@ -119,6 +131,8 @@ def contest(
         images: A batch.
         rounds: Times that everyone runs.
         clock: Seconds; by default the wall clock.
+        direction: ``fwd``, or ``fwd-bwd``: then what must agree are the gradients of the images.
+        rivals: Other models, timed in the same rounds; their outputs are their own.
 
     Raises:
         MeasureError: an output differs from the baseline's by more than the data type allows.
@@ -127,8 +141,9 @@ def contest(
 
     clock = clock or CLOCKS["wall"]
     baseline = next(iter(models))
-    with torch.no_grad():
-        outputs = {name: _flat(model(images)) for name, model in models.items()}
+    step = _trained if direction == "fwd-bwd" else _inferred
+    with torch.set_grad_enabled(direction == "fwd-bwd"):
+        outputs = {name: _flat(step(model, images)) for name, model in models.items()}
         differences = {
             name: float((out - outputs[baseline]).abs().max() / outputs[baseline].abs().max())
             for name, out in outputs.items()
@@ -140,14 +155,17 @@ def contest(
                     f"{name} differs from {baseline} by {difference:.1e} of the largest output; "
                     f"{limit:.0e} would pass"
                 )
-        times: dict[str, list[float]] = {name: [] for name in models}
+        everyone = {**models, **(rivals or {})}
+        for rival in (rivals or {}).values():
+            step(rival, images)
+        times: dict[str, list[float]] = {name: [] for name in everyone}
         for _ in range(rounds):
-            for name, model in models.items():
-                times[name].append(_timed(model, images, clock))
+            for name, model in everyone.items():
+                times[name].append(_timed(step, model, images, clock))
     rows = []
-    for name, model in models.items():
+    for name, model in everyone.items():
         ratios = sorted(base / own for base, own in zip(times[baseline], times[name], strict=True))
-        operations, megabytes = _counted(model, images)
+        operations, megabytes = _counted(step, model, images, direction)
         rows.append(
             Row(
                 name=name,
@@ -156,7 +174,7 @@ def contest(
                 median_ms=median(times[name]) * 1e3,
                 ratio=median(ratios),
                 ratio_interval=median_interval(ratios),
-                difference=differences[name],
+                difference=differences.get(name),
             )
         )
     return Contest(rows=tuple(rows), rounds=rounds)
@@ -172,26 +190,47 @@ def difference_limit(
     return float((a - b).abs().max() / b.abs().max()), limit
 
 
-def _timed(model: nn.Module, images: Tensor, clock: Callable[[], float]) -> float:
+def _inferred(model: nn.Module, images: Tensor) -> Any:
+    return model(images)
+
+
+def _trained(model: nn.Module, images: Tensor) -> Any:
+    """The gradient of the images, after one of every parameter has been written."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.grad = None
+    images = images.detach().requires_grad_()
+    scores = model(images)
+    parts = scores if isinstance(scores, tuple) else (scores,)
+    torch.autograd.backward([part.float().square().mean() for part in parts])
+    return images.grad
+
+
+def _timed(
+    step: Callable[[nn.Module, Tensor], Any], model: nn.Module, images: Tensor, clock: Callable[[], float]
+) -> float:
     import torch
 
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     start = clock()
-    model(images)
+    step(model, images)
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     return clock() - start
 
 
-def _counted(model: nn.Module, images: Tensor) -> tuple[int | None, float | None]:
+def _counted(
+    step: Callable[[nn.Module, Tensor], Any], model: nn.Module, images: Tensor, direction: str
+) -> tuple[int | None, float | None]:
     """Operations and MB; a captured graph dispatches nothing that could be counted."""
     from bratune.kernels.accounting import count
     from bratune.kernels.runtime import GraphRunner
 
     if isinstance(model, GraphRunner):
         return None, None
-    account = count(lambda: model(images), weights=model)
+    account = count(lambda: step(model, images), weights=model, gradients=direction == "fwd-bwd")
     return account.operations, account.total_bytes / 1e6
 
 
@@ -209,16 +248,28 @@ def _flat(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 @click.option("--dtype", default="float32", type=click.Choice(list(AGREE)), show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--rounds", default=30, show_default=True, help="Times that every contender runs.")
+@click.option("--direction", default="fwd", type=click.Choice(["fwd", "fwd-bwd"]), show_default=True)
+@click.option("--peers", default="", help="Models of timm in the same rounds, e.g. swin_tiny,deit_small.")
 @click.option("--threads", default=0, help="CPU threads; 0 leaves them as they are.")
 @click.option("--clock", default="wall", type=click.Choice(list(CLOCKS)), show_default=True)
 def main(
-    model: str, res: str, batch_size: int, dtype: str, device: str, rounds: int, threads: int, clock: str
+    model: str,
+    res: str,
+    batch_size: int,
+    dtype: str,
+    device: str,
+    rounds: int,
+    direction: str,
+    peers: str,
+    threads: int,
+    clock: str,
 ) -> None:
-    """Time a whole model as published, by backend, and in the runtime, side by side."""
+    """Time a whole model as published, by backend, and in the runtime (or lean), side by side."""
     import torch
 
     from bratune.kernels.biformer import build
     from bratune.machine import detect
+    from bratune.profile.peers import timm_model
     from bratune.variant import parse_resolution
 
     if threads:
@@ -229,9 +280,16 @@ def main(
     images = torch.randn(
         batch_size, 3, *parse_resolution(res), device=machine.device, dtype=getattr(torch, dtype)
     )
-    found = contest(contenders(network, images), images, rounds=rounds, clock=CLOCKS[clock])
+    forms = contenders(network, images, direction=direction)
+    rivals: dict[str, nn.Module] = {}
+    for name in filter(None, peers.split(",")):
+        rival: Any = timm_model(name, parse_resolution(res))
+        rivals[name] = rival.to(machine.device, getattr(torch, dtype)).train(direction == "fwd-bwd")
+    found = contest(forms, images, rounds=rounds, clock=CLOCKS[clock], direction=direction, rivals=rivals)
     click.echo(str(machine))
-    click.echo(f"{model} · {res} · batch {batch_size} · {dtype} · fwd · {clock} clock · {rounds} rounds")
+    click.echo(
+        f"{model} · {res} · batch {batch_size} · {dtype} · {direction} · {clock} clock · {rounds} rounds"
+    )
     click.echo(found.table())
 
 
