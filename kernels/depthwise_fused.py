@@ -57,14 +57,15 @@ def depthwise_fwd_kernel(
     first = (pid % strips) * ROWS
     b = (pid // strips).to(tl.int64)
     lane = (c < CHANNELS)[None, :]
-    x_rows = x_ptr + b * x_b + (x.to(tl.int64) * x_x)[:, None] + (c * x_c)[None, :]  # [X, C]
+    wide_c = c.to(tl.int64)  # channels of NCHW maps are far apart
+    x_rows = x_ptr + b * x_b + (x.to(tl.int64) * x_x)[:, None] + (wide_c * x_c)[None, :]  # [X, C]
 
     start = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
     if HAS_BIAS:
         start += tl.load(bias_ptr + c, mask=c < CHANNELS, other=0.0).to(tl.float32)[None, :]
     sums = (start,) * ROWS
     for dx in tl.static_range(KERNEL):
-        column_ok = (x + dx - HALF >= 0) & (x + dx - HALF < width)
+        column = x + dx - HALF
         taps = ()
         for dy in tl.static_range(KERNEL):
             tap = dy * KERNEL + dx
@@ -74,7 +75,9 @@ def depthwise_fwd_kernel(
             taps = taps + (weight.to(tl.float32)[None, :],)  # noqa: RUF005
         for i in tl.static_range(ROWS + KERNEL - 1):
             y = first + i - HALF
-            ok = column_ok & (y >= 0) & (y < height)
+            # A row beside the map has no columns: a mask of tensors alone, which every interpreter takes.
+            columns_here = tl.where((y >= 0) & (y < height), width, 0)
+            ok = (column >= 0) & (column < columns_here)
             tile = tl.load(
                 x_rows + y.to(tl.int64) * x_y + (dx - HALF) * x_x, mask=ok[:, None] & lane, other=0.0
             ).to(tl.float32)
@@ -89,9 +92,9 @@ def depthwise_fwd_kernel(
     for row in tl.static_range(ROWS):
         y = (first + row).to(tl.int64)
         total = sums[row]
-        ok = ((x < width) & (y < height))[:, None] & lane
+        ok = (x < tl.where(y < height, width, 0))[:, None] & lane
         if ADD:
-            a_rows = add_ptr + b * a_b + y * a_y + (x.to(tl.int64) * a_x)[:, None] + (c * a_c)[None, :]
+            a_rows = add_ptr + b * a_b + y * a_y + (x.to(tl.int64) * a_x)[:, None] + (wide_c * a_c)[None, :]
             total += tl.load(a_rows, mask=ok, other=0.0).to(tl.float32)
         o_rows = out_ptr + b * o_b + y * o_y + (x.to(tl.int64) * o_x)[:, None] + c[None, :]
         tl.store(o_rows, total.to(out_ptr.dtype.element_ty), mask=ok)
@@ -117,6 +120,7 @@ def depthwise_wgrad_kernel(
     dy = pid % KERNEL
     part = pid // KERNEL
     lane = (c < CHANNELS)[None, :]
+    wide_c = c.to(tl.int64)  # channels of NCHW maps are far apart
 
     zeros = tl.zeros((BLOCK_X, BLOCK_C), tl.float32)
     sums = (zeros,) * KERNEL
@@ -125,16 +129,18 @@ def depthwise_wgrad_kernel(
         b = (row // height).to(tl.int64)
         y = (row % height).to(tl.int64)
         source = y + dy - HALF
-        row_ok = (source >= 0) & (source < height)
+        columns_here = tl.where((source >= 0) & (source < height), width, 0)
         for first in range(0, width, BLOCK_X):
             x = first + tl.arange(0, BLOCK_X)
-            g_rows = grad_ptr + b * g_b + y * g_y + (x.to(tl.int64) * g_x)[:, None] + (c * g_c)[None, :]
+            g_rows = grad_ptr + b * g_b + y * g_y + (x.to(tl.int64) * g_x)[:, None] + (wide_c * g_c)[None, :]
             grad = tl.load(g_rows, mask=(x < width)[:, None] & lane, other=0.0).to(tl.float32)
             bias += grad
-            x_rows = x_ptr + b * x_b + source * x_y + (x.to(tl.int64) * x_x)[:, None] + (c * x_c)[None, :]
+            x_rows = (
+                x_ptr + b * x_b + source * x_y + (x.to(tl.int64) * x_x)[:, None] + (wide_c * x_c)[None, :]
+            )
             updated = ()
             for dx in tl.static_range(KERNEL):
-                ok = row_ok & (x + dx - HALF >= 0) & (x + dx - HALF < width)
+                ok = (x + dx - HALF >= 0) & (x + dx - HALF < columns_here)
                 tile = tl.load(x_rows + (dx - HALF) * x_x, mask=ok[:, None] & lane, other=0.0)
                 updated = updated + (sums[dx] + grad * tile.to(tl.float32),)  # noqa: RUF005
             sums = updated
@@ -142,7 +148,8 @@ def depthwise_wgrad_kernel(
     out = sums_ptr + part.to(tl.int64) * (KERNEL * KERNEL + 1) * CHANNELS + c
     for dx in tl.static_range(KERNEL):
         tl.store(out + (dy * KERNEL + dx) * CHANNELS, tl.sum(sums[dx], 0), mask=c < CHANNELS)
-    tl.store(out + KERNEL * KERNEL * CHANNELS, tl.sum(bias, 0), mask=(c < CHANNELS) & (dy == 0))
+    bias_channels = tl.where(dy == 0, CHANNELS, 0)
+    tl.store(out + KERNEL * KERNEL * CHANNELS, tl.sum(bias, 0), mask=c < bias_channels)
 
 
 # --- launchers --------------------------------------------------------------------------------

@@ -68,6 +68,7 @@ def _region_mean(
 ):  # fmt: skip
     """Mean of the real tokens of one region, [BLOCK_C] in float32."""
     columns = (width + RW - 1) // RW
+    wide_c = c.to(tl.int64)  # channels of NCHW maps are far apart
     first_y, first_x = (region // columns) * RH, (region % columns) * RW
     total = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, RH * RW, BLOCK_T):
@@ -75,7 +76,7 @@ def _region_mean(
         y, x = first_y + token // RW, first_x + token % RW
         real = (token < RH * RW) & (y < height) & (x < width)
         rows = x_ptr + b * x_b + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x  # [T]
-        tile = tl.load(rows[:, None] + (c * x_c)[None, :], mask=real[:, None] & lane[None, :], other=0.0)
+        tile = tl.load(rows[:, None] + (wide_c * x_c)[None, :], mask=real[:, None] & lane[None, :], other=0.0)
         total += tl.sum(tile.to(tl.float32), 0)
     count = tl.minimum(height - first_y, RH) * tl.minimum(width - first_x, RW)
     return total / count.to(tl.float32)
