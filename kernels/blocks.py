@@ -133,7 +133,7 @@ class Residual(nn.Module):
         if self.lean and torch.is_grad_enabled():
             return self._forward_lean(x)
         if self.pos_embed is not None:
-            x = x + conv_nhwc(self.pos_embed, x)
+            x = conv_nhwc(self.pos_embed, x, add=x)
         x = self._add(x, self.attend, self.norm1, self.gamma1)
         return self._add(x, self.feed, self.norm2, self.gamma2)
 

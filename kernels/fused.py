@@ -121,6 +121,9 @@ def _variants(
                 yield default | {"fwd_heads_per_program": heads}
     if default["forward"] == "stationary":
         yield default | {"fwd_splits": 2 * int(default["fwd_splits"])}
+    if problem.backward and default.get("dkv_chunk") == 0:
+        # What hubs cost depends on the routes, which a problem does not tell.
+        yield default | {"dkv_chunk": 8 * ceil_div(problem.regions * problem.topk, problem.kv_regions)}
     # Twice the keys in a tile take more tensor memory than the newest GPUs have.
     if problem.backward and default["backward"] == "image" and machine.capability < (10, 0):
         yield default | {"dkv_block_n": 64}

@@ -59,8 +59,8 @@ class Call:
         forward: The forward family, of `fused_families.FORWARD`.
         backward: The backward family, of `fused_families.BACKWARD`.
         kernels: By kernel, its compile-time constants and launch options.
-        grids: By kernel, its number of programs. All are on the first axis of the grid, which alone may
-            exceed 65535.
+        grids: By kernel, its number of programs, and for ``hub`` that of the kernel which adds up parts of
+            a hub. All are on the first axis of the grid, which alone may exceed 65535.
         sizes: Sizes of both maps in the order in which kernels take them.
         logit_scale: What turns a product of q and k into an exponent of two.
         scale: What the gradients of q and k are multiplied with.
@@ -105,6 +105,9 @@ def call_for(problem: Problem, settings: str, machine: Machine) -> Call:
         options = {key: own[key] for key in ("num_warps", "num_stages")}
         kernels[kernel] = constants | options
         grids[kernel] = (programs,)
+        if constants.get("CHUNK"):
+            stretches = constants["STRETCHES"]
+            grids["hub"] = (programs // (stretches + problem.kv_regions) * stretches,)
     return Call(
         forward=str(config["forward"]),
         backward=str(config["backward"]),
@@ -194,14 +197,20 @@ def _gather_dq(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
 
 def _gather_dkv(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
     tiles = ceil_div(problem.kv_region_tokens, own["block_n"])
+    chunk = own.get("chunk", 0)
+    stretches = (problem.regions * problem.topk - 1) // chunk if chunk else 0
     constants = {
         "KV_REGIONS": problem.kv_regions,
         "BLOCK_M": own["block_m"],
         "BLOCK_N": own["block_n"],
         "PER_HEAD": problem.per_head,
         "FUSE_DQ": False,
+        # A list that one chunk holds has nothing to cut.
+        "CHUNK": chunk if stretches else 0,
+        "STRETCHES": stretches,
     }
-    return _geometry(problem) | constants, problem.batch * problem.kv_regions * tiles * problem.heads
+    units = stretches + problem.kv_regions
+    return _geometry(problem) | constants, problem.batch * units * tiles * problem.heads
 
 
 def _k1_bwd(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:

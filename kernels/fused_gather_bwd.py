@@ -7,6 +7,12 @@ atomics, the same bits every time, and zeros for regions that nobody chose.
 
 Where a query region attends to a single key region, the walk over its keys is the whole row: the second
 kernel then also writes the gradient of the queries (``FUSE_DQ``) and reads everything once.
+
+A hub, a key region that very many queries were routed to, would keep its one program busy long after the
+others. With ``CHUNK`` the list of all entries is cut after every so many: the program of a region stops at
+the second cut that it meets, each further stretch between two cuts has a program of its own, and a third
+kernel adds up their float32 sums in order. How many stretches there are at most is known beforehand, and with
+it the grid; a program whose stretch belongs to no hub returns at once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -14,6 +20,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,7 +30,13 @@ from bratune.kernels.fused_tiles import channels, load_rows, position, product, 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["gather_bwd_dkv", "gather_bwd_dkv_kernel", "gather_bwd_dq", "gather_bwd_dq_kernel"]
+__all__ = [
+    "gather_bwd_dkv",
+    "gather_bwd_dkv_kernel",
+    "gather_bwd_dq",
+    "gather_bwd_dq_kernel",
+    "gather_bwd_hub_kernel",
+]
 
 
 @triton.jit
@@ -115,9 +128,21 @@ def gather_bwd_dq(
 
 
 @triton.jit
+def _region_at(starts, place, KV_REGIONS: tl.constexpr):
+    """The key region whose entries hold a place of the list of all entries."""
+    BLOCK: tl.constexpr = 128
+    region = 0
+    for first in range(0, KV_REGIONS, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        ends = tl.load(starts + 1 + j, mask=j < KV_REGIONS, other=0x7FFFFFFF)
+        region += tl.sum((ends <= place).to(tl.int32), 0)
+    return region
+
+
+@triton.jit
 def gather_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, starts_ptr, entries_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr,
-    dq_ptr, dk_ptr, dv_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dk_sums_ptr, dv_sums_ptr,
     q_b, q_y, q_x, q_c, k_b, k_y, k_x, k_c, v_b, v_y, v_x, v_c, o_b, o_y, o_x, g_b, g_y, g_x, g_c,
     dq_b, dq_y, dq_x, dk_b, dk_y, dk_x, dv_b, dv_y, dv_x,
     height, width, kv_height, kv_width, logit_scale, scale,
@@ -126,9 +151,10 @@ def gather_bwd_dkv_kernel(
     KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, KV_EVEN: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_HEAD: tl.constexpr, FUSE_DQ: tl.constexpr,
+    CHUNK: tl.constexpr, STRETCHES: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid: images x key regions x tiles of a key region x heads, all on the first axis."""
+    """Grid: images x (stretches, then key regions) x tiles of a key region x heads, on the first axis."""
     TOKENS: tl.constexpr = RH * RW
     KV_TOKENS: tl.constexpr = KRH * KRW
     TILES: tl.constexpr = (KV_TOKENS + BLOCK_N - 1) // BLOCK_N
@@ -139,8 +165,30 @@ def gather_bwd_dkv_kernel(
     head = (pid % HEADS).to(tl.int64)
     pid = pid // HEADS
     token = (pid % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
-    region = (pid // TILES) % KV_REGIONS
-    b = (pid // (TILES * KV_REGIONS)).to(tl.int64)
+    region = (pid // TILES) % (STRETCHES + KV_REGIONS) - STRETCHES
+    b = (pid // (TILES * (STRETCHES + KV_REGIONS))).to(tl.int64)
+    inverse = b * MAPS
+    if PER_HEAD:
+        inverse += head
+    starts = starts_ptr + inverse * (KV_REGIONS + 1)
+    cut = 0
+    if CHUNK > 0:  # noqa: SIM102  (one condition is known to the compiler, the other is not)
+        if region < 0:  # the stretch from this cut to the next, unless a region's own program has it
+            cut = region + STRETCHES + 1
+            region = _region_at(starts, cut * CHUNK, KV_REGIONS)
+            if tl.load(starts + region) > (cut - 1) * CHUNK:
+                return
+    begin = tl.load(starts + region)
+    end = tl.load(starts + region + 1)
+    in_parts = False
+    if CHUNK > 0:
+        first_cut = (begin + CHUNK - 1) // CHUNK
+        in_parts = end > (first_cut + 1) * CHUNK
+        if cut == 0:
+            cut = first_cut
+        else:
+            begin = cut * CHUNK
+        end = tl.minimum(end, (cut + 1) * CHUNK)
 
     c = channels(BLOCK_D, WIDE)
     lane = c < D
@@ -155,12 +203,7 @@ def gather_bwd_dkv_kernel(
     k = load_rows(k_base + (y * k_y + x * k_x)[:, None] + (c * k_c)[None, :], k_mask, GUARD_K)  # [N, D]
     v = load_rows(v_base + (y * v_y + x * v_x)[:, None] + (c * v_c)[None, :], k_mask, GUARD_K)  # [N, D]
 
-    inverse = b * MAPS
-    if PER_HEAD:
-        inverse += head
-    starts = starts_ptr + inverse * (KV_REGIONS + 1) + region
-    begin = tl.load(starts)
-    total = (tl.load(starts + 1) - begin) * TOKENS
+    total = (end - begin) * TOKENS
     entries = entries_ptr + inverse * (REGIONS * TOPK) + begin
     rows = (b * HEADS + head) * (REGIONS * TOKENS)
     q_base = q_ptr + b * q_b + head * D * q_c
@@ -204,12 +247,81 @@ def gather_bwd_dkv_kernel(
             dq = product(tl.trans(ds), k, PRECISION, UPCAST) * scale  # [M, D]
             dq_offsets = (qy * dq_y + qx * dq_x)[:, None] + c[None, :]
             tl.store(dq_base + dq_offsets, dq.to(dq_ptr.dtype.element_ty), mask=q_mask)
-    dk_base = dk_ptr + b * dk_b + head * D
-    dv_base = dv_ptr + b * dv_b + head * D
-    dk = (dk * scale).to(dk_ptr.dtype.element_ty)
-    tl.store(dk_base + (y * dk_y + x * dk_x)[:, None] + c[None, :], dk, mask=k_mask)  # [N, D]
-    dv = dv.to(dv_ptr.dtype.element_ty)
-    tl.store(dv_base + (y * dv_y + x * dv_x)[:, None] + c[None, :], dv, mask=k_mask)  # [N, D]
+    if in_parts:
+        sums = ((b * HEADS + head) * (STRETCHES + 1) + cut) * (KV_TOKENS * D)
+        offsets = sums + token[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+        tl.store(dk_sums_ptr + offsets, dk, mask=k_mask)  # [N, D]
+        tl.store(dv_sums_ptr + offsets, dv, mask=k_mask)  # [N, D]
+    else:
+        dk_base = dk_ptr + b * dk_b + head * D
+        dv_base = dv_ptr + b * dv_b + head * D
+        dk_rows = dk_base + (y * dk_y + x * dk_x)[:, None] + c[None, :]
+        dv_rows = dv_base + (y * dv_y + x * dv_x)[:, None] + c[None, :]
+        tl.store(dk_rows, (dk * scale).to(dk_ptr.dtype.element_ty), mask=k_mask)  # [N, D]
+        tl.store(dv_rows, dv.to(dv_ptr.dtype.element_ty), mask=k_mask)  # [N, D]
+
+
+@triton.jit
+def gather_bwd_hub_kernel(
+    starts_ptr, dk_sums_ptr, dv_sums_ptr, dk_ptr, dv_ptr,
+    dk_b, dk_y, dk_x, dv_b, dv_y, dv_x, kv_height, kv_width, scale,
+    KV_REGIONS: tl.constexpr, HEADS: tl.constexpr,
+    KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PER_HEAD: tl.constexpr,
+    CHUNK: tl.constexpr, STRETCHES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid: images x stretches x tiles of a key region x heads, all on the first axis.
+
+    The sums of a region lie one after the other: its own program's first, at the first cut that it meets.
+    The program of the stretch that follows adds them up.
+    """
+    KV_TOKENS: tl.constexpr = KRH * KRW
+    TILES: tl.constexpr = (KV_TOKENS + BLOCK_N - 1) // BLOCK_N
+    MAPS: tl.constexpr = HEADS if PER_HEAD else 1  # inverse maps of an image
+    pid = tl.program_id(0)
+    head = (pid % HEADS).to(tl.int64)
+    pid = pid // HEADS
+    token = (pid % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cut = (pid // TILES) % STRETCHES
+    b = (pid // (TILES * STRETCHES)).to(tl.int64)
+    inverse = b * MAPS
+    if PER_HEAD:
+        inverse += head
+    starts = starts_ptr + inverse * (KV_REGIONS + 1)
+    region = _region_at(starts, (cut + 1) * CHUNK, KV_REGIONS)
+    if (tl.load(starts + region) + CHUNK - 1) // CHUNK != cut:
+        return
+    end_cut = (tl.load(starts + region + 1) + CHUNK - 1) // CHUNK
+
+    c = channels(BLOCK_D, WIDE)
+    y, x = position(region, token, KV_GRID_W, KRH, KRW, WIDE)
+    mask = ((token < KV_TOKENS) & (y < kv_height) & (x < kv_width))[:, None] & (c < D)[None, :]
+    offsets = token[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for part in range(cut, end_cut):
+        sums = ((b * HEADS + head) * (STRETCHES + 1) + part) * (KV_TOKENS * D)
+        dk += tl.load(dk_sums_ptr + sums + offsets, mask=mask, other=0.0)  # [N, D]
+        dv += tl.load(dv_sums_ptr + sums + offsets, mask=mask, other=0.0)  # [N, D]
+    dk_rows = dk_ptr + b * dk_b + head * D + (y * dk_y + x * dk_x)[:, None] + c[None, :]
+    dv_rows = dv_ptr + b * dv_b + head * D + (y * dv_y + x * dv_x)[:, None] + c[None, :]
+    tl.store(dk_rows, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)  # [N, D]
+    tl.store(dv_rows, dv.to(dv_ptr.dtype.element_ty), mask=mask)  # [N, D]
+
+
+_HUB_CONSTANTS = (
+    "KV_REGIONS",
+    "HEADS",
+    "KRH",
+    "KRW",
+    "KV_GRID_W",
+    "D",
+    "BLOCK_D",
+    "BLOCK_N",
+    "PER_HEAD",
+    "CHUNK",
+    "STRETCHES",
+)
 
 
 def gather_bwd_dkv(
@@ -221,10 +333,23 @@ def gather_bwd_dkv(
     That family does not read ``delta``; the other does not write ``dq``.
     """
     kernel = "k1_bwd" if call.backward == "key" else "gather_dkv"
+    constants = call.kernels[kernel]
+    wide = is_wide(q, k, v, out, grad, dq, dk, dv)
+    dk_sums = dv_sums = lse  # not touched
+    if constants["CHUNK"]:
+        parts = q.shape[0] * constants["HEADS"] * (constants["STRETCHES"] + 1)
+        tokens = constants["KRH"] * constants["KRW"]
+        dk_sums, dv_sums = q.new_empty((2, parts, tokens, constants["D"]), dtype=torch.float32)
     gather_bwd_dkv_kernel[call.grids[kernel]](
-        q, k, v, starts, entries, out, grad, lse, delta, dq, dk, dv,
+        q, k, v, starts, entries, out, grad, lse, delta, dq, dk, dv, dk_sums, dv_sums,
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride(),
         *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
         *call.sizes, call.logit_scale, call.scale,
-        WIDE=is_wide(q, k, v, out, grad, dq, dk, dv), **precision(q.dtype), **call.kernels[kernel],
+        WIDE=wide, **precision(q.dtype), **constants,
     )  # fmt: skip
+    if constants["CHUNK"]:
+        gather_bwd_hub_kernel[call.grids["hub"]](
+            starts, dk_sums, dv_sums, dk, dv, *dk.stride()[:3], *dv.stride()[:3],
+            *call.sizes[2:], call.scale,
+            WIDE=wide, num_warps=4, **{name: constants[name] for name in _HUB_CONSTANTS},
+        )  # fmt: skip

@@ -225,7 +225,14 @@ def _key_stationary_bwd(problem: Problem) -> dict[str, int]:
     block_n = _clamp(next_power_of_2(problem.kv_region_tokens), 16, min(64, _most_keys(problem)))
     # One warp holds a tile of 16 keys and both of its sums, as long as heads are narrow.
     one = block_n == 16 and problem.head_dim <= 32 and problem.item_bytes <= 2
-    return {"block_m": 64, "block_n": block_n, "num_warps": 1 if one else 4, "num_stages": 1}
+    return {
+        "block_m": 64,
+        "block_n": block_n,
+        # Query regions after which the list of a hub is cut, see `fused_gather_bwd`; 0 leaves hubs whole.
+        "chunk": 0,
+        "num_warps": 1 if one else 4,
+        "num_stages": 1,
+    }
 
 
 # How each kind of attention kernel is launched where the table has nothing for it.

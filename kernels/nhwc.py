@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bratune.errors import ProblemError
+from bratune.kernels.depthwise import depthwise as convolve
 
 __all__ = ["LayerNorm2d", "conv_nhwc", "depthwise", "linear_1x1", "to_nchw", "to_nhwc"]
 
@@ -25,9 +26,33 @@ def to_nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def conv_nhwc(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply a 2-d convolution (or any NCHW module) to an NHWC map."""
-    return to_nhwc(conv(to_nchw(x)))
+def conv_nhwc(conv: nn.Module, x: Tensor, *, add: Tensor | None = None) -> Tensor:
+    """Apply a 2-d convolution (or any NCHW module) to an NHWC map.
+
+    A depthwise convolution that keeps the map's size is computed as `bratune.kernels.depthwise` chooses.
+
+    Args:
+        conv: The module.
+        x: ``[B, H, W, C]``.
+        add: A map that the result is added to.
+    """
+    if _keeps_size(conv):
+        return convolve(x, conv.weight, conv.bias, add=add)  # type: ignore[arg-type]
+    y = to_nhwc(conv(to_nchw(x)))
+    return y if add is None else add + y
+
+
+def _keeps_size(conv: nn.Module) -> bool:
+    """Whether a module is a depthwise convolution of stride 1 with zeros all around the map."""
+    return (
+        type(conv) is nn.Conv2d
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.kernel_size[0] % 2 == 1
+        and conv.padding_mode == "zeros"
+    )
 
 
 def linear_1x1(conv: nn.Module, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from bratune.errors import UnknownNameError
 from bratune.kernels.launch import ARCHITECTURES, KINDS
 from bratune.predict import launch_table
 from bratune.predict.compile import Launch
-from bratune.predict.cost import BOARDS, board_of, cost_of, executed_instructions, work_of
+from bratune.predict.cost import BOARDS, board_of, cost_of, executed_instructions, hub_us, work_of
 from bratune.predict.offline import attention_launches, depthwise_launches, routing_launches
 from bratune.predict.sass import Listing, Loop
 from bratune.problem import Problem
@@ -135,6 +136,31 @@ def test_candidates_start_with_the_rules_and_do_not_repeat(kind: str) -> None:
     found = list(launch_table.candidates(kind, STAGE_2))
     assert found[0] == KINDS[kind](STAGE_2)
     assert len({json.dumps(x, sort_keys=True) for x in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("us", "alone_us", "regions", "expected"),
+    [(100.0, 300.0, 64, 8), (100.0, 90.0, 64, 0), (30.0, 300.0, 64, 0), (100.0, 300.0, 16, 0)],
+    ids=["a hub would be last", "other images take longer", "a launch costs too much", "too few regions"],
+)
+def test_hubs_are_split_where_that_costs_balanced_routes_nothing_much(
+    us: float, alone_us: float, regions: int, expected: int
+) -> None:
+    side = math.isqrt(regions)
+    problem = STAGE_1.replace(
+        height=8 * side, width=8 * side, kv_height=8 * side, kv_width=8 * side, scale=0.0
+    )
+    assert launch_table.hub_chunk(problem, us, alone_us) == expected
+
+
+def test_a_hub_takes_one_program_as_long_as_all_of_its_steps() -> None:
+    board = board_of("sm90")
+    once, twice = (
+        hub_us(launch_of(), "k1_bwd", STAGE_1.replace(height=56 * n, kv_height=56 * n, scale=0.0), board)
+        for n in (1, 2)
+    )
+    assert once > 0
+    assert twice > once
 
 
 def test_measured_entries_survive_a_new_table(tmp_path: Path) -> None:

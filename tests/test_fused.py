@@ -68,7 +68,7 @@ SETTINGS = (
     GATHER | {"fwd_block_n": 32, "fwd_block_m": 32},
     GATHER | {"fwd_block_n": 128, "fwd_heads_per_program": 2},
     GATHER | {"fwd_heads_per_program": 2, "fwd_block_n": 32, "dq_block_n": 16, "dkv_block_m": 16},
-    GATHER | {"dq_block_m": 32, "dkv_block_m": 32, "dkv_block_n": 32},
+    GATHER | {"dq_block_m": 32, "dkv_block_m": 32, "dkv_block_n": 32, "dkv_chunk": 1},
     STATIONARY | {"fwd_group": 1},
     STATIONARY | {"fwd_group": 2, "fwd_splits": 3},
     STATIONARY | {"fwd_block_m": 32, "fwd_splits": 4},
@@ -139,6 +139,59 @@ def test_half_types_agree_with_the_reference(case: Case) -> None:
 @pytest.mark.parametrize("config", SETTINGS, ids=str)
 def test_settings_change_the_cost_and_not_the_result(config: dict[str, int | str]) -> None:
     assert_right(Case(map=(8, 8), heads=2, config=tuple(config.items())))
+
+
+def hub(routes: str, backward: str, chunk: int, **shape: Any) -> Case:
+    config = (("forward", "gather"), ("backward", backward), ("dkv_chunk", chunk))
+    return Case(routes=routes, config=config, **shape)
+
+
+# Lists of one to all queries, cut after every two or five entries: whole lists, lists that begin and end
+# inside a stretch, and a hub of several stretches.
+HUBS = (
+    hub("hub", "key", 2, map=(8, 8), region=(2, 2), topk=1, head_dim=16),
+    hub("hub", "gather", 5, map=(8, 8), region=(2, 2), topk=1, head_dim=16),
+    hub("hub", "gather", 2, map=(12, 8), topk=3, kv_region=(2, 4), head_dim=24),
+    hub("random", "gather", 2, map=(8, 8), region=(2, 2), topk=3),
+    hub("half_unchosen", "key", 2, map=(8, 8), region=(2, 2), topk=1, dtype="float16"),
+    hub("duplicates", "gather", 2, map=(8, 12), topk=3),
+    hub("per_head", "gather", 2, map=(8, 8), topk=2, heads=2, batch=2),
+    hub("hub", "key", 2, map=(7, 9), region=(2, 3), topk=1, padding="masked"),
+    hub("hub", "gather", 2, map=(9, 17), region=(2, 5), topk=2, padding="zeros"),
+)
+
+
+@interpreter
+@pytest.mark.parametrize("case", HUBS, ids=str)
+def test_hubs_that_are_split_agree_with_the_reference(case: Case) -> None:
+    assert_right(case)
+
+
+@interpreter
+def test_a_hub_that_is_split_gives_the_same_bits_twice_and_the_same_sums_unsplit() -> None:
+    case = HUBS[0]
+    s = sample(case)
+    first, second = fused(case, s), fused(case, s)
+    whole = fused(case.replace(config=(*case.config[:2], ("dkv_chunk", 0))), s)
+    for name in first:
+        assert torch.equal(first[name], second[name])
+    assert torch.equal(first["dq"], whole["dq"])
+    assert not torch.equal(first["dk"], whole["dk"]), "the order of a sum did not change: nothing was split"
+    torch.testing.assert_close(first["dk"], whole["dk"])
+
+
+def test_a_hub_has_one_program_per_stretch_and_one_that_adds_them_up() -> None:
+    from bratune.kernels.fused_call import call_for
+
+    p = problem(
+        batch=3, height=56, width=56, kv_height=56, kv_width=56, region=(8, 8), kv_region=(8, 8), topk=1
+    )
+    whole, split, large = (call_for(p, as_text({"dkv_chunk": chunk}), gpu()) for chunk in (0, 8, 64))
+    assert whole.grids["k1_bwd"] == (3 * 49,)
+    assert "hub" not in whole.grids
+    assert split.grids["k1_bwd"] == (3 * (49 + 6),)
+    assert split.grids["hub"] == (3 * 6,)
+    assert large.grids == whole.grids
 
 
 @interpreter

@@ -14,6 +14,7 @@ the one that the GPU would run. Only the assembler and disassembler that Triton 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -83,6 +84,13 @@ class Launch:
     def programs(self) -> int:
         """Programs that the launch starts."""
         return math.prod(self.grid)
+
+    def on_grid(self, grid: tuple[int, int, int]) -> Launch:
+        """The same machine code, launched with another number of programs."""
+        found = dataclasses.replace(self, grid=grid)
+        # What was read off the machine code stays known.
+        found.__dict__.update(listing=self.listing, resources=self.resources)
+        return found
 
     @functools.cached_property
     def listing(self) -> Listing:

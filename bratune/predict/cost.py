@@ -19,7 +19,16 @@ from bratune.predict.roofline import rates
 from bratune.predict.sass import Listing
 from bratune.problem import Problem, ceil_div
 
-__all__ = ["BOARDS", "Cost", "Work", "board_of", "cost_of", "executed_instructions", "work_of"]
+__all__ = [
+    "BOARDS",
+    "Cost",
+    "Work",
+    "board_of",
+    "cost_of",
+    "executed_instructions",
+    "hub_us",
+    "work_of",
+]
 
 # The board that stands for an architecture where tables are made for the architecture as a whole.
 BOARDS: Mapping[str, str] = {
@@ -43,6 +52,8 @@ _EXPS_PER_CLOCK = 16
 _FEEDING_SHARE = 0.5
 # Warps on an SM that keep its schedulers and its loads going.
 _HIDING_WARPS = 12
+# Cycles between two instructions of a warp that has its scheduler for itself: most wait for the one before.
+_CYCLES_ALONE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,3 +248,18 @@ def cost_of(launch: Launch, kind: str, problem: Problem, board: GPU) -> Cost:
         us=reached[bound],
         bound=bound,
     )
+
+
+def hub_us(launch: Launch, kind: str, problem: Problem, board: GPU) -> float:
+    """How long one program of `gather_dkv` or `k1_bwd` runs whose key region everybody was routed to.
+
+    Raises:
+        UsageError: no source gives one of the board's peaks.
+    """
+    work = work_of(kind, problem, launch.settings)
+    lanes = launch.programs * launch.num_warps * launch.target.warp_size
+    steps = ceil_div(problem.regions * problem.region_tokens, launch.settings["BLOCK_M"])
+    instructions = executed_instructions(
+        launch.listing, iterations=steps, exps=work.scores / lanes / work.iterations
+    )
+    return _CYCLES_ALONE * instructions / (board.boost_mhz or 1.0)

@@ -1,14 +1,19 @@
 """Make the table of launch settings without a GPU: ``python -m bratune.predict.launch_table``.
 
 For every architecture and every problem class of the suites, candidate settings of each kernel are
-compiled; what spills or leaves too few warps on an SM is dropped, the rest is ranked by the offline cost
-model, and the best is written to ``kernels/launch_table.json``. An entry whose evidence is ``measured``
-is never replaced.
+compiled; what spills or leaves too few warps on an SM is dropped (unless nothing else is left), the rest is
+ranked by the offline cost model, and the best is written to ``kernels/launch_table.json``. An entry whose
+evidence is ``measured`` is never replaced.
+
+The whole table takes about an hour of one core. It is written entry by entry, so a run that was cut short
+goes on with ``--missing``; Triton keeps what it compiled, which makes repeating a run cheap.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,34 +24,39 @@ from pathlib import Path
 from typing import Any
 
 from bratune.errors import UnsupportedError
+from bratune.kernels.fused_call import as_text, call_for, from_text
 from bratune.kernels.fused_families import BACKWARD, FORWARD, backward_families, forward_families
 from bratune.kernels.launch import ARCHITECTURES, KINDS, next_power_of_2, problem_class
 from bratune.predict.compile import Launch, Resources
-from bratune.predict.cost import Cost, board_of, cost_of
-from bratune.predict.offline import attention_launches
-from bratune.problem import Problem
+from bratune.predict.cost import Cost, board_of, cost_of, hub_us
+from bratune.predict.offline import attention_launches, machine_of
+from bratune.problem import Problem, ceil_div
 from bratune.suites.load import load, names
 from bratune.variant import get_variant, stages
 
-__all__ = ["best_settings", "candidates", "main", "problems"]
+__all__ = ["best_settings", "candidates", "hub_chunk", "kinds_of", "main", "problems"]
 
-# A kernel with more local memory than this per thread, or fewer warps on an SM, hides no latency.
-_MOST_STACK = 64
+# A kernel with more local memory than this per thread, or fewer warps on an SM, hides no latency. Below,
+# spilled registers cost the instructions that they are.
+_MOST_STACK = 128
 _FEWEST_WARPS = 8
 # Scores of the largest tile that is tried.
 _LARGEST_TILE = 64 * 256
 # Estimates closer than this are ties; more warps than this on an SM decide none.
 _TIE = 1.02
 _ENOUGH_WARPS = 16
-# One variant stands for all: others differ in the number of heads, not in the geometry of tiles.
-_VARIANT = "biformer_small"
-_BATCHES = (1, 128)
+# A chunk of a split hub is this many times what a key region gets on average, and a hub at least so many
+# chunks. One more launch must be a small share of the time, so that balanced routes do not pay for hubs.
+_CHUNK_SHARE = 8
+_FEWEST_CHUNKS = 4
+_LAUNCH_US = 2.0
+_LAUNCH_SHARE = 0.05
 
 
 def problems(suites: Sequence[str] = ()) -> tuple[Problem, ...]:
-    """The routed attention calls of suites in bfloat16, one for every geometry of tiles and batch.
+    """The routed attention calls of suites in bfloat16, one for every problem class.
 
-    Of several maps with the same geometry the first stands for all: the lookup takes its entry for them.
+    Calls that differ in the number of images and heads alone follow each other.
 
     Args:
         suites: Names of suites; by default all of them.
@@ -54,20 +64,23 @@ def problems(suites: Sequence[str] = ()) -> tuple[Problem, ...]:
     found: dict[tuple[int, ...], Problem] = {}
     for name in suites or names():
         suite = load(name)
-        for batch in _BATCHES:
+        calls = [
+            stage.problem
+            for model in suite.models
+            for batch in suite.batch_sizes
             for stage in stages(
-                get_variant(_VARIANT),
+                get_variant(model),
                 *suite.image,
                 batch=batch,
                 n_win=suite.n_win,
                 topks=suite.topks,
                 dtype="bfloat16",
                 direction="fwd-bwd",
-            ):
-                if stage.kind == "routed" and stage.problem:
-                    what = problem_class(stage.problem)
-                    key = (batch, what["tile_tokens"], what["tile_keys"], what["kv_tile_tokens"])
-                    found.setdefault(key, stage.problem)
+            )
+            if stage.kind == "routed" and stage.problem
+        ]
+        for problem in sorted(calls, key=lambda p: (p.height, p.heads, p.batch)):
+            found.setdefault(tuple(problem_class(problem).values()), problem)
     return tuple(found.values())
 
 
@@ -82,6 +95,14 @@ def candidates(kind: str, problem: Problem) -> Iterator[dict[str, int]]:
             found = rules | {"group": group, "num_warps": group * max(1, rules["block_n"] // 128)}
             if found != rules:
                 yield found
+        return
+    if kind == "image_bwd":
+        # Four tiles of queries are in registers whatever the tile of keys.
+        for block_n in (16, 32, 64):
+            for num_warps in (4, 8):
+                found = rules | {"block_n": block_n, "num_warps": num_warps}
+                if found != rules:
+                    yield found
         return
     for block_m, block_n in _tiles(kind, problem):
         for num_warps in (1, 2, 4, 8):
@@ -100,8 +121,8 @@ def _tiles(kind: str, problem: Problem) -> list[tuple[int, int]]:
     queries = max(16, next_power_of_2(problem.region_tokens))
     keys = max(16, next_power_of_2(problem.keys_per_query))
     own_keys = max(16, next_power_of_2(problem.kv_region_tokens))
-    if kind in ("image_fwd", "image_bwd"):
-        return [(64, 64), (128, 64)] if kind == "image_fwd" else [(64, 64)]
+    if kind == "image_fwd":
+        return [(64, 64), (128, 64)]
     if kind in ("k1_bwd", "gather_dkv"):  # queries are densified: their tile is full whatever the region
         return [(64, min(64, own_keys) if kind == "gather_dkv" else own_keys)]
     heights = sorted({min(queries, 64), min(queries, 128)})
@@ -124,65 +145,103 @@ class _Ranked:
     """A candidate that compiled, with what it is ranked by."""
 
     settings: dict[str, int]
+    launch: Launch
     cost: Cost
     taken: Resources
 
     @property
-    def tie_break(self) -> tuple[bool, int, float]:
-        """No local memory, then warps that keep loads in flight, then fewer instructions."""
+    def is_good(self) -> bool:
+        """Whether it may hide latency."""
+        return self.taken.stack_bytes <= _MOST_STACK and self.taken.resident_warps >= _FEWEST_WARPS
+
+    @property
+    def tie_break(self) -> tuple[int, int, float]:
+        """Least local memory, then warps that keep loads in flight, then fewer instructions."""
         return (
-            self.taken.stack_bytes > 0,
+            self.taken.stack_bytes,
             -min(self.taken.resident_warps, _ENOUGH_WARPS),
             self.cost.issue_us,
         )
 
 
 def best_settings(kind: str, problem: Problem, architecture: str) -> dict[str, Any] | None:
-    """The table's entry of one kernel for one problem; None where no candidate is good.
+    """The table's entry of one kernel for one problem; None where no candidate compiles.
 
     Args:
         kind: One of `bratune.kernels.launch.KINDS`.
         problem: The attention call.
         architecture: One of `bratune.kernels.launch.ARCHITECTURES`.
     """
-    ranked = []
+    compiled = []
     for settings in candidates(kind, problem):
         try:
             launch = _compiled(kind, problem, settings, architecture)
         except UnsupportedError:
             continue
-        found = launch.resources
-        if found.stack_bytes <= _MOST_STACK and found.resident_warps >= _FEWEST_WARPS:
-            ranked.append(_Ranked(settings, cost_of(launch, kind, problem, board_of(architecture)), found))
-    if not ranked:
+        cost = cost_of(launch, kind, problem, board_of(architecture))
+        compiled.append(_Ranked(settings, launch, cost, launch.resources))
+    if not compiled:
         return None
+    least = min(x.taken.stack_bytes for x in compiled)
+    good = [x for x in compiled if x.is_good]
+    ranked = good or [x for x in compiled if x.taken.stack_bytes == least]
     limit = _TIE * min(x.cost.us for x in ranked)
     best = min((x for x in ranked if x.cost.us <= limit), key=lambda x: x.tie_break)
+    settings = dict(best.settings)
+    if "chunk" in settings:
+        alone_us = hub_us(best.launch, kind, problem, board_of(architecture))
+        settings["chunk"] = hub_chunk(problem, best.cost.us, alone_us)
     return {
         "kind": kind,
         "architecture": architecture,
         "class": problem_class(problem),
-        "settings": best.settings,
+        "settings": settings,
         "evidence": "modelled",
         "us": round(best.cost.us, 2),
     }
 
 
+def hub_chunk(problem: Problem, us: float, alone_us: float) -> int:
+    """Query regions that one program of a hub takes; 0 where hubs are better left whole.
+
+    Args:
+        problem: The attention call.
+        us: The estimate of the kernel that walks over them, with balanced routes.
+        alone_us: How long the program of a region works that everybody was routed to.
+    """
+    chunk = _CHUNK_SHARE * ceil_div(problem.regions * problem.topk, problem.kv_regions)
+    pays = problem.regions >= _FEWEST_CHUNKS * chunk and alone_us > us
+    return chunk if pays and _LAUNCH_SHARE * us >= _LAUNCH_US else 0
+
+
 def _compiled(kind: str, problem: Problem, settings: Mapping[str, int], architecture: str) -> Launch:
-    """The kernel alone: a forward kernel without, a backward kernel after the default forward pass."""
+    """The kernel alone: a forward kernel without, a backward kernel after the default forward pass.
+
+    How many images and heads there are decides its grid and hardly an instruction: those of one image of two
+    heads stand for all.
+    """
     config: dict[str, int | str] = {}
     for direction, families in (("forward", FORWARD), ("backward", BACKWARD)):
         for family, kernels in families.items():
             for prefix, name in kernels.items():
                 if name == kind:
                     config = {direction: family} | {f"{prefix}_{k}": v for k, v in settings.items()}
-    return attention_launches(problem, architecture, config)[kind]
+    text = as_text(config)
+    (programs,) = call_for(problem, text, machine_of(architecture)).grids[kind]
+    code = _machine_code(kind, problem.replace(batch=1, heads=2, scale=0.0), text, architecture)
+    return code.on_grid((programs, 1, 1))
 
 
-def _kinds(problem: Problem) -> tuple[str, ...]:
-    """The kernels of the preferred families."""
-    forward, backward = forward_families(problem)[0], backward_families(problem)[0]
-    return (*FORWARD[forward].values(), *BACKWARD[backward].values())
+@functools.lru_cache(maxsize=64)
+def _machine_code(kind: str, problem: Problem, config: str, architecture: str) -> Launch:
+    return attention_launches(problem, architecture, from_text(config))[kind]
+
+
+def kinds_of(problem: Problem) -> tuple[str, ...]:
+    """The kernels of the families that a problem prefers, with and without a backward pass."""
+    training, inference = (problem.replace(direction=name) for name in ("fwd-bwd", "fwd"))
+    forward = {kind: None for p in (training, inference) for kind in FORWARD[forward_families(p)[0]].values()}
+    return (*forward, *BACKWARD[backward_families(training)[0]].values())
 
 
 def _job(job: tuple[str, Problem, str]) -> dict[str, Any] | None:
@@ -193,7 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bratune.predict.launch_table", description=main.__doc__)
     parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="default: all of them")
+    parser.add_argument("--kind", action="append", choices=tuple(KINDS), help="default: all of them")
     parser.add_argument("--suite", action="append", choices=names(), help="default: all of them")
+    parser.add_argument("--missing", action="store_true", help="only what the table has no entry for")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default 2)")
     default = Path(__file__).resolve().parent.parent / "kernels" / "launch_table.json"
     parser.add_argument(
@@ -203,12 +264,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = [
         (kind, problem, architecture)
         for architecture in given.architecture or ARCHITECTURES
+        for kind in given.kind or KINDS
         for problem in problems(given.suite or ())
-        for kind in _kinds(problem)
+        if kind in kinds_of(problem)
     ]
+    if given.missing:
+        there = {_key(entry) for entry in _entries(given.output)}
+        jobs = [job for job in jobs if _key_of(*job) not in there]
     written = 0
-    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-        for job, entry in zip(jobs, pool.map(_job, jobs), strict=True):
+    with contextlib.ExitStack() as open_pools:
+        found: Iterator[dict[str, Any] | None] = map(_job, jobs)
+        if given.jobs > 1:
+            pool = ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"))
+            found = open_pools.enter_context(pool).map(_job, jobs)
+        for job, entry in zip(jobs, found, strict=True):
             if entry:
                 written = _write(given.output, [entry])
             print(f"{job[2]} {job[0]}: {job[1]}", file=sys.stderr, flush=True)
@@ -218,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _write(path: Path, new: list[dict[str, Any]]) -> int:
     """Put entries into a table, save where it holds a measured one of their class; returns its size."""
-    old = json.loads(path.read_text("utf-8"))["entries"] if path.exists() else []
+    old = _entries(path)
     measured = [entry for entry in old if entry["evidence"] == "measured"]
     entries = _merged(old, new, measured)
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
@@ -226,13 +295,21 @@ def _write(path: Path, new: list[dict[str, Any]]) -> int:
     return len(entries)
 
 
+def _entries(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text("utf-8"))["entries"] if path.exists() else []
+
+
+def _key_of(kind: str, problem: Problem, architecture: str) -> tuple[str, str, str]:
+    return _key({"kind": kind, "architecture": architecture, "class": problem_class(problem)})
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    return entry["kind"], entry["architecture"], json.dumps(entry["class"], sort_keys=True)
+
+
 def _merged(*parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per kind, architecture and class, in a fixed order; later parts win."""
-
-    def key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
-        return entry["kind"], entry["architecture"], json.dumps(entry["class"], sort_keys=True)
-
-    found = {key(entry): entry for part in parts for entry in part}
+    found = {_key(entry): entry for part in parts for entry in part}
     return [found[name] for name in sorted(found)]
 
 

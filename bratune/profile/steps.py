@@ -49,7 +49,10 @@ def steps_of(block: Residual) -> tuple[Step, ...]:
     """
     attn: Any = block.attn  # any of the five modules; they share the names of their parts
     steps = [
-        Step("pos_embed", lambda s: {"x": s["x"] + conv_nhwc(cast(nn.Module, block.pos_embed), s["x"])}),
+        Step(
+            "pos_embed",
+            lambda s: {"x": conv_nhwc(cast(nn.Module, block.pos_embed), s["x"], add=s["x"])},
+        ),
         Step("norm", lambda s: {"y": block.norm1(s["x"])}),
         Step("qkv", lambda s: _project(attn, s["y"])),
         Step("routing", lambda s: {"routes": attn.route(s["q"], s["k"])}),
