@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from bratune.backend import Config
-from bratune.kernels import fused_ops
+from bratune.kernels import fused_ops, launch
 from bratune.kernels.fused_call import INTERPRETING, as_text, full_config
 from bratune.kernels.fused_families import TABLE_ROW_BYTES, backward_families, forward_families
 from bratune.machine import Machine
@@ -121,9 +121,9 @@ def _variants(
                 yield default | {"fwd_heads_per_program": heads}
     if default["forward"] == "stationary":
         yield default | {"fwd_splits": 2 * int(default["fwd_splits"])}
-    if problem.backward and default.get("dkv_chunk") == 0:
+    if problem.backward and default.get("dkv_chunk") == 0 and (chunk := launch.hub_chunk(problem)):
         # What hubs cost depends on the routes, which a problem does not tell.
-        yield default | {"dkv_chunk": 8 * ceil_div(problem.regions * problem.topk, problem.kv_regions)}
+        yield default | {"dkv_chunk": chunk}
     # Twice the keys in a tile take more tensor memory than the newest GPUs have.
     if problem.backward and default["backward"] == "image" and machine.capability < (10, 0):
         yield default | {"dkv_block_n": 64}

@@ -22,7 +22,7 @@ from typing import Any
 
 from bratune.errors import UnknownNameError
 from bratune.machine import Machine
-from bratune.problem import Problem
+from bratune.problem import Problem, ceil_div
 
 __all__ = [
     "ARCHITECTURES",
@@ -30,6 +30,7 @@ __all__ = [
     "Settings",
     "architecture",
     "architecture_of",
+    "hub_chunk",
     "lookup",
     "next_power_of_2",
     "problem_class",
@@ -143,6 +144,15 @@ def _table() -> dict[tuple[str, str], tuple[Mapping[str, Any], ...]]:
         key = (row["kind"], row["architecture"])
         found[key] = (*found.get(key, ()), row)
     return found
+
+
+def hub_chunk(problem: Problem) -> int:
+    """Query regions of one program where a hub is split; 0 where no key region can have enough of them.
+
+    A chunk is eight times what a key region has on average, and the largest hub at least four chunks.
+    """
+    chunk = 8 * ceil_div(problem.regions * problem.topk, problem.kv_regions)
+    return chunk if problem.regions >= 4 * chunk else 0
 
 
 # --- rules: legal for every problem, good for the published shapes ----------------------------

@@ -150,7 +150,7 @@ def test_hubs_are_split_where_that_costs_balanced_routes_nothing_much(
     problem = STAGE_1.replace(
         height=8 * side, width=8 * side, kv_height=8 * side, kv_width=8 * side, scale=0.0
     )
-    assert launch_table.hub_chunk(problem, us, alone_us) == expected
+    assert launch_table.chunk_for(problem, us, alone_us) == expected
 
 
 def test_a_hub_takes_one_program_as_long_as_all_of_its_steps() -> None:

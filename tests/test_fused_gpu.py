@@ -84,6 +84,16 @@ def test_layouts_and_routes_agree_with_the_reference(case: Case) -> None:
     assert_right(case, "cuda")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("routes", ["hub", "random", "half_unchosen", "per_head"])
+@pytest.mark.parametrize(("backward", "topk", "chunk"), [("key", 1, 2), ("key", 1, 9), ("gather", 3, 8)])
+def test_hubs_that_are_split_agree_with_the_reference(
+    backward: str, topk: int, chunk: int, routes: str, dtype: str
+) -> None:
+    case = Case(batch=2, heads=2, map=(30, 27), region=(4, 4), topk=topk, routes=routes, dtype=dtype)
+    assert_right(case.replace(config=(("backward", backward), ("dkv_chunk", chunk))), "cuda")
+
+
 @pytest.mark.parametrize("case", with_pairs(*REGIONS[:4]), ids=str)
 def test_tf32_is_used_where_pytorch_may_and_is_as_exact_as_it_can_be(case: Case) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -150,6 +160,7 @@ def test_grids_of_more_than_65535_programs_are_computed_to_the_end() -> None:
         assert result.images[-1] == p.batch - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("topk", "side"), [(1, 8), (4, 4), (16, 2)])
 def test_batches_of_more_than_two_to_the_31_numbers_are_right_to_the_end(topk: int, side: int) -> None:
     height, channels = 7 * side, 512 // (side * side) * 16
@@ -170,6 +181,7 @@ def test_batches_of_more_than_two_to_the_31_numbers_are_right_to_the_end(topk: i
     assert result.images[-1] == batch - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 def test_an_image_of_more_than_two_to_the_31_numbers_is_right_at_its_end(layout: str) -> None:
     side, size = 64, 8256
@@ -201,14 +213,15 @@ def test_an_image_of_more_than_two_to_the_31_numbers_is_right_at_its_end(layout:
 # --- how it is run ----------------------------------------------------------------------------------
 
 
-def test_a_captured_call_follows_routes_that_change() -> None:
+@pytest.mark.parametrize("config", [{}, {"backward": "gather", "dkv_chunk": 8}], ids=str)
+def test_a_captured_call_follows_routes_that_change(config: dict[str, int | str]) -> None:
     p = Problem(batch=4, height=28, width=28, heads=4, head_dim=32, region=(4, 4), topk=4, dtype="float16")
     q, k, v, routes = tensors(p)
     backend = TritonBackend()
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
 
     def both() -> tuple[Tensor, ...]:
-        out = backend.forward(leaves[0], leaves[1], leaves[2], routes, p)
+        out = backend.forward(leaves[0], leaves[1], leaves[2], routes, p, config)
         return out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -265,6 +278,7 @@ def extra_bytes(call: Callable[[], object]) -> int:
     return peak - live
 
 
+@pytest.mark.slow
 def test_a_forward_pass_allocates_its_output_and_the_statistics() -> None:
     for _, p in published():
         q, k, v, routes = tensors(p)
@@ -279,6 +293,7 @@ def test_a_forward_pass_allocates_its_output_and_the_statistics() -> None:
         assert backend.workspace_bytes(p) <= output / 8
 
 
+@pytest.mark.slow
 def test_a_large_map_in_few_regions_needs_little_memory() -> None:
     # 20 channels, 600x500 tokens, 8x8 regions of 85x71: composed attention writes scores of 35 GiB per copy.
     p = Problem(

@@ -21,7 +21,7 @@ H200 = Machine(
 
 
 def test_every_size_is_asked_of_every_backend_in_both_directions() -> None:
-    trials = list(proof.side_by_side())
+    trials = [*proof.side_by_side(), *proof.single_images()]
     groups = {trial.group for trial in trials}
     assert len(groups) == 3 * 3 * 3
     assert all(
@@ -29,6 +29,14 @@ def test_every_size_is_asked_of_every_backend_in_both_directions() -> None:
         for group in groups
     )
     assert {trial.cell.problem.batch for trial in trials if "224" in trial.group} == {128, 1}
+
+
+def test_nothing_is_asked_twice_and_what_is_wanted_most_comes_first() -> None:
+    trials = proof.trials()
+    everything = [*proof.side_by_side(), *proof.questions(), *proof.single_images()]
+    assert sorted(map(str, trials)) == sorted(map(str, everything))
+    assert [t.group for t in trials[:6]] == ["224x224 s1 b128 fwd"] * 6
+    assert trials[-1].cell.regime == "eager"
 
 
 def test_full_attention_sees_every_token_of_the_same_map() -> None:

@@ -26,15 +26,15 @@ from typing import Any
 from bratune.errors import UnsupportedError
 from bratune.kernels.fused_call import as_text, call_for, from_text
 from bratune.kernels.fused_families import BACKWARD, FORWARD, backward_families, forward_families
-from bratune.kernels.launch import ARCHITECTURES, KINDS, next_power_of_2, problem_class
+from bratune.kernels.launch import ARCHITECTURES, KINDS, hub_chunk, next_power_of_2, problem_class
 from bratune.predict.compile import Launch, Resources
 from bratune.predict.cost import Cost, board_of, cost_of, hub_us
 from bratune.predict.offline import attention_launches, machine_of
-from bratune.problem import Problem, ceil_div
+from bratune.problem import Problem
 from bratune.suites.load import load, names
 from bratune.variant import get_variant, stages
 
-__all__ = ["best_settings", "candidates", "hub_chunk", "kinds_of", "main", "problems"]
+__all__ = ["best_settings", "candidates", "chunk_for", "kinds_of", "main", "problems"]
 
 # A kernel with more local memory than this per thread, or fewer warps on an SM, hides no latency. Below,
 # spilled registers cost the instructions that they are.
@@ -45,10 +45,7 @@ _LARGEST_TILE = 64 * 256
 # Estimates closer than this are ties; more warps than this on an SM decide none.
 _TIE = 1.02
 _ENOUGH_WARPS = 16
-# A chunk of a split hub is this many times what a key region gets on average, and a hub at least so many
-# chunks. One more launch must be a small share of the time, so that balanced routes do not pay for hubs.
-_CHUNK_SHARE = 8
-_FEWEST_CHUNKS = 4
+# One more launch must be a small share of the time, so that balanced routes do not pay for hubs.
 _LAUNCH_US = 2.0
 _LAUNCH_SHARE = 0.05
 
@@ -190,7 +187,7 @@ def best_settings(kind: str, problem: Problem, architecture: str) -> dict[str, A
     settings = dict(best.settings)
     if "chunk" in settings:
         alone_us = hub_us(best.launch, kind, problem, board_of(architecture))
-        settings["chunk"] = hub_chunk(problem, best.cost.us, alone_us)
+        settings["chunk"] = chunk_for(problem, best.cost.us, alone_us)
     return {
         "kind": kind,
         "architecture": architecture,
@@ -201,7 +198,7 @@ def best_settings(kind: str, problem: Problem, architecture: str) -> dict[str, A
     }
 
 
-def hub_chunk(problem: Problem, us: float, alone_us: float) -> int:
+def chunk_for(problem: Problem, us: float, alone_us: float) -> int:
     """Query regions that one program of a hub takes; 0 where hubs are better left whole.
 
     Args:
@@ -209,9 +206,8 @@ def hub_chunk(problem: Problem, us: float, alone_us: float) -> int:
         us: The estimate of the kernel that walks over them, with balanced routes.
         alone_us: How long the program of a region works that everybody was routed to.
     """
-    chunk = _CHUNK_SHARE * ceil_div(problem.regions * problem.topk, problem.kv_regions)
-    pays = problem.regions >= _FEWEST_CHUNKS * chunk and alone_us > us
-    return chunk if pays and _LAUNCH_SHARE * us >= _LAUNCH_US else 0
+    pays = alone_us > us and _LAUNCH_SHARE * us >= _LAUNCH_US
+    return hub_chunk(problem) if pays else 0
 
 
 def _compiled(kind: str, problem: Problem, settings: Mapping[str, int], architecture: str) -> Launch:
