@@ -14,7 +14,9 @@ import triton.language as tl
 from bratune.errors import UnknownNameError, UnsupportedError, UsageError
 from bratune.predict.budgets import CASES, budget_of, budgets, over_budget
 from bratune.predict.compile import Launch, Resources, compile_for
+from bratune.predict.offline import attention_launches
 from bratune.predict.targets import TARGETS, get_target
+from bratune.problem import Problem
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -117,6 +119,52 @@ def test_kernels_are_legal_and_within_their_budget(target: str, case: str) -> No
         if over := over_budget(launch.resources, allowed[name]):
             problems[name] = over
     assert not problems
+
+
+def small(**values: Any) -> Problem:
+    settings: dict[str, Any] = {"batch": 2, "height": 16, "width": 16, "heads": 2, "head_dim": 32}
+    settings |= {"region": (4, 4), "topk": 3, "dtype": "float16", "direction": "fwd-bwd"}
+    return Problem(**(settings | values))
+
+
+GATHER: dict[str, int | str] = {"forward": "gather", "backward": "gather"}
+# What the interpreter takes and a compiler may refuse: types of loops, shapes that are no powers of two.
+VARIANTS: dict[str, tuple[Problem, dict[str, int | str]]] = {
+    "one token": (small(height=4, width=4, region=(1, 1), topk=5), {"forward": "stationary"}),
+    "15 tokens, 16 channels": (
+        small(height=21, width=25, region=(3, 5), topk=7, head_dim=16),
+        {"forward": "stationary"},
+    ),
+    "49 tokens, 48 channels": (small(height=21, width=28, region=(7, 7), head_dim=48), {}),
+    "64 channels": (small(region=(8, 8), topk=2, head_dim=64), GATHER),
+    "96 channels, bfloat16": (small(head_dim=96, dtype="bfloat16"), GATHER),
+    "float32": (small(height=56, width=56, region=(8, 8), topk=1, dtype="float32"), {}),
+    "routes per head": (small(per_head=True), {"forward": "stationary", "backward": "gather"}),
+    "routes per head, small map": (small(height=8, width=8, region=(2, 2), per_head=True), {}),
+    "other key regions": (small(kv_height=12, kv_width=10, kv_region=(2, 5), padding="masked"), {}),
+    "hub of one key": (small(height=20, width=20, region=(2, 2), topk=1), {"dkv_chunk": 8}),
+    "hub, ragged and masked": (
+        small(height=50, width=37, padding="masked", per_head=True),
+        GATHER | {"dkv_chunk": 8},
+    ),
+    "several heads": (small(), GATHER | {"fwd_heads_per_program": 2, "fwd_block_n": 32}),
+}
+
+
+# Each kernel once with addresses of 64 bits.
+WIDE = ("one token", "64 channels", "routes per head, small map", "hub of one key", "hub, ragged and masked")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_legal(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if variant in WIDE:
+        for module in ("gather_fwd", "gather_bwd", "stationary", "image"):
+            monkeypatch.setattr(f"bratune.kernels.fused_{module}.is_wide", lambda *maps: True)
+    problem, config = VARIANTS[variant]
+    launches = attention_launches(problem, "sm90", config)
+    assert len(launches) >= 3
+    assert ("gather_bwd_hub" in launches) == ("hub" in variant)
 
 
 def test_every_case_has_a_budget_for_every_target_and_no_other() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, library
+from torch import Tensor, library, nn
 
 from bratune.errors import ProblemError, UnknownNameError, UnsupportedError
 from bratune.kernels import depthwise_fused  # noqa: F401  (makes the operators)
+from bratune.kernels.blocks import Block, NCHWBlockSTL
 from bratune.kernels.depthwise import DEPTHWISE, depthwise
+from bratune.kernels.nhwc import conv_nhwc
 
 on_devices = pytest.mark.parametrize(
     "device",
@@ -185,6 +188,41 @@ def test_published_shapes_agree_with_float64() -> None:
 def test_auto_is_torch_without_a_measured_entry() -> None:
     x, weight = normal(1, 4, 4, 16), normal(16, 1, 3, 3)
     assert torch.equal(depthwise(x, weight), depthwise(x, weight, backend="torch"))
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        Block(32, num_heads=1, n_win=2, topk=1, mlp_dwconv=True),
+        Block(32, topk=0),
+        Block(32, topk=-2),
+        NCHWBlockSTL(32, num_heads=1, n_win=2, topk=1),
+        NCHWBlockSTL(32, topk=-1),
+    ],
+    ids=["routed", "convolutions", "full", "routed, NCHW", "full, NCHW"],
+)
+def test_every_depthwise_convolution_of_a_block_is_chosen_here(
+    block: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None, **more: Any) -> Tensor:
+        seen.append(weight)
+        return depthwise(x, weight, bias, **more)
+
+    for module in ("layer", "nhwc"):
+        monkeypatch.setattr(f"bratune.kernels.{module}.convolve", spy)
+    with torch.no_grad():
+        block(normal(1, 8, 8, 32))
+    there = [m.weight for m in block.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert sorted(map(id, seen)) == sorted(map(id, there))
+    assert there
+
+
+def test_a_convolution_that_shrinks_the_map_is_left_to_its_module() -> None:
+    conv = nn.Conv2d(16, 16, 3, stride=2, padding=1, groups=16)
+    x = normal(1, 8, 8, 16)
+    assert torch.equal(conv_nhwc(conv, x), conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 def test_unknown_backend_lists_the_names() -> None:

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -45,6 +45,9 @@ _LARGEST_TILE = 64 * 256
 # Estimates closer than this are ties; more warps than this on an SM decide none.
 _TIE = 1.02
 _ENOUGH_WARPS = 16
+# Where one architecture has the matrix units of another, or the same kind of them, what is best there and the
+# rules are all that is tried.
+_LIKE = {"sm86": "sm80", "sm89": "sm80", "sm120": "sm80", "sm100": "sm90"}
 # One more launch must be a small share of the time, so that balanced routes do not pay for hubs.
 _LAUNCH_US = 2.0
 _LAUNCH_SHARE = 0.05
@@ -137,6 +140,11 @@ def _variants(kind: str, problem: Problem, block_n: int) -> Iterable[dict[str, i
     return [{"num_stages": 1} | ({"heads_per_program": n} if n > 1 else {}) for n in heads]
 
 
+def _two(rules: dict[str, int], known: Mapping[str, int]) -> list[dict[str, int]]:
+    other = rules | {key: known[key] for key in known if key != "chunk"}
+    return [rules] if other == rules else [rules, other]
+
+
 @dataclass(frozen=True)
 class _Ranked:
     """A candidate that compiled, with what it is ranked by."""
@@ -161,16 +169,19 @@ class _Ranked:
         )
 
 
-def best_settings(kind: str, problem: Problem, architecture: str) -> dict[str, Any] | None:
+def best_settings(
+    kind: str, problem: Problem, architecture: str, *, known: Mapping[str, int] | None = None
+) -> dict[str, Any] | None:
     """The table's entry of one kernel for one problem; None where no candidate compiles.
 
     Args:
         kind: One of `bratune.kernels.launch.KINDS`.
         problem: The attention call.
         architecture: One of `bratune.kernels.launch.ARCHITECTURES`.
+        known: The best settings of an architecture like this one: only these and the rules are tried.
     """
     compiled = []
-    for settings in candidates(kind, problem):
+    for settings in candidates(kind, problem) if known is None else _two(KINDS[kind](problem), known):
         try:
             launch = _compiled(kind, problem, settings, architecture)
         except UnsupportedError:
@@ -240,8 +251,12 @@ def kinds_of(problem: Problem) -> tuple[str, ...]:
     return (*forward, *BACKWARD[backward_families(training)[0]].values())
 
 
-def _job(job: tuple[str, Problem, str]) -> dict[str, Any] | None:
-    return best_settings(*job)
+_Job = tuple[str, Problem, str, Mapping[str, int] | None]
+
+
+def _job(job: _Job) -> dict[str, Any] | None:
+    kind, problem, architecture, known = job
+    return best_settings(kind, problem, architecture, known=known)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -257,28 +272,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-o", "--output", type=Path, default=default, help="default: the table of this package"
     )
     given = parser.parse_args(arguments)
-    jobs = [
-        (kind, problem, architecture)
-        for architecture in given.architecture or ARCHITECTURES
-        for kind in given.kind or KINDS
-        for problem in problems(given.suite or ())
-        if kind in kinds_of(problem)
-    ]
-    if given.missing:
-        there = {_key(entry) for entry in _entries(given.output)}
-        jobs = [job for job in jobs if _key_of(*job) not in there]
     written = 0
-    with contextlib.ExitStack() as open_pools:
-        found: Iterator[dict[str, Any] | None] = map(_job, jobs)
+    with contextlib.ExitStack() as pools:
+        each: Callable[..., Iterable[dict[str, Any] | None]] = map
         if given.jobs > 1:
             pool = ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"))
-            found = open_pools.enter_context(pool).map(_job, jobs)
-        for job, entry in zip(jobs, found, strict=True):
-            if entry:
-                written = _write(given.output, [entry])
-            print(f"{job[2]} {job[0]}: {job[1]}", file=sys.stderr, flush=True)
+            each = pools.enter_context(pool).map
+        for architecture in given.architecture or ARCHITECTURES:
+            jobs = _jobs(architecture, given)
+            for (kind, problem, *_), entry in zip(jobs, each(_job, jobs), strict=True):
+                if entry:
+                    written = _write(given.output, [entry])
+                print(f"{architecture} {kind}: {problem}", file=sys.stderr, flush=True)
     print(f"{written} entries in {given.output}", file=sys.stderr)
     return 0
+
+
+def _jobs(architecture: str, given: argparse.Namespace) -> list[_Job]:
+    """What is asked of one architecture, kernel by kernel."""
+    there = {_key(entry): entry["settings"] for entry in _entries(given.output)}
+    like = _LIKE.get(architecture, "")
+    return [
+        (kind, problem, architecture, there.get(_key_of(kind, problem, like)))
+        for kind in given.kind or KINDS
+        for problem in problems(given.suite or ())
+        if kind in kinds_of(problem) and not (given.missing and _key_of(kind, problem, architecture) in there)
+    ]
 
 
 def _write(path: Path, new: list[dict[str, Any]]) -> int:
