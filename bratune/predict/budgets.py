@@ -24,10 +24,12 @@ __all__ = ["CASES", "Budget", "budget_of", "budgets", "main", "over_budget"]
 Budget = Mapping[str, int]
 
 
-def _attention(**values: object) -> Callable[[str], dict[str, Launch]]:
+def _attention(
+    config: Mapping[str, int | str] | None = None, **values: object
+) -> Callable[[str], dict[str, Launch]]:
     settings = {"batch": 16, "heads": 2, "head_dim": 32, "dtype": "bfloat16", "direction": "fwd-bwd"}
     problem = Problem(**{**settings, **values})  # type: ignore[arg-type]
-    return lambda target: attention_launches(problem, target)
+    return lambda target: attention_launches(problem, target, config)
 
 
 def _routing(side: int, n_win: int, topk: int, *, maps: bool) -> Callable[[str], dict[str, Launch]]:
@@ -55,6 +57,7 @@ CASES: Mapping[str, Callable[[str], dict[str, Launch]]] = {
     "float32, 24 channels": _attention(
         height=28, width=28, head_dim=24, region=(4, 4), topk=4, dtype="float32"
     ),
+    "hubs": _attention({"dkv_chunk": 8}, height=56, width=56, region=(8, 8), topk=1),
     "128 channels": _attention(height=32, width=32, head_dim=128, region=(8, 8), topk=4),
     "49 regions": _routing(28, 7, 4, maps=True),
     "256 regions": _routing(64, 16, 16, maps=False),
@@ -96,15 +99,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile every case for every target and write the budgets; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bratune.predict.budgets", description=main.__doc__)
     parser.add_argument("--target", action="append", choices=tuple(TARGETS), help="default: all of them")
+    parser.add_argument("--case", action="append", choices=tuple(CASES), help="default: all of them")
     parser.add_argument("--reset", action="store_true", help="forget budgets that are larger than needed")
     default = Path(__file__).resolve().parent.parent / "data" / "kernel_budgets.json"
     parser.add_argument("-o", "--output", type=Path, default=default, help="default: that of this package")
     given = parser.parse_args(arguments)
     read = json.loads(given.output.read_text("utf-8"))["budgets"] if given.output.exists() else {}
     for target in given.target or TARGETS:
-        old = {} if given.reset else read.get(target, {})
+        before = read.get(target, {})
+        old = {} if given.reset else before
         new: dict[str, dict[str, int]] = {}
         for case, compile_case in CASES.items():
+            if case not in (given.case or CASES):
+                new |= {name: budget for name, budget in before.items() if name.split(": ")[0] == case}
+                continue
             for kernel, launch in compile_case(target).items():
                 name, needed = f"{case}: {kernel}", budget_of(launch.resources)
                 new[name] = {key: max(value, old.get(name, {}).get(key, 0)) for key, value in needed.items()}
