@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from frameworks import require
 from sample_plans import make_plan
 
 import bratune
@@ -30,10 +30,7 @@ NAME = "biformer_tiny_bratune_h200_224"
 
 @pytest.fixture
 def timm() -> Any:
-    try:  # timm itself may be there and what it needs not, or built for another torch
-        return importlib.import_module("timm")
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"timm cannot be imported here: {error}")
+    return require("timm")
 
 
 def official_classes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:

@@ -149,6 +149,7 @@ def test_yolo_rows_hold_the_plan_and_build_blocks_that_run(tmp_path: Path) -> No
         assert block(x).shape == x.shape
 
 
-def test_block_with_settings_passes_them_on() -> None:
-    block = BRABlock(64, 4, 2, "gather", "{'x': 1}")
+@pytest.mark.parametrize("config", ["{'x': 1}", {"x": 1}])  # Ultralytics makes the second of the first
+def test_block_with_settings_passes_them_on(config: Any) -> None:
+    block = BRABlock(64, 4, 2, "gather", config)
     assert block.block.attn.config == {"x": 1}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from frameworks import require
 
 from bratune.errors import CheckpointError, MissingPackageError
 from bratune.kernels.biformer import BiFormer
@@ -25,10 +26,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def timm() -> Any:
-    try:
-        module = importlib.import_module("timm")
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"timm cannot be imported here: {error}")
+    module = require("timm")
     importlib.import_module("bratune.kernels.timm_models")
     return module
 

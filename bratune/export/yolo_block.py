@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,19 +29,25 @@ class BRABlock(nn.Module):
         n_win: Regions per side, S.
         topk: Key regions per query region; -2 is full attention.
         backend: Name of a backend, or ``auto``.
-        config: Settings of the backend as JSON (single quotes will do).
+        config: Settings of the backend: a mapping, which is what Ultralytics makes of most texts in a model
+            file, or JSON (single quotes will do).
 
     Raises:
         ProblemError: the channels are no multiple of 32.
     """
 
     def __init__(
-        self, channels: int, n_win: int = 8, topk: int = 4, backend: str = "auto", config: str = "{}"
+        self,
+        channels: int,
+        n_win: int = 8,
+        topk: int = 4,
+        backend: str = "auto",
+        config: Mapping[str, Any] | str = "{}",
     ) -> None:
         super().__init__()
         if channels % HEAD_DIM:
             raise ProblemError(f"BRABlock needs a multiple of {HEAD_DIM} channels, not {channels}")
-        settings = json.loads(config.replace("'", '"'))
+        settings = json.loads(config.replace("'", '"')) if isinstance(config, str) else dict(config)
         self.block = Block(
             dim=channels,
             num_heads=channels // HEAD_DIM,
