@@ -18,7 +18,8 @@ from bratune.errors import StoreError
 from bratune.tune.calibration import Calibration, Point, isotonic, limits_of, read_calibration
 from bratune.tune.checkpoint_fidelity import CheckpointFidelity
 from bratune.tune.pictures import Pictures
-from bratune.tune.shared_run import Recipe, SharedRun, draw, renorm, train_shared
+from bratune.tune.shared_run import SharedRun, draw, renorm
+from bratune.tune.short_training import Recipe, train_shared
 from bratune.tune.toy import SMOKE, Toy, canvas_digits, run_toy, toy_model, toy_space, train_toy
 
 

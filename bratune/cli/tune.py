@@ -55,6 +55,26 @@ FORMATS = ("table", "json", "csv", "md")
 @click.option("--labels", is_flag=True, help="The subfolders of --images are classes.")
 @click.option("--shared-run", is_flag=True, help="Without weights: judge by one weight-shared training run.")
 @click.option(
+    "--train-trials",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Without weights: judge by short trainings of N settings, each a trial.",
+)
+@click.option(
+    "--train-steps",
+    type=click.IntRange(1),
+    default=300,
+    show_default=True,
+    help="Steps of a training (--shared-run, --train-trials).",
+)
+@click.option(
+    "--train-seeds",
+    type=click.IntRange(2),
+    default=2,
+    show_default=True,
+    help="Trainings that differ in the seed only; two are the fewest with a standard error.",
+)
+@click.option(
     "--calibration-images",
     type=click.IntRange(8),
     default=128,
@@ -196,6 +216,9 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
         images=str(asked["images"] or ""),
         labels=asked["labels"],
         shared_run=asked["shared_run"],
+        train_trials=asked["train_trials"] or 0,
+        train_steps=asked["train_steps"],
+        train_seeds=asked["train_seeds"],
         calibration_images=asked["calibration_images"],
         allow_model_changes=asked["allow_model_changes"],
         allow_more_k=asked["allow_more_k"],

@@ -1,8 +1,8 @@
 """Evidence: what is known about a setting's accuracy, in a label and one sentence with its interval.
 
-``E0`` nothing was measured, only floors hold · ``E1`` one weight-shared training run · ``E2`` agreement
-of outputs with a reference, and the bound that follows · ``E3`` top-1 measured on labelled images. A bare
-score is never called accuracy.
+``E0`` nothing was measured, only floors hold · ``E1`` short trainings, weight-shared or one per setting ·
+``E2`` agreement of outputs with a reference, and the bound that follows · ``E3`` top-1 measured on labelled
+images. A bare score is never called accuracy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["LEVELS", "Evidence", "agreement", "measured_top1", "prior_only", "shared_run"]
+__all__ = [
+    "LEVELS",
+    "Evidence",
+    "agreement",
+    "measured_top1",
+    "not_trained",
+    "prior_only",
+    "shared_run",
+    "short_trainings",
+    "stopped_training",
+]
 
 LEVELS = ("E0", "E1", "E2", "E3")
 
@@ -58,12 +68,32 @@ def prior_only(*, unchanged: bool, omega: float = 1.0) -> Evidence:
 
 def shared_run(*, gain: float, error: float, seeds: int) -> Evidence:
     """E1: difference to the reference in a weight-shared run, in points, with twice its standard error."""
-    distinct = "" if abs(gain) > 2 * error else ": not distinguishable"
-    text = (
-        f"weight-shared short run, {gain:+.1f} +- {2 * error:.1f} points against the reference{distinct} "
-        f"({seeds} seeds)"
-    )
+    text = f"weight-shared short run, {_difference(gain, error)} ({seeds} seeds)"
     return Evidence(level="E1", text=text, values={"gain": gain, "standard_error": error, "seeds": seeds})
+
+
+def short_trainings(*, gain: float, error: float, seeds: int, steps: int) -> Evidence:
+    """E1: difference between short trainings of a setting and of the reference, as `shared_run`."""
+    text = f"short trainings, {_difference(gain, error)} ({seeds} seeds of {steps} steps)"
+    values = {"gain": gain, "standard_error": error, "seeds": seeds, "steps": steps}
+    return Evidence(level="E1", text=text, values=values)
+
+
+def stopped_training(*, steps: int, of: int) -> Evidence:
+    """E1: the short training of a setting was stopped because others were better."""
+    text = f"short training stopped after {steps} of {of} steps: behind the median of the others there"
+    return Evidence(level="E1", text=text, values={"steps": steps, "of": of})
+
+
+def not_trained(*, most: int) -> Evidence:
+    """E0: short trainings decide, and there was none for this setting."""
+    text = f"not trained: all {most} trainings went to other settings, or this one failed"
+    return Evidence(level="E0", text=text, values={"most": most})
+
+
+def _difference(gain: float, error: float) -> str:
+    distinct = "" if abs(gain) > 2 * error else ": not distinguishable"
+    return f"{gain:+.1f} +- {2 * error:.1f} points against the reference{distinct}"
 
 
 def agreement(

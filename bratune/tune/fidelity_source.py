@@ -18,10 +18,12 @@ class Fidelity:
     Attributes:
         loss: Smaller is closer; 0 for the reference itself. Its unit is the source's.
         evidence: What is known about accuracy, with its interval.
+        usable: The setting may be picked; False where the source could not judge it.
     """
 
     loss: float
     evidence: Evidence
+    usable: bool = True
 
 
 @runtime_checkable

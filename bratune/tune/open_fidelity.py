@@ -42,10 +42,12 @@ def open_fidelity(
         return None
     if request.checkpoint:
         return _of_checkpoint(request, machine, say)
+    if request.train_trials:
+        from bratune.tune.train_trials import TrainTrials
+
+        return TrainTrials.of(request, device=machine.device, say=say)
     from bratune.tune.shared_run import SharedRun
 
-    if not request.labels:
-        raise UsageError("a weight-shared run needs --labels: subfolders of --images are the classes")
     return SharedRun.train(request, device=machine.device, say=say)
 
 

@@ -51,6 +51,10 @@ class Request:
         trained_res: Image size that the weights were trained at; (0, 0): the size tuned for.
         images: Folder of calibration images.
         labels: Its subfolders are classes.
+        shared_run: Without weights: judge settings by one weight-shared training.
+        train_trials: Without weights: judge by short trainings of so many settings.
+        train_steps: Steps of a short training.
+        train_seeds: Short trainings that differ in nothing else.
         objective: Second objective beside latency: ``auto`` (fidelity where it is measured, else memory),
             ``fidelity`` or ``memory``.
         constraints: Texts for `bratune.tune.constraints.parse_constraint`.
@@ -82,6 +86,9 @@ class Request:
     images: str = ""
     labels: bool = False
     shared_run: bool = False
+    train_trials: int = 0
+    train_steps: int = 300
+    train_seeds: int = 2
     calibration_images: int = 128
     allow_model_changes: bool = False
     allow_more_k: bool = False
@@ -101,13 +108,32 @@ class Request:
             raise UsageError(f"effort {self.effort!r} is not known; these are: {', '.join(EFFORTS)}")
         if self.objective not in ("auto", "fidelity", "memory"):
             raise UsageError(f"objective {self.objective!r} is not known; auto, fidelity and memory are")
+        self._check_fidelity()
+        for text in self.constraints:
+            parse_constraint(text)
+
+    def _check_fidelity(self) -> None:
+        """Raise where something was given to judge settings by and would not be used."""
+        trains = "--shared-run" if self.shared_run else "--train-trials" if self.train_trials else ""
+        if self.shared_run and self.train_trials:
+            raise UsageError("--shared-run and --train-trials exclude each other; leave one of them out")
+        if trains and self.checkpoint:
+            raise UsageError(
+                f"{trains} is for training from scratch and --checkpoint brings trained weights; "
+                "leave one of them out"
+            )
+        if trains and not (self.images and self.labels):
+            raise UsageError(f"{trains} needs pictures to train on: --images DIR with --labels")
         if self.objective == "fidelity" and not self.measures_fidelity:
             raise UsageError(
                 "objective 'fidelity' needs something to measure it on: --checkpoint with --images, "
-                "or --images with --labels and --shared-run"
+                "or --images with --labels and --shared-run or --train-trials"
             )
-        for text in self.constraints:
-            parse_constraint(text)
+        if self.images and not self.measures_fidelity:
+            raise UsageError(
+                "--images alone judges nothing: --checkpoint says whose outputs to compare, --labels with "
+                "--shared-run or --train-trials trains on them"
+            )
 
     @property
     def limits(self) -> tuple[Constraint, ...]:
@@ -122,8 +148,9 @@ class Request:
 
     @property
     def measures_fidelity(self) -> bool:
-        """Whether a fidelity can be computed: weights and images, or labelled images for a shared run."""
-        return bool(self.images) and (bool(self.checkpoint) or (self.labels and self.shared_run))
+        """Whether a fidelity can be computed: weights and images, or labelled images to train on."""
+        trains = self.labels and (self.shared_run or self.train_trials > 0)
+        return bool(self.images) and (bool(self.checkpoint) or trains)
 
     @property
     def second(self) -> str:
@@ -221,6 +248,7 @@ class Request:
         """A name that is equal for requests that may share their trials."""
         loose = ("budget_s", "pick", "trials", "effort", "seed", "sampler")
         data = {k: v for k, v in self.to_dict().items() if k not in loose}
+        data["train_trials"] = bool(self.train_trials)  # more of them go on with the same study
         text = json.dumps(data, sort_keys=True)
         size = f"{self.height}x{self.width}"
         digits = hashlib.sha256(text.encode()).hexdigest()[:8]

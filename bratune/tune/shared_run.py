@@ -7,49 +7,35 @@ setting, at the cost of one; differences within two standard errors are no diffe
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from bratune.kernels.backbone import Backbone
-from bratune.kernels.biformer import build
 from bratune.tune import evidence
-from bratune.tune.checkpoint_fidelity import BACKEND, outputs
+from bratune.tune.checkpoint_fidelity import outputs
 from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.ledger import derived_seed
-from bratune.tune.pictures import Pictures, load_pictures
+from bratune.tune.pictures import Pictures
 from bratune.tune.progress import Say
 from bratune.tune.request import Request
 from bratune.tune.rerouting import reroute
 from bratune.tune.setting import Setting
+from bratune.tune.short_training import (
+    Recipe,
+    fresh_model,
+    labelled_halves,
+    paired_gain,
+    recipe_of,
+    train_shared,
+)
 from bratune.tune.space import Space
 
-__all__ = ["Recipe", "SharedRun", "train_shared"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a shared run trains.
-
-    Attributes:
-        steps: Of every seed.
-        seeds: Runs; two are the fewest that give a standard error.
-        norm_batches: Batches on which running statistics are taken anew for every setting.
-    """
-
-    steps: int = 300
-    batch: int = 32
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    seeds: int = 2
-    norm_batches: int = 8
+__all__ = ["SharedRun", "draw", "renorm"]
 
 
 def draw(space: Space, rng: random.Random) -> Setting:
@@ -67,53 +53,6 @@ def draw(space: Space, rng: random.Random) -> Setting:
         n_win[i] = sides[i]
         topks[i] = legal[-1] if kind < 0.25 else legal[0] if kind < 0.5 else rng.choice(legal)
     return space.setting(n_win, topks)
-
-
-def train_shared(
-    model: Backbone,
-    images: Tensor,
-    labels: Tensor,
-    choose: Callable[[], Setting],
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    augment: Callable[[Tensor, torch.Generator], Tensor] = lambda images, generator: images,
-) -> list[float]:
-    """Train a classifier, every step with the setting that ``choose`` returns; returns the loss of each step.
-
-    Args:
-        model: On the device to use.
-        images: ``[N, 3, H, W]``.
-        labels: ``[N]`` int64.
-        choose: Called once per step; always the same setting makes it an ordinary training.
-        recipe: How.
-        seed: Of the order of the images.
-        augment: Changes the images of a step before they are used.
-    """
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps)
-    generator = torch.Generator().manual_seed(seed)
-    losses: list[float] = []
-    model.train()
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(recipe.steps):
-        if len(order) < min(recipe.batch, len(images)):
-            order = torch.randperm(len(images), generator=generator)
-        rows, order = order[: recipe.batch], order[recipe.batch :]
-        setting = choose()
-        reroute(model, setting.n_win, setting.topks)
-        logits = model(augment(images[rows], generator).to(device))
-        loss = nn.functional.cross_entropy(logits, labels[rows].to(device), label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
 
 
 def renorm(model: Backbone, images: Tensor, *, batch: int, batches: int) -> None:
@@ -141,7 +80,7 @@ class SharedRun:
     standard errors, as a fraction; so settings that cannot be told apart share the loss 0.
 
     Args:
-        models: One per seed, trained by `train_shared`.
+        models: One per seed, trained by `bratune.tune.short_training.train_shared`.
         space: Model and resolution.
         reference: What is compared with.
         train: Pictures that running statistics are taken on.
@@ -167,23 +106,13 @@ class SharedRun:
         cls, request: Request, *, device: str, recipe: Recipe | None = None, say: Say = lambda text: None
     ) -> SharedRun:
         """Train one model per seed on four fifths of the request's pictures."""
-        recipe = recipe or Recipe()
-        size = request.height, request.width
-        whole = load_pictures(request.images, *size, count=10**9, labels=True, seed=request.seed)
-        assert whole.labels is not None
-        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(request.seed))
-        cut = len(whole) * 4 // 5
-        train, valid = (
-            dataclasses.replace(whole, images=whole.images[rows], labels=whole.labels[rows])
-            for rows in (order[:cut], order[cut:])
-        )
+        recipe = recipe or recipe_of(request)
+        train, valid = labelled_halves(request)
         assert train.labels is not None
         models, space = [], request.space
         for index in range(recipe.seeds):
             seed = derived_seed(request.seed, "shared run", index)
-            torch.manual_seed(seed)
-            options: dict[str, Any] = {"auto_pad": True} if space.variant.layout == "biformer" else {}
-            model = build(space.model, num_classes=len(whole.classes), backend=BACKEND, **options).to(device)
+            model = fresh_model(space, len(train.classes), device=device, seed=seed)
             rng = random.Random(seed)
             choose = functools.partial(draw, space, rng)
             losses = train_shared(model, train.images, train.labels, choose, recipe, seed=seed)
@@ -211,21 +140,9 @@ class SharedRun:
     def joint(self, setting: Setting) -> Fidelity:
         """How far validation accuracy falls below the reference's, and the evidence for it."""
         own, reference = self._correct(setting), self._correct(self.reference)
-        gains = [float((a.double() - b.double()).mean()) for a, b in zip(own, reference, strict=True)]
-        gain = sum(gains) / len(gains)
-        error = self._error(own, reference, gains)
-        found = evidence.shared_run(gain=100 * gain, error=100 * error, seeds=len(gains))
+        gain, error = paired_gain(own, reference)
+        found = evidence.shared_run(gain=100 * gain, error=100 * error, seeds=len(own))
         return Fidelity(loss=max(0.0, -gain - 2 * error), evidence=found)
-
-    def _error(self, own: list[Tensor], reference: list[Tensor], gains: list[float]) -> float:
-        """Standard error of the mean gain: between seeds, and of the pictures within a seed."""
-        count = len(gains)
-        mean = sum(gains) / count
-        between = sum((g - mean) ** 2 for g in gains) / max(count - 1, 1) / count
-        within = [
-            float((a.double() - b.double()).var()) / len(a) for a, b in zip(own, reference, strict=True)
-        ]
-        return float((between + sum(within) / count / count) ** 0.5)
 
     def _correct(self, setting: Setting) -> list[Tensor]:
         key = self.space.model_key(setting)

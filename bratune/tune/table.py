@@ -182,6 +182,18 @@ class Table:
             )
         return [self._candidate(point.item) for point in layers(points, depth)]
 
+    def fastest(self, n_win: Sequence[int], topks: Sequence[int]) -> Candidate | None:
+        """The fastest backends for an S and top-k per stage; None when a stage of them was not measured."""
+        chosen = []
+        for i in self.space.routed:
+            options = [
+                e for e in self.entries.values() if (e.stage, e.n_win, e.topk) == (i, n_win[i], topks[i])
+            ]
+            if not options:
+                return None
+            chosen.append(min(options, key=lambda e: (e.ms, e)))
+        return self._candidate(chosen)
+
     def _point(self, entry: Entry) -> Point[Entry]:
         second = (entry.memory_mb or 0.0) if self.objective == "memory" else entry.loss
         return Point((entry.ms, second), entry)

@@ -22,7 +22,7 @@ from bratune.tune.checkpoint_fidelity import BACKEND, CheckpointFidelity
 from bratune.tune.pictures import Pictures
 from bratune.tune.progress import Say
 from bratune.tune.setting import Setting
-from bratune.tune.shared_run import Recipe, train_shared
+from bratune.tune.short_training import Recipe, train_shared
 from bratune.tune.space import Space
 
 __all__ = ["SIDE", "SMOKE", "Toy", "canvas_digits", "run_toy", "toy_model", "toy_space", "train_toy"]

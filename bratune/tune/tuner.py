@@ -30,6 +30,7 @@ from bratune.tune.request import Request
 from bratune.tune.setting import Setting
 from bratune.tune.stage_options import StageOptions, failure, summary
 from bratune.tune.table import Table, TableError
+from bratune.tune.train_trials import TrainTrials
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
@@ -41,6 +42,8 @@ CELLS_UNTIL, LOSSES_UNTIL = 0.5, 0.6
 # Largest share kept free for the closing comparison.
 MOST_RESERVED = 0.25
 POLL_S = 0.5
+# Proposals in a row that are known or not worth a training, after which the sampler has no more to say.
+MOST_IDLE = 60
 
 
 class Tuner:
@@ -88,7 +91,10 @@ class Tuner:
         shared = self.settings.storage
         self.cells = Ledger(url, f"{request.cells_name}-{here}:cells", ["block_ms"], storage=shared)
         self.losses: Ledger | None = None
-        if self.second == "loss" and fidelity is not None:
+        self.trainings = fidelity if isinstance(fidelity, TrainTrials) and self.second == "loss" else None
+        if self.trainings is not None:
+            self.trainings.open(url, name, request.sampler, storage=shared)
+        elif self.second == "loss" and fidelity is not None:
             self.losses = Ledger(url, f"{name}:fidelity-{fidelity.key}", ["divergence"], storage=shared)
         self.options = StageOptions(self.bench, self.cells, self.losses, fidelity, self.reference)
         self._check_machine(here)
@@ -130,7 +136,10 @@ class Tuner:
         self.drain_settings()
         if self.request.table:
             self.measure_table()
-            self.verify()
+            if self.trainings is not None:
+                self.train(self.trainings)
+            else:
+                self.verify()
         else:
             from bratune.tune.black_box import black_box
 
@@ -146,7 +155,8 @@ class Tuner:
                 self.say(f"{count} unfinished trial(s) of dead workers are queued again")
 
     def _ledgers(self) -> Iterator[Ledger]:
-        yield from (x for x in (self.cells, self.losses, self.settings) if x is not None)
+        trainings = self.trainings.ledger if self.trainings is not None else None
+        yield from (x for x in (self.cells, self.losses, trainings, self.settings) if x is not None)
 
     def named(self) -> dict[str, Setting]:
         """The settings that are measured before any other, by name; the first one is the default."""
@@ -216,6 +226,41 @@ class Tuner:
         if self.table.entries:
             self.say(str(self.error()))
 
+    def train(self, trainings: TrainTrials) -> None:
+        """Train settings that the table calls faster than the default, then measure them end to end."""
+        self.settings.keep(training=True)
+        idle = 0
+        while trainings.left() and self.time_left() and idle < MOST_IDLE:
+            idle = 0 if self._train_one(trainings) else idle + 1
+        self.settings.keep(training=False)
+        while trainings.ledger.busy_elsewhere():
+            time.sleep(POLL_S)
+            trainings.ledger.reap()
+        found = [self.table.fastest(s.n_win, s.topks) for s in trainings.trained()]
+        best = sorted((c for c in found if c is not None), key=lambda c: c.ms)
+        self.enqueue_settings([("", c.setting) for c in best])
+        self.drain_settings()
+        self.say(str(self.error()))
+
+    def _train_one(self, trainings: TrainTrials) -> bool:
+        """Train a proposal of the sampler, if it is worth it."""
+        default = self.table.predict_ms(self.reference)
+
+        def refusal(setting: Setting) -> float | None:
+            candidate = self.table.fastest(setting.n_win, setting.topks)
+            if candidate is None:  # the budget ended before its stages were measured
+                return 1.0
+            return candidate.ms / default - 1.0 if default else None
+
+        start = self.clock()
+        text = trainings.step() or trainings.propose(refusal)
+        if not text:
+            return False
+        self.pace.note("training", self.clock() - start)
+        eta = self.pace.eta("training", trainings.left())
+        self.say(" · ".join(filter(None, [text, f"{trainings.left()} trainings left", eta])))
+        return True
+
     def try_regimes(self) -> None:
         """Measure the three fastest settings in the other regimes."""
         others = self.request.regimes[1:]
@@ -237,6 +282,9 @@ class Tuner:
             ):
                 if ledger is not None:
                     worked += self._step(ledger, run, "shared work")
+            if self.trainings is not None and self.settings.study.user_attrs.get("training"):
+                self.read_table()
+                worked += bool(self.trainings.left()) and self._train_one(self.trainings)
             done += worked
             if worked:
                 idle_since = self.clock()
@@ -336,6 +384,8 @@ class Tuner:
         if self.fidelity is not None and self.second == "loss":
             fidelity = self.fidelity.joint(setting)
             second = fidelity.loss
+            if not fidelity.usable:
+                over["accuracy unknown"] = 1.0
             common |= {"evidence": fidelity.evidence.to_dict()}
             text += f", {fidelity.evidence}"
         predicted = self.table.predict_ms(setting)

@@ -1,0 +1,150 @@
+"""Short training: a classifier on labelled pictures for some minutes, and what two of them differ by."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bratune.errors import UsageError
+from bratune.kernels.backbone import Backbone
+from bratune.kernels.biformer import build
+from bratune.tune.checkpoint_fidelity import BACKEND
+from bratune.tune.pictures import Pictures, load_pictures
+from bratune.tune.rerouting import reroute
+from bratune.tune.setting import Setting
+from bratune.tune.space import Space
+
+if TYPE_CHECKING:
+    from bratune.tune.request import Request
+
+__all__ = ["Recipe", "fresh_model", "labelled_halves", "paired_gain", "recipe_of", "train_shared"]
+
+# Validation pictures below which no difference between settings could be seen.
+FEWEST = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a short training goes.
+
+    Attributes:
+        steps: Of every seed.
+        seeds: Trainings that differ in nothing else; two are the fewest that give a standard error.
+        norm_batches: Batches on which a shared run takes running statistics anew for every setting.
+    """
+
+    steps: int = 300
+    batch: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    seeds: int = 2
+    norm_batches: int = 8
+
+
+def recipe_of(request: Request) -> Recipe:
+    """The recipe that a request asks for."""
+    return Recipe(steps=request.train_steps, seeds=request.train_seeds)
+
+
+def labelled_halves(request: Request) -> tuple[Pictures, Pictures]:
+    """The request's pictures: four fifths to train on, one fifth to validate on.
+
+    Raises:
+        UsageError: there are too few.
+    """
+    size = request.height, request.width
+    whole = load_pictures(request.images, *size, count=10**9, labels=True, seed=request.seed)
+    if len(whole) < 5 * FEWEST:
+        raise UsageError(
+            f"{request.images} holds {len(whole)} labelled pictures; short trainings need at least "
+            f"{5 * FEWEST}, of which a fifth says how good a setting is"
+        )
+    assert whole.labels is not None
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(request.seed))
+    cut = len(whole) * 4 // 5
+    train, valid = (
+        dataclasses.replace(whole, images=whole.images[rows], labels=whole.labels[rows])
+        for rows in (order[:cut], order[cut:])
+    )
+    return train, valid
+
+
+def fresh_model(space: Space, classes: int, *, device: str, seed: int) -> Backbone:
+    """A model with new weights that takes any S and any map."""
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"auto_pad": True} if space.variant.layout == "biformer" else {}
+    return build(space.model, num_classes=classes, backend=BACKEND, **options).to(device)
+
+
+def train_shared(
+    model: Backbone,
+    images: Tensor,
+    labels: Tensor,
+    choose: Callable[[], Setting],
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    augment: Callable[[Tensor, torch.Generator], Tensor] = lambda images, generator: images,
+    after_step: Callable[[int], None] = lambda done: None,
+) -> list[float]:
+    """Train a classifier, every step with the setting that ``choose`` returns; returns the loss of each step.
+
+    Args:
+        model: On the device to use.
+        images: ``[N, 3, H, W]``.
+        labels: ``[N]`` int64.
+        choose: Called once per step; always the same setting makes it an ordinary training.
+        recipe: How.
+        seed: Of the order of the images.
+        augment: Changes the images of a step before they are used.
+        after_step: Called with the number of steps done; may use the model, and ends the training by raising.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, total_steps=recipe.steps)
+    generator = torch.Generator().manual_seed(seed)
+    losses: list[float] = []
+    model.train()
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(recipe.steps):
+        if len(order) < min(recipe.batch, len(images)):
+            order = torch.randperm(len(images), generator=generator)
+        rows, order = order[: recipe.batch], order[recipe.batch :]
+        setting = choose()
+        reroute(model, setting.n_win, setting.topks)
+        logits = model(augment(images[rows], generator).to(device))
+        loss = nn.functional.cross_entropy(logits, labels[rows].to(device), label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        after_step(len(losses))
+        if not model.training:
+            model.train()
+    return losses
+
+
+def paired_gain(own: Sequence[Tensor], reference: Sequence[Tensor]) -> tuple[float, float]:
+    """How much more of the same pictures is classified correctly, as a fraction, and its standard error.
+
+    The error holds both what seeds differ by and what pictures differ by within a seed.
+
+    Args:
+        own: Per seed, whether each picture is classified correctly, ``[N]`` bool.
+        reference: The same of the reference, from the same seeds and pictures.
+    """
+    pairs = [(a.double() - b.double()) for a, b in zip(own, reference, strict=True)]
+    gains = [float(pair.mean()) for pair in pairs]
+    count, mean = len(gains), sum(gains) / len(gains)
+    between = sum((g - mean) ** 2 for g in gains) / max(count - 1, 1) / count
+    within = sum(float(pair.var()) / len(pair) for pair in pairs) / count / count
+    return mean, (between + within) ** 0.5
