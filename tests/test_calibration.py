@@ -190,6 +190,7 @@ def test_weights_and_pictures_are_tuned_end_to_end(tmp_path: Path) -> None:
     from bratune.tune.conclude import conclude
     from bratune.tune.open_fidelity import calibration_path, open_fidelity
     from bratune.tune.request import Request
+    from bratune.tune.summary import plan_text
     from bratune.tune.synthetic import SyntheticWorld, offers
     from bratune.tune.tuner import Tuner
 
@@ -223,6 +224,9 @@ def test_weights_and_pictures_are_tuned_end_to_end(tmp_path: Path) -> None:
     assert plan.default.topks == (1, 4, 8, -2)
     assert plan.evidence.level == "E2"
     assert "KL" in plan.evidence.text
+    recall = plan.diagnostics["recall"]
+    assert len(recall["plan"]) == len(recall["reference"]) == 2 + 2 + 8
+    assert plan_text(plan).count("decides nothing") == 2
     # A calibration that failed its gate forbids every loss of fidelity.
     calibration(rho_low=0.0).save(calibration_path(tmp_path / "w.pth"))
     strict = open_fidelity(request, dataclasses.replace(world.machine, device="cpu"), say=said.append)

@@ -22,7 +22,7 @@ from bratune.tune.fidelity import (
     total_variation,
 )
 from bratune.tune.pictures import Pictures, load_pictures
-from bratune.tune.recall import recall_curves
+from bratune.tune.recall import model_recall, recall_curves, recall_text
 from bratune.tune.rerouting import reroute
 from bratune.tune.space import Space
 
@@ -123,6 +123,30 @@ def test_recall_never_beats_the_best_regions_and_ends_at_all() -> None:
     routed, best = recall_curves(q, k, region=(2, 4), heads=4, scale=1.0)
     assert (routed <= best + 1e-6).all()
     assert routed[-1].item() == pytest.approx(1.0)
+
+
+def test_recall_in_pieces_is_that_of_the_whole_score_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = torch.randn(2, 2, 8, 8, 16, generator=torch.Generator().manual_seed(0))
+    whole = recall_curves(q, k, region=(2, 2), heads=2, scale=0.5)
+    monkeypatch.setattr("bratune.tune.recall.MOST_SCORES", 1)
+    for piecewise, at_once in zip(recall_curves(q, k, region=(2, 2), heads=2, scale=0.5), whole, strict=True):
+        torch.testing.assert_close(piecewise, at_once)
+
+
+@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl_nchw"])
+def test_every_routed_layer_of_a_model_has_a_recall(name: str) -> None:
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = {"auto_pad": True, "n_win": 3, "topks": (1, 4, 9, -2)}
+    if name == "biformer_stl_nchw":
+        arguments = {"n_wins": (3,) * 4, "topks": (1, 4, 9, -1)}
+    model = build(name, depth=(1, 2, 1, 1), **arguments)
+    layers = model_recall(model, random_pictures(3).images, batch=2)
+    assert [(x.stage, x.block, x.topk) for x in layers] == [(1, 1, 1), (2, 1, 4), (2, 2, 4), (3, 1, 9)]
+    assert all(0 < x.routed <= x.best + 1e-6 for x in layers)
+    assert layers[3].topk < layers[3].regions or layers[3].routed == pytest.approx(1.0)
+    again = model_recall(model, random_pictures(3).images, batch=3)
+    assert [x.routed for x in again] == pytest.approx([x.routed for x in layers], abs=1e-5)
+    assert recall_text(layers).startswith(f"stage 1 {layers[0].routed:.2f} of {layers[0].best:.2f} (k 1/")
 
 
 # --- whole models --------------------------------------------------------------------------

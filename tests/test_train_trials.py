@@ -42,7 +42,7 @@ def request(**changes: Any) -> Request:
 
 def seeded(seed: int) -> Backbone:
     torch.manual_seed(seed)
-    small = {"depth": (1, 1, 1, 1), "embed_dim": (32,) * 4, "qk_dims": (32,) * 4, "n_win": 4}
+    small: dict[str, Any] = {"depth": (1, 1, 1, 1), "embed_dim": (32,) * 4, "qk_dims": (32,) * 4, "n_win": 4}
     return build("biformer_tiny", num_classes=10, auto_pad=True, backend="gather-sdpa", **small)
 
 

@@ -25,6 +25,7 @@ from bratune.tune.fidelity import (
 from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.pick import KL_LIMITS
 from bratune.tune.pictures import Pictures
+from bratune.tune.recall import LayerRecall, model_recall
 from bratune.tune.rerouting import reroute
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
@@ -34,6 +35,8 @@ __all__ = ["CheckpointFidelity", "load_checkpoint", "outputs"]
 
 # Computes attention without scores in memory and accepts any problem, gradients not needed.
 BACKEND = "gather-sdpa"
+# Recall costs full attention, and differs little between pictures.
+RECALL_PICTURES = 16
 
 
 def load_checkpoint(
@@ -157,6 +160,11 @@ class CheckpointFidelity:
         if self.pictures.labels is None or not self.has_head:
             return None
         return self._run(setting)[0].argmax(1) == self.pictures.labels
+
+    def recall(self, setting: Setting) -> tuple[LayerRecall, ...]:
+        """The attention mass in the routed regions of every routed layer, on the first pictures."""
+        reroute(self.model, setting.n_win, setting.topks)
+        return model_recall(self.model, self.pictures.images[:RECALL_PICTURES])
 
     def _run(self, setting: Setting) -> list[Tensor]:
         reroute(self.model, setting.n_win, setting.topks)

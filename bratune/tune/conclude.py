@@ -82,6 +82,7 @@ def conclude(tuner: Tuner, fresh: Fresh, *, command: str = "", complete: bool = 
         reason=reason,
         measured=_how_measured(tuner),
         table_error=_finite(dataclasses.asdict(error)) if error.n else {"n": 0},
+        diagnostics=_diagnostics(tuner, setting),
         created_utc=utc_now(),
         command=command,
         study=tuner.settings.name,
@@ -121,6 +122,20 @@ def evidence_of(tuner: Tuner, chosen: Verified) -> Evidence:
     reference = tuner.request.reference
     same = tuner.space.model_key(chosen.setting) == tuner.space.model_key(reference)
     return prior_only(unchanged=same, omega=tuner.request.omega)
+
+
+def _diagnostics(tuner: Tuner, setting: Setting) -> dict[str, Any]:
+    """The recall of the plan and of the reference, where there are weights and pictures to look at."""
+    from bratune.tune.checkpoint_fidelity import CheckpointFidelity
+
+    if not isinstance(tuner.fidelity, CheckpointFidelity):
+        return {}
+    looked_at = {"plan": setting, "reference": tuner.reference}
+    recall = {
+        name: [dataclasses.asdict(layer) for layer in tuner.fidelity.recall(one)]
+        for name, one in looked_at.items()
+    }
+    return {"recall": recall}
 
 
 def _stage_times(tuner: Tuner, setting: Setting) -> dict[int, dict[str, Any]]:

@@ -128,6 +128,8 @@ class Plan:
         machine: Where it was measured.
         table_error: How well the sum of stages predicted whole models: ``n``, ``mape``, ``kendall``,
             ``spearman``.
+        diagnostics: What was looked at beside the objectives and decided nothing: ``recall`` of every routed
+            layer of the plan and of the reference (`bratune.tune.recall.LayerRecall`).
         command: What makes this plan again.
         complete: The search ran to its end; False after an interrupt or a spent budget.
     """
@@ -151,6 +153,7 @@ class Plan:
     padding: str = "zeros"
     measured: str = "measured"
     table_error: dict[str, Any] = field(default_factory=dict, hash=False)
+    diagnostics: dict[str, Any] = field(default_factory=dict, hash=False)
     created_utc: str = ""
     command: str = ""
     study: str = ""
@@ -247,6 +250,7 @@ class Plan:
             "reason": self.reason,
             "evidence": self.evidence.to_dict(),
             "table_error": self.table_error,
+            "diagnostics": self.diagnostics,
             "knobs": {name: list(fields) for name, fields in KNOBS.items()},
         }
 

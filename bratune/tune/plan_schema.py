@@ -97,6 +97,7 @@ PLAN_SCHEMA: dict[str, Any] = {
             "padding": {"enum": ["zeros", "masked"]},
             "reason": _TEXT,
             "table_error": {"type": "object"},
+            "diagnostics": {"type": "object"},
             "knobs": {"type": "object"},
         },
     ),

@@ -7,13 +7,110 @@ regions it shows what the router loses.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bratune.kernels.backbone import Backbone
+from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bratune.kernels.layout import to_head_regions
+from bratune.kernels.nhwc import to_nhwc
 from bratune.kernels.routing import region_means
 
-__all__ = ["recall_curves"]
+__all__ = ["LayerRecall", "model_recall", "recall_curves", "recall_text"]
+
+# Scores held at a time; a whole score matrix of stage 1 would be gigabytes at 512 pixels.
+MOST_SCORES = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecall:
+    """What one routed layer sees of what full attention with its own queries and keys would see.
+
+    Attributes:
+        stage: From 1.
+        block: From 1, within the stage.
+        regions: Key regions of the map.
+        topk: Of which every query region attends to so many.
+        routed: Share of the attention mass in the regions of the router.
+        best: Share in the best regions of that number, chosen by the mass itself.
+    """
+
+    stage: int
+    block: int
+    regions: int
+    topk: int
+    routed: float
+    best: float
+
+
+def model_recall(model: Backbone, images: Tensor, *, batch: int = 8) -> tuple[LayerRecall, ...]:
+    """The recall of every routed layer of a model, mean over images.
+
+    Layers that pool their keys are left out.
+
+    Args:
+        model: In evaluation mode afterwards; S and top-k are what it has in place.
+        images: ``[N, 3, H, W]``.
+        batch: Images per forward pass.
+    """
+    layers: list[tuple[int, int, Any]] = []
+    for number, stage in enumerate(model.stages, 1):
+        routed = [m for m in stage.modules() if _is_read(m)]
+        layers += [(number, block, module) for block, module in enumerate(routed, 1)]
+    sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def read(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            q, k, region = _queries_and_keys(module, inputs[0])
+            attn: Any = module
+            curves = recall_curves(q, k, region=region, heads=attn.num_heads, scale=attn.scale)
+            weighted = [len(q) * curve.double() for curve in curves]
+            before = sums.get(place, (torch.zeros_like(weighted[0]), torch.zeros_like(weighted[1])))
+            sums[place] = before[0] + weighted[0], before[1] + weighted[1]
+
+        return hook
+
+    model.eval()
+    first = next(model.parameters())
+    handles = [m.register_forward_pre_hook(read(place)) for place, (_, _, m) in enumerate(layers)]
+    try:
+        with torch.no_grad():
+            for some in torch.split(images, batch):
+                model(some.to(device=first.device, dtype=first.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = []
+    for place, (number, block, module) in enumerate(layers):
+        routed_sum, best_sum = sums[place]
+        topk = min(module.topk, len(routed_sum))
+        found.append(
+            LayerRecall(
+                stage=number,
+                block=block,
+                regions=len(routed_sum),
+                topk=topk,
+                routed=float(routed_sum[topk - 1]) / len(images),
+                best=float(best_sum[topk - 1]) / len(images),
+            )
+        )
+    return tuple(found)
+
+
+def recall_text(layers: Sequence[LayerRecall]) -> str:
+    """Recall per stage in one line, mean over its layers: that of the router, of the best regions, and k."""
+    parts = []
+    for stage in sorted({layer.stage for layer in layers}):
+        some = [layer for layer in layers if layer.stage == stage]
+        routed, best = (sum(getattr(x, name) for x in some) / len(some) for name in ("routed", "best"))
+        share = f"{some[0].topk}/{some[0].regions}"
+        parts.append(f"stage {stage} {routed:.2f} of {best:.2f} (k {share})")
+    return " · ".join(parts)
 
 
 def recall_curves(
@@ -35,11 +132,35 @@ def recall_curves(
     affinity = region_means(q, region) @ region_means(k, region).transpose(-1, -2)
     order = affinity.argsort(-1, descending=True)
     routed, best = [], []
-    for i in range(q.shape[0]):  # one image at a time: the full score matrix is large
+    for i in range(q.shape[0]):
         own, keys = (to_head_regions(x[i : i + 1], region, heads)[0].float() for x in (q, k))
         count, tokens = own.shape[1], own.shape[2]
-        logits = own.flatten(1, 2) @ keys.flatten(1, 2).transpose(-1, -2) * scale
-        mass = logits.softmax(-1).view(heads, count, tokens, count, tokens).sum(-1).mean((0, 2))  # [R, R]
+        flat = keys.flatten(1, 2).transpose(-1, -2) * scale
+        rows = max(MOST_SCORES // (heads * count * tokens * tokens), 1)
+        parts = []
+        for some in torch.split(own, rows, dim=1):
+            weights = (some.flatten(1, 2) @ flat).softmax(-1)  # [heads, rows * tokens, R * tokens]
+            by_region = weights.view(heads, some.shape[1], tokens, count, tokens).sum(-1)
+            parts.append(by_region.mean((0, 2)))
+        mass = torch.cat(parts)  # [R, R]
         routed.append(mass.gather(-1, order[i]).cumsum(-1).mean(0))
         best.append(mass.sort(-1, descending=True).values.cumsum(-1).mean(0))
     return torch.stack(routed).mean(0), torch.stack(best).mean(0)
+
+
+def _is_read(module: nn.Module) -> bool:
+    if isinstance(module, BiLevelRoutingAttention):
+        return isinstance(module.kv_down, nn.Identity)
+    return isinstance(module, NCHWBiLevelRoutingAttention)
+
+
+def _queries_and_keys(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """What level two compares in a layer, and the region; padding counts as tokens, as in the layer."""
+    attn: Any = module
+    if isinstance(module, NCHWBiLevelRoutingAttention):
+        q, k, _ = attn.project(to_nhwc(x))
+        rh, rw = attn.region_of(*q.shape[1:3])
+        margin = (0, 0, 0, -q.shape[2] % rw, 0, -q.shape[1] % rh)
+        return F.pad(q, margin), F.pad(k, margin), (rh, rw)
+    q, k, _ = attn.project(attn.pad(x))
+    return q, k, attn.region_of(*q.shape[1:3])
