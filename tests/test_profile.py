@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from bratune.profile import session
 from bratune.profile.cells import scenes
 from bratune.profile.engine import CellEngine, LocalRunner
 from bratune.profile.explain import explain_stages
+from bratune.profile.measured_n_win import stored_blocks
 from bratune.profile.request import Request, make_request
 from bratune.profile.run_cell import run_cell
 from bratune.profile.summary import best_attention, differ, group, residual
 from bratune.profile.target import find_target
 from bratune.record import Record
+from bratune.report.explain_tables import n_win_table
 from bratune.report.profile_tables import profile_markdown, profile_text
 from bratune.report.tables import Note, Table, to_csv, to_markdown, to_text
 from bratune.report.timm_format import timm_csv, timm_row
@@ -364,6 +367,35 @@ def test_cpu_and_auto_are_targets_that_are_here() -> None:
     assert find_target("auto", "cpu").machine.kind == "cpu"
     with pytest.raises(UnknownNameError, match="a100"):
         find_target("a1000")
+
+
+def test_explain_shows_the_fastest_measured_s(tmp_path: Path) -> None:
+    request = make_request(CPU, models=("biformer_tiny",))
+    times = {7: 2.0, 14: 1.5}
+    for n_win, ms in times.items():
+        stage = request.stages("biformer_tiny", 1)[0]
+        assert stage.problem is not None
+        cell = Cell(
+            part="block",
+            problem=stage.problem,
+            backend="dense",
+            model="biformer_tiny",
+            image=(224, 224),
+            stage=1,
+            n_win=str(n_win),
+            topk="1",
+        )
+        Store(tmp_path / "rows.jsonl").append(Record.of(cell, CPU, outcome="measured", median_ms=ms))
+    facts = explain_stages(request, CPU, stored_blocks(CPU, [tmp_path]))
+    found = facts[0].measured_n_win
+    assert found is not None
+    assert (found.n_win, found.ms, found.backend, found.tried) == (14, 1.5, "dense", (7, 14))
+    assert facts[1].measured_n_win is None
+    elsewhere = dataclasses.replace(CPU, gpu_name="another")
+    assert stored_blocks(elsewhere, [tmp_path]) == ()
+    lines = n_win_table(facts, lambda fact: "measure it").rows
+    assert lines[0] == Note(("1", "7", "13.0"), "S=14, 1.500 ms per block with dense (measured: 7, 14)")
+    assert lines[1] == Note(("2", "7", "10.4"), "not measured yet: measure it")
 
 
 def test_explain_counts_padding_pairs_and_gathered_bytes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     "--fit", metavar="MEMORY", help="Also the largest batch that so much memory holds, e.g. 24GB or 80GiB."
 )
 @click.option(
+    "--records",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="PATH",
+    help="Where to look for the fastest S; repeatable.  [default: runs, and what comes with bratune]",
+)
+@click.option(
     "--format",
     type=options.Name("format", lambda: ("table", "json", "md")),
     default="table",
@@ -33,19 +41,29 @@ if TYPE_CHECKING:
 @options.config_file
 @click.pass_context
 def command(
-    ctx: click.Context, /, gpu: str, device: str, measured: bool, fit: str | None, format: str, **asked: Any
+    ctx: click.Context,
+    /,
+    gpu: str,
+    device: str,
+    measured: bool,
+    fit: str | None,
+    records: tuple[Path, ...],
+    format: str,
+    **asked: Any,
 ) -> None:
     """Say what each stage asks of a backend, and which backends accept, without running anything.
 
     One row per stage: tokens that padding adds, keys per query, query-key pairs, bytes that gather-then-dense
-    copies, multiply-adds, and the S that the paper's complexity formula favours. Then every backend,
-    accepted or with all its reasons. With --fit, the largest batch per backend.
+    copies, multiply-adds. Then the S that the paper's complexity formula favours and the fastest that was
+    measured on this machine, and every backend, accepted or with all its reasons. With --fit, the largest
+    batch per backend.
     """
     if asked.pop("dump_config"):
         click.echo(options.dump_config(ctx))
         return
     from bratune.profile.explain import explain_fit, explain_stages
     from bratune.profile.fit import parse_memory
+    from bratune.profile.measured_n_win import stored_blocks
     from bratune.profile.request import make_request
     from bratune.profile.target import find_target
 
@@ -54,7 +72,7 @@ def command(
         target.require_present()
     request = make_request(target.machine, **options.request_values(asked))
     fits = explain_fit(request, target.machine, parse_memory(fit)) if fit else ()
-    facts = explain_stages(request, target.machine)
+    facts = explain_stages(request, target.machine, stored_blocks(target.machine, records))
     if format == "json":
         data: Any = [_as_json(fact) for fact in facts]
         if fit:
@@ -89,7 +107,7 @@ def _as_json(fact: StageFacts) -> dict[str, Any]:
 
 
 def _show(request: Request, facts: Sequence[StageFacts], machine: str, *, markdown: bool) -> None:
-    from bratune.report.explain_tables import backends_table, stages_table
+    from bratune.report.explain_tables import backends_table, n_win_table, stages_table
     from bratune.report.tables import to_markdown, to_text
 
     render = to_markdown if markdown else to_text
@@ -101,6 +119,30 @@ def _show(request: Request, facts: Sequence[StageFacts], machine: str, *, markdo
     click.echo(machine)
     words = [request.models[0], request.task.name, image, f"batch {request.batches[0]}", request.dtype]
     click.echo(" · ".join([*words, request.direction]))
-    for table in (stages_table(facts), backends_table(facts)):
+    for table in (
+        stages_table(facts),
+        n_win_table(facts, lambda fact: _measure(request, fact)),
+        backends_table(facts),
+    ):
         click.echo("")
         click.echo(render(table))
+
+
+def _measure(request: Request, fact: StageFacts) -> str:
+    """The command that measures a stage with the S in use, or after that with one near the formula's."""
+    from bratune.tune.space import Space
+
+    model, (height, width) = request.models[0], request.image
+    words = ["bratune profile", f"--model {model}", f"--task {request.task.name}", f"--res {height}x{width}"]
+    if request.batches[0] != 1:
+        words.append(f"-b {request.batches[0]}")
+    if request.direction != "fwd":
+        words.append(f"--direction {request.direction}")
+    tried = fact.measured_n_win.tried if fact.measured_n_win else ()
+    n_win = fact.stage.n_win
+    if n_win in tried:
+        space = Space(model=model, height=height, width=width, default_n_win=n_win)
+        others = [w.n_win for w in space.shared_windows() if w.n_win not in tried]
+        wanted = fact.optimal_n_win or n_win
+        n_win = min(others, key=lambda s: abs(s - wanted), default=n_win)
+    return " ".join([*words, f"--n-win {n_win}", f"--stage {fact.stage.index}"])

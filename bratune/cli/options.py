@@ -33,6 +33,7 @@ __all__ = [
     "dump_config",
     "engine_options",
     "measuring_options",
+    "meter_changes",
     "output_options",
     "request_values",
     "target_options",
@@ -401,6 +402,16 @@ def _plain(key: str, value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
     return str(value) if isinstance(value, Path) else value
+
+
+def meter_changes(asked: Mapping[str, Any]) -> dict[str, float]:
+    """What `measuring_options` gave of a meter's settings, by the names that `MeterSettings` has for them."""
+    given = {
+        "min_time_s": asked["min_time"],
+        "max_noise_pct": asked["max_noise"],
+        "timeout_s": asked["timeout"],
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def request_values(asked: Mapping[str, Any]) -> dict[str, Any]:

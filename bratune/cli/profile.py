@@ -339,12 +339,7 @@ def _settings(asked: dict[str, Any], *, on_gpu: bool) -> tuple[MeterSettings, li
     from bratune.measure.settings import MeterSettings
 
     effort = asked["effort"] or ("standard" if on_gpu else "quick")
-    changes = {
-        "min_time_s": asked["min_time"],
-        "max_noise_pct": asked["max_noise"],
-        "timeout_s": asked["timeout"],
-    }
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes = options.meter_changes(asked)
     flags = ["--effort", effort]
     for flag, name, unit in (
         ("--min-time", "min_time_s", "s"),

@@ -242,14 +242,7 @@ def _engines(asked: dict[str, Any], request: Request, folder: Path) -> tuple[Cel
     from bratune.profile.isolated import IsolatedEngine
     from bratune.store import Store
 
-    changes = {
-        "min_time_s": asked["min_time"],
-        "max_noise_pct": asked["max_noise"],
-        "timeout_s": asked["timeout"],
-    }
-    settings = MeterSettings.for_effort(
-        request.effort, **{name: value for name, value in changes.items() if value is not None}
-    )
+    settings = MeterSettings.for_effort(request.effort, **options.meter_changes(asked))
     run_id = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     store = Store(folder / "records.jsonl")
     runner, machine = _replayed(asked), None if asked["replay"] else _machine(asked)

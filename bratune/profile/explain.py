@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bratune.kernels import registry
 from bratune.machine import Machine
 from bratune.profile.count import block_macs, optimal_n_win, part_macs
 from bratune.profile.fit import Fit, fit_backends
+from bratune.profile.measured_n_win import MeasuredNWin, measured_n_win
 from bratune.profile.request import Request
+from bratune.record import Record
 from bratune.variant import Stage, get_variant
 
 __all__ = ["StageFacts", "explain_fit", "explain_stage", "explain_stages"]
@@ -28,6 +31,7 @@ class StageFacts:
         attention_macs: Multiply-adds of both attention products.
         block_macs: Multiply-adds of the block.
         optimal_n_win: The S of the paper's complexity formula; None without routing.
+        measured_n_win: The fastest S that was measured on this machine; None where none was.
         reasons: Every backend with its reasons for refusing; empty reasons: it accepts.
     """
 
@@ -40,14 +44,23 @@ class StageFacts:
     attention_macs: int
     block_macs: int
     optimal_n_win: float | None
+    measured_n_win: MeasuredNWin | None
     reasons: dict[str, tuple[str, ...]]
 
 
-def explain_stages(request: Request, machine: Machine) -> tuple[StageFacts, ...]:
-    """The facts of every stage of the request's first model at its first batch size."""
+def explain_stages(
+    request: Request, machine: Machine, blocks: Sequence[Record] = ()
+) -> tuple[StageFacts, ...]:
+    """The facts of every stage of the request's first model at its first batch size.
+
+    Args:
+        request: What is asked about.
+        machine: Where it would run.
+        blocks: What was measured there; see `bratune.profile.measured_n_win.stored_blocks`.
+    """
     model, batch = request.models[0], request.batches[0]
     found = request.stages(model, batch)
-    return tuple(explain_stage(request, machine, model, batch, stage) for stage in found)
+    return tuple(explain_stage(request, machine, model, batch, stage, blocks) for stage in found)
 
 
 def explain_fit(request: Request, machine: Machine, memory_bytes: int) -> tuple[Fit, ...]:
@@ -56,8 +69,15 @@ def explain_fit(request: Request, machine: Machine, memory_bytes: int) -> tuple[
     return fit_backends(get_variant(model), request.stages(model, 1), machine, memory_bytes, request.backends)
 
 
-def explain_stage(request: Request, machine: Machine, model: str, batch: int, stage: Stage) -> StageFacts:
-    """The facts of one stage."""
+def explain_stage(
+    request: Request,
+    machine: Machine,
+    model: str,
+    batch: int,
+    stage: Stage,
+    blocks: Sequence[Record] = (),
+) -> StageFacts:
+    """The facts of one stage; see `explain_stages`."""
     variant, problem = get_variant(model), stage.problem
     if problem is None:
         pairs = gathered = scores = keys = 0
@@ -79,5 +99,14 @@ def explain_stage(request: Request, machine: Machine, model: str, batch: int, st
         optimal_n_win=optimal_n_win(stage.height, stage.width, stage.topk)
         if stage.kind == "routed"
         else None,
+        measured_n_win=measured_n_win(
+            blocks,
+            model=model,
+            image=request.image,
+            batch=batch,
+            dtype=request.dtype,
+            direction=request.direction,
+            stage=stage,
+        ),
         reasons=reasons,
     )

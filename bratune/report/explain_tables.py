@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from bratune.profile.explain import StageFacts
 from bratune.profile.fit import Fit
 from bratune.report.tables import Note, Row, Table
 
-__all__ = ["backends_table", "fit_table", "stages_table"]
+__all__ = ["backends_table", "fit_table", "n_win_table", "stages_table"]
 
 
 def stages_table(facts: Sequence[StageFacts]) -> Table:
@@ -33,7 +33,6 @@ def stages_table(facts: Sequence[StageFacts]) -> Table:
                 f"{fact.score_bytes / 1e6:.1f}",
                 f"{fact.attention_macs / 1e9:.3f}",
                 f"{fact.block_macs / 1e9:.3f}",
-                "-" if fact.optimal_n_win is None else f"{fact.optimal_n_win:.1f}",
             )
         )
     heads = (
@@ -48,10 +47,36 @@ def stages_table(facts: Sequence[StageFacts]) -> Table:
         "scores MB",
         "GMAC att",
         "GMAC blk",
-        "S*",
     )
-    title = "one block, whole batch; S* = the S of the paper's complexity formula, (top-k/2 (HW)^2)^(1/6)"
-    return Table(heads, tuple(rows), title=title)
+    return Table(heads, tuple(rows), title="one block, whole batch")
+
+
+def n_win_table(facts: Sequence[StageFacts], measure: Callable[[StageFacts], str]) -> Table:
+    """The S in use beside that of the paper's formula and the fastest that was measured here.
+
+    Args:
+        facts: Of every stage.
+        measure: The command that measures a stage with an S that was not measured yet.
+    """
+    rows: list[Row] = []
+    for fact in facts:
+        if fact.optimal_n_win is None:
+            continue
+        best = fact.measured_n_win
+        if best is None:
+            said = f"not measured yet: {measure(fact)}"
+        elif len(best.tried) == 1:
+            said = f"only S={best.n_win} was measured ({best.ms:.3f} ms, {best.backend}): {measure(fact)}"
+        else:
+            tried = ", ".join(map(str, best.tried))
+            said = f"S={best.n_win}, {best.ms:.3f} ms per block with {best.backend} (measured: {tried})"
+        before = (str(fact.stage.index), str(fact.stage.n_win), f"{fact.optimal_n_win:.1f}")
+        rows.append(Note(before, said))
+    title = (
+        "which S, with the stage's top-k; formula: (top-k/2 (HW)^2)^(1/6), HW in tokens, has the fewest\n"
+        "multiply-adds of routing and attention (paper, eq. 7 to 9)"
+    )
+    return Table(("<stage", "S", "formula", "<fastest measured here"), tuple(rows), title=title)
 
 
 def backends_table(facts: Sequence[StageFacts]) -> Table:
