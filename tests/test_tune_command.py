@@ -52,6 +52,8 @@ def test_dry_run_shows_what_is_legal_and_measures_nothing(tmp_path: Path) -> Non
     assert result.exit_code == 0
     assert "S=14 (padding 0%): k in 64" in result.stdout
     assert "tried first: paper: S=7 k=1/4/16" in result.stdout
+    assert "  backends: gather-sdpa, " in result.stdout
+    assert "nothing is known about accuracy" in result.stdout
     assert not (tmp_path / "x").exists()
 
 
@@ -63,7 +65,16 @@ def test_dry_run_shows_what_is_legal_and_measures_nothing(tmp_path: Path) -> Non
         (["--model", "biformer_tiny", "--model", "biformer_small"], 2, "one model, not 2"),
         (["--constraint", "speed>1"], 2, "no number of a record is called 'speed'"),
         (["--objective", "fidelity"], 2, "needs something to measure it on"),
-        (["--n-win", "8"], 2, "without one S is tuned"),
+        (["--n-win", "8"], 2, "say something about trained weights"),
+        (["--topks", "1,4,16,-2"], 2, "say something about trained weights"),
+        (["--allow-more-k"], 2, "--checkpoint names them"),
+        (["--checkpoint", "none.pth"], 2, "there is no such file"),
+        (["--backend", "fast"], 2, "no backend is called 'fast'"),
+        (["--pick", "best"], 2, "no pick rule is called 'best'"),
+        (["--pick", "trial:x"], 2, "no pick rule is called 'trial:x'"),
+        (["--labels"], 2, "--images DIR is missing"),
+        (["--images", "x"], 2, "--images alone judges nothing"),
+        (["--train-trials", "3"], 2, "needs pictures to train on"),
         (["--join", "sqlite:///x.db"], 2, "SQLite serves one process only"),
         (["--replay", "nowhere"], 1, "there are no records at nowhere"),
     ],

@@ -28,6 +28,7 @@ __all__ = [
     "Numbers",
     "Percent",
     "Resolution",
+    "backend_names",
     "cluster_option",
     "config_file",
     "dump_config",
@@ -179,7 +180,8 @@ def _tasks() -> Iterable[str]:
     return TASKS
 
 
-def _backends() -> Iterable[str]:
+def backend_names() -> Iterable[str]:
+    """Every registered backend."""
     from bratune.kernels.registry import names
 
     return names()
@@ -248,10 +250,10 @@ work_options = _stack(
         help="fwd, or fwd-bwd to add the gradients.",
     ),
     click.option(
-        "--backend", type=Name("backend", _backends), multiple=True, help="Only this backend; repeatable."
+        "--backend", type=Name("backend", backend_names), multiple=True, help="Only this backend; repeatable."
     ),
     click.option(
-        "--skip", type=Name("backend", _backends), multiple=True, help="Not this backend; repeatable."
+        "--skip", type=Name("backend", backend_names), multiple=True, help="Not this backend; repeatable."
     ),
     click.option(
         "--routes",

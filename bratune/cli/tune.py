@@ -45,7 +45,12 @@ FORMATS = ("table", "json", "csv", "md")
     show_default=True,
     help="fwd, or fwd-bwd to add the gradients.",
 )
-@click.option("--backend", multiple=True, help="Only this backend; repeatable.")
+@click.option(
+    "--backend",
+    type=options.Name("backend", options.backend_names),
+    multiple=True,
+    help="Only this backend; repeatable.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, images and proposals.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights: tune for them.")
 @click.option("--trained-res", type=options.Resolution(), help="Image size they were trained at.")
@@ -152,7 +157,7 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
         return _join(asked)
     request = _request(asked, machine)
     if asked["dry_run"]:
-        _show_space(request)
+        _show_space(request, machine)
         return 0
     folder = asked["output"] or Path("runs") / "tune" / request.study_name
     if replayed:
@@ -190,10 +195,8 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
         raise UsageError(f"tune takes one model, not {len(models)}: {', '.join(models)}")
     task = get_task(asked["task"] or "classification")
     height, width = task.padded(*(asked["res"] or (task.height, task.width)))
-    if asked["n_win"] and not asked["checkpoint"]:
-        raise UsageError(
-            "--n-win and --topks say what a --checkpoint was trained with; without one S is tuned"
-        )
+    if asked["checkpoint"] and not asked["checkpoint"].is_file():
+        raise UsageError(f"--checkpoint {asked['checkpoint']}: there is no such file")
     n_win = asked["n_win"] or ()
     return Request(
         model=models[0],
@@ -351,8 +354,10 @@ def _join(asked: dict[str, Any]) -> int:
     return 0
 
 
-def _show_space(request: Request) -> None:
-    space = request.space
+def _show_space(request: Request, machine: Machine) -> None:
+    from bratune.tune.bench import registry_offers
+
+    space, offers = request.space, registry_offers(machine, request.backends)
     for i in space.routed:
         choices = list(space.model_choices(i))
         height, width = space.variant.maps(space.height, space.width)[i]
@@ -360,8 +365,18 @@ def _show_space(request: Request) -> None:
         for s in space.windows(i):
             waste = space.stage(i, s, 1).padding_waste
             click.echo(f"  S={s} (padding {waste:.0%}): k in {', '.join(map(str, space.topks(i, s)))}")
+        problem = space.stage(i, request.reference.n_win[i], request.reference.topks[i]).problem
+        names = [name for name, _ in offers(problem)] if problem else []
+        click.echo(f"  backends: {', '.join(names) or 'none accepts; bratune explain says why'}")
     for name, setting in request.first_settings().items():
         click.echo(f"tried first: {name}: {setting}")
+    if space.bounds.floor_only:
+        click.echo(
+            f"k is the smallest that keeps {request.omega:.0%} of the authors' keys per query, S at least as "
+            "fine: nothing is known about accuracy"
+        )
+    if space.bounds.topks is not None:
+        click.echo("S and top-k are those of the weights; --allow-model-changes with --images tunes them too")
 
 
 def _again() -> str:

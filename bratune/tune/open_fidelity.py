@@ -35,10 +35,11 @@ def open_fidelity(
     """What judges settings for a request; None where nothing can.
 
     Raises:
-        UsageError: pictures or labels are missing.
+        UsageError: pictures are missing.
         CheckpointError: the weights cannot be loaded.
     """
     if request.second != "loss":
+        _check_weights(request, say)
         return None
     if request.checkpoint:
         return _of_checkpoint(request, machine, say)
@@ -49,6 +50,17 @@ def open_fidelity(
     from bratune.tune.shared_run import SharedRun
 
     return SharedRun.train(request, device=machine.device, say=say)
+
+
+def _check_weights(request: Request, say: Say) -> None:
+    """Raise where the weights do not fit the model, although nothing is computed with them."""
+    if not request.checkpoint:
+        return
+    from bratune.tune.checkpoint_fidelity import load_checkpoint
+
+    load_checkpoint(request.model, request.checkpoint, features_only=get_task(request.task).features_only)
+    if request.images:
+        say("S and top-k stay those of the weights, so that outputs do too and --images are not looked at")
 
 
 def _of_checkpoint(request: Request, machine: Machine, say: Say) -> FidelitySource:

@@ -14,7 +14,7 @@ from bratune.errors import UnknownNameError, UsageError
 from bratune.tune.front import Point, pareto
 from bratune.tune.setting import Setting
 
-__all__ = ["KL_LIMITS", "PICKS", "Pick", "Verified", "pick"]
+__all__ = ["KL_LIMITS", "PICKS", "Pick", "Verified", "check_rule", "pick"]
 
 # Largest divergence from the checkpoint's own setting, in nats, before a checkpoint has been calibrated. On
 # small networks with 4 to 12 classes the median loss of accuracy below 0.01 was 0.1 points, the worst 0.5.
@@ -54,6 +54,13 @@ class Pick:
     reason: str
 
 
+def check_rule(rule: str) -> None:
+    """Raise `UnknownNameError` where a text is no rule."""
+    number = rule.removeprefix("trial:")
+    if rule not in PICKS[:-1] and not (number != rule and number.isdigit()):
+        raise UnknownNameError("pick rule", rule, PICKS)
+
+
 def pick(rule: str, verified: Sequence[Verified], *, limits: dict[str, float] | None = None) -> Pick:
     """The setting that a rule chooses.
 
@@ -66,11 +73,10 @@ def pick(rule: str, verified: Sequence[Verified], *, limits: dict[str, float] | 
         UnknownNameError: the rule is not known.
         UsageError: nothing is feasible, or the trial that was asked for is not there.
     """
+    check_rule(rule)
     feasible = [v for v in verified if v.feasible]
     if rule.startswith("trial:"):
         return _by_number(rule, verified)
-    if rule not in PICKS:
-        raise UnknownNameError("pick rule", rule, PICKS)
     if not feasible:
         raise UsageError(
             f"none of {len(verified)} measured settings keeps every constraint; "

@@ -13,6 +13,7 @@ from typing import Any
 from bratune.errors import UsageError
 from bratune.tune.bounds import checkpoint_bounds, prior_bounds
 from bratune.tune.constraints import Constraint, parse_constraint
+from bratune.tune.pick import check_rule
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
 from bratune.variant import get_task
@@ -111,6 +112,23 @@ class Request:
         self._check_fidelity()
         for text in self.constraints:
             parse_constraint(text)
+        check_rule(self.pick)
+        self._check_checkpoint()
+
+    def _check_checkpoint(self) -> None:
+        """Raise where something was said about weights and there are none."""
+        about = {
+            "--n-win and --topks": self.trained_n_win or self.trained_topks,
+            "--trained-res": any(self.trained_res),
+            "--allow-model-changes": self.allow_model_changes,
+            "--allow-more-k": self.allow_more_k,
+        }
+        idle = [flag for flag, given in about.items() if given]
+        if idle and not self.checkpoint:
+            raise UsageError(
+                f"{' and '.join(idle)} say something about trained weights; --checkpoint names them, and "
+                "without it S and top-k are tuned anyway"
+            )
 
     def _check_fidelity(self) -> None:
         """Raise where something was given to judge settings by and would not be used."""
@@ -129,6 +147,8 @@ class Request:
                 "objective 'fidelity' needs something to measure it on: --checkpoint with --images, "
                 "or --images with --labels and --shared-run or --train-trials"
             )
+        if self.labels and not self.images:
+            raise UsageError("--labels says what the subfolders of --images are; --images DIR is missing")
         if self.images and not self.measures_fidelity:
             raise UsageError(
                 "--images alone judges nothing: --checkpoint says whose outputs to compare, --labels with "

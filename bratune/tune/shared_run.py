@@ -27,6 +27,7 @@ from bratune.tune.rerouting import reroute
 from bratune.tune.setting import Setting
 from bratune.tune.short_training import (
     Recipe,
+    TrainedSource,
     fresh_model,
     labelled_halves,
     paired_gain,
@@ -73,11 +74,8 @@ def renorm(model: Backbone, images: Tensor, *, batch: int, batches: int) -> None
     model.eval()
 
 
-class SharedRun:
+class SharedRun(TrainedSource):
     """A `bratune.tune.fidelity_source.FidelitySource` over weights that were trained for all settings.
-
-    The loss of a setting is how far its validation accuracy falls below the reference's by more than two
-    standard errors, as a fraction; so settings that cannot be told apart share the loss 0.
 
     Args:
         models: One per seed, trained by `bratune.tune.short_training.train_shared`.
@@ -125,17 +123,6 @@ class SharedRun:
         """Pictures, recipe and reference."""
         text = f"{self.valid.key}-{self.recipe}-{self.space.model_key(self.reference)}"
         return "shared-" + hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """Indistinguishable from the reference, by every rule."""
-        return dict.fromkeys(("safe", "balanced", "fast"), 0.0)
-
-    def stage_loss(self, index: int, n_win: int, topk: int) -> float:
-        """The loss of the reference with only one stage changed."""
-        sides, topks = list(self.reference.n_win), list(self.reference.topks)
-        sides[index], topks[index] = n_win, topk
-        return self.joint(self.space.setting(sides, topks)).loss
 
     def joint(self, setting: Setting) -> Fidelity:
         """How far validation accuracy falls below the reference's, and the evidence for it."""

@@ -14,6 +14,7 @@ from bratune.errors import UsageError
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.biformer import build
 from bratune.tune.checkpoint_fidelity import BACKEND
+from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.pictures import Pictures, load_pictures
 from bratune.tune.rerouting import reroute
 from bratune.tune.setting import Setting
@@ -22,7 +23,15 @@ from bratune.tune.space import Space
 if TYPE_CHECKING:
     from bratune.tune.request import Request
 
-__all__ = ["Recipe", "fresh_model", "labelled_halves", "paired_gain", "recipe_of", "train_shared"]
+__all__ = [
+    "Recipe",
+    "TrainedSource",
+    "fresh_model",
+    "labelled_halves",
+    "paired_gain",
+    "recipe_of",
+    "train_shared",
+]
 
 # Validation pictures below which no difference between settings could be seen.
 FEWEST = 20
@@ -44,6 +53,32 @@ class Recipe:
     weight_decay: float = 0.05
     seeds: int = 2
     norm_batches: int = 8
+
+
+class TrainedSource:
+    """What fidelity sources that train have in common.
+
+    Their loss is how far validation accuracy falls below the reference's by more than two standard errors, as
+    a fraction; so settings that cannot be told apart share the loss 0.
+    """
+
+    space: Space
+    reference: Setting
+
+    def joint(self, setting: Setting) -> Fidelity:
+        """The loss and the evidence of a whole setting."""
+        raise NotImplementedError
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Indistinguishable from the reference, by every rule."""
+        return dict.fromkeys(("safe", "balanced", "fast"), 0.0)
+
+    def stage_loss(self, index: int, n_win: int, topk: int) -> float:
+        """The loss of the reference with only one stage changed."""
+        sides, topks = list(self.reference.n_win), list(self.reference.topks)
+        sides[index], topks[index] = n_win, topk
+        return self.joint(self.space.setting(sides, topks)).loss
 
 
 def recipe_of(request: Request) -> Recipe:

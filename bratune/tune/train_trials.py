@@ -31,6 +31,7 @@ from bratune.tune.rerouting import reroute
 from bratune.tune.setting import Setting
 from bratune.tune.short_training import (
     Recipe,
+    TrainedSource,
     fresh_model,
     labelled_halves,
     paired_gain,
@@ -52,12 +53,10 @@ STARTERS = 3
 POLL_S = 0.5
 
 
-class TrainTrials:
+class TrainTrials(TrainedSource):
     """A `bratune.tune.fidelity_source.FidelitySource` that trains every setting which it is asked about.
 
-    The loss of a setting is, as in a shared run, how far its validation accuracy falls below the reference's
-    by more than two standard errors. A setting that was stopped, or for which no training is left, may not
-    be picked.
+    A setting that was stopped, or for which no training is left, may not be picked.
 
     Args:
         make: A model with new weights, from a seed.
@@ -127,17 +126,6 @@ class TrainTrials:
         """Pictures, recipe and reference."""
         text = f"{self.valid.key}-{self.recipe}-{self.space.model_key(self.reference)}-{self.seed}"
         return "trainings-" + hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """Indistinguishable from the reference, by every rule."""
-        return dict.fromkeys(("safe", "balanced", "fast"), 0.0)
-
-    def stage_loss(self, index: int, n_win: int, topk: int) -> float:
-        """The loss of the reference with only one stage changed."""
-        sides, topks = list(self.reference.n_win), list(self.reference.topks)
-        sides[index], topks[index] = n_win, topk
-        return self.joint(self.space.setting(sides, topks)).loss
 
     def joint(self, setting: Setting) -> Fidelity:
         """How far validation accuracy falls below the reference's; trains both where they were not yet."""
