@@ -208,6 +208,31 @@ def test_wrong_requests_say_what_would_work(
         export(make_plan(), output=tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("target", "option", "words"),
+    [
+        ("timm", ["--head", "sfpn"], "--head means nothing to timm; it is for mmseg and mmdet"),
+        ("hydra", ["--base", "x.py"], "--base means nothing to hydra"),
+        ("mmseg", ["--scale", "n"], "--scale means nothing to mmseg; it is for yolo"),
+        ("yolo", ["--name", "mine"], "--name means nothing to yolo; it is for timm and hydra"),
+    ],
+)
+def test_option_for_another_target_is_refused(
+    tmp_path: Path, target: str, option: list[str], words: str
+) -> None:
+    path = make_plan().save(tmp_path / "plan.json")
+    result = CliRunner().invoke(command, [str(path), "--to", target, *option])
+    assert isinstance(result.exception, UsageError)
+    assert words in str(result.exception)
+
+
+def test_launch_line_names_the_model_after_the_file(tmp_path: Path) -> None:
+    path = make_plan().save(tmp_path / "plan.json")
+    result = CliRunner().invoke(command, [str(path), "--to", "timm", "-o", str(tmp_path / "mine.py")])
+    assert "model=mine " in result.stderr
+    assert "def mine(" in (tmp_path / "mine.py").read_text()
+
+
 def test_file_that_cannot_be_written_is_one_sentence() -> None:
     with pytest.raises(PlanError, match="cannot be written"):
         export(make_plan(), "hydra", "/proc/none/x.yaml")

@@ -47,6 +47,8 @@ def test_plan_tells_model_knobs_from_cost_knobs() -> None:
         (("stages", 0, "backend"), 3, r"stages\[0\].backend must be text, not 3"),
         (("model",), "resnet", "is for 'resnet'"),
         (("stages", 0, "problem", "topk"), 999, "top-k 999 is more than the 49 key regions"),
+        (("setting", "topks"), [1, 4], "cannot be read: a setting needs one value per stage"),
+        (("setting", "topks"), [400, 4, 16, -2], "top-k 400 of 49 regions in stage 1"),
         (("evidence", "level"), "E9", "evidence.level must be one of E0"),
     ],
 )

@@ -8,8 +8,16 @@ from typing import Any
 import click
 
 from bratune.cli import options
+from bratune.errors import UsageError
 
 TARGETS = ("plan", "timm", "hydra", "mmseg", "mmdet", "yolo")
+MEANT_FOR = {
+    "name": ("timm", "hydra"),
+    "style": ("mmseg", "mmdet"),
+    "head": ("mmseg", "mmdet"),
+    "bases": ("mmseg", "mmdet"),
+    "scale": ("yolo",),
+}
 
 
 @click.command("export", context_settings=options.CONTEXT)
@@ -20,13 +28,11 @@ TARGETS = ("plan", "timm", "hydra", "mmseg", "mmdet", "yolo")
 @click.option(
     "--style",
     type=click.Choice(["0.x", "1.x"]),
-    default="0.x",
-    show_default=True,
-    help="Generation of the framework (mmseg, mmdet).",
+    help="Generation of the framework (mmseg, mmdet).  [default: 0.x]",
 )
 @click.option("--head", default="", help="sfpn or upernet (mmseg), retinanet or mask_rcnn (mmdet).")
 @click.option("--base", "bases", multiple=True, metavar="FILE", help="Config to inherit from; repeatable.")
-@click.option("--scale", type=click.Choice(["n", "s", "m", "l", "x"]), default="n", help="Size (yolo).")
+@click.option("--scale", type=click.Choice(["n", "s", "m", "l", "x"]), help="Size (yolo).  [default: n]")
 def command(plan: Path, target: str, output: Path, **more: Any) -> None:
     """Write PLAN as a config that training code loads.
 
@@ -35,13 +41,20 @@ def command(plan: Path, target: str, output: Path, **more: Any) -> None:
     style 0.x runs on the official repository as it is, 1.x on mmengine with bratune's backbone. yolo: a
     model file with the tuned blocks. plan: the plan itself, for `bratune.create_model`.
     """
+    given = {name: value for name, value in more.items() if value}
+    for option in given:
+        if target not in MEANT_FOR[option]:
+            flag = "base" if option == "bases" else option
+            raise UsageError(
+                f"--{flag} means nothing to {target}; it is for {' and '.join(MEANT_FOR[option])}"
+            )
     from bratune.export.write import export
     from bratune.tune.plan import load_plan
 
     found = load_plan(plan)
-    click.echo(export(found, target, output, **more))
+    path = export(found, target, output, **given)
+    click.echo(path)
     if target == "timm":
-        from bratune.export.fields import identifier
         from bratune.export.timm import launch_line
 
-        click.echo(f"train with: {launch_line(found, identifier(found, more['name']))}", err=True)
+        click.echo(f"train with: {launch_line(found, given.get('name', path.stem))}", err=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bratune.errors import PlanError, ProblemError
+from bratune.errors import PlanError, ProblemError, UsageError
 from bratune.kernels.tuned import SCHEMA, architecture, machine_key, user_plans
 from bratune.machine import Machine
 from bratune.problem import Problem
@@ -283,10 +283,14 @@ class Plan:
             values["stages"] = tuple(StagePlan.from_dict(s) for s in data["stages"])
             values["end_to_end"] = EndToEnd.from_dict(data["end_to_end"])
             values["evidence"] = Evidence.from_dict(data["evidence"])
-        except (ProblemError, TypeError) as error:
+        except (ProblemError, TypeError, UsageError, ValueError) as error:
             raise PlanError(f"{source} cannot be read: {error}") from None
         plan = cls(**values)
-        count = len(VARIANTS[plan.model].dims)
+        variant = VARIANTS[plan.model]
+        for i, (s, k) in enumerate(zip(plan.n_win, plan.topks, strict=True)):
+            if k > s * s and variant.layout != "stl_nchw":  # there, regions that do not tile are more
+                raise PlanError(f"{source} has top-k {k} of {s * s} regions in stage {i + 1}")
+        count = len(variant.dims)
         if len(plan.stages) != count or len(plan.topks) != count:
             raise PlanError(f"{source} has {len(plan.stages)} stages and {plan.model} has {count}")
         return plan
