@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from bratune.cli.validate_proxy import command
-from bratune.errors import StoreError
+from bratune.errors import StoreError, UsageError
 from bratune.tune.calibration import Calibration, Point, isotonic, limits_of, read_calibration
 from bratune.tune.checkpoint_fidelity import CheckpointFidelity
 from bratune.tune.pictures import Pictures
@@ -136,6 +136,20 @@ def test_shared_run_calls_indistinguishable_settings_equal() -> None:
     assert found.evidence.level == "E1"
     assert "2 seeds" in found.evidence.text
     assert run.limits["fast"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "either --study toy, or --checkpoint"),
+        (["--checkpoint", "w.pth", "--images", "d"], "either --study toy, or --checkpoint"),
+        (["--study", "toy", "--checkpoint", "w.pth"], "leave one of them out"),
+    ],
+)
+def test_half_a_request_says_what_is_missing(arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(command, arguments)
+    assert isinstance(result.exception, UsageError)
+    assert words in str(result.exception)
 
 
 @pytest.mark.slow

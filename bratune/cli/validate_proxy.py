@@ -50,6 +50,8 @@ def command(**asked: Any) -> int:
     score and accuracy on different pictures; thresholds for these weights are written beside them, where
     `bratune tune` reads them. With --study toy: a small study on scanned digits, trained anew.
     """
+    if asked["study"] and asked["checkpoint"]:
+        raise UsageError("--study trains its own weights, --checkpoint names others; leave one of them out")
     if asked["study"]:
         return _study(asked)
     if not (asked["checkpoint"] and asked["images"] and asked["labels"]):
