@@ -13,7 +13,7 @@ from bratune.errors import UsageError
 from bratune.record import Record, utc_now
 from bratune.tune.evidence import Evidence, prior_only
 from bratune.tune.guard import Fresh, challenge
-from bratune.tune.pick import Verified, pick
+from bratune.tune.pick import KL_LIMITS, Verified, pick
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
 from bratune.tune.setting import Setting
 from bratune.tune.table import Entry
@@ -95,12 +95,15 @@ def _decide(
     tuner: Tuner, fresh: Fresh, default: Verified, chosen: Verified, reason: str, rule: str
 ) -> tuple[Verified, EndToEnd, str]:
     if chosen.setting.key == default.setting.key:
-        outcome = EndToEnd(
-            default_ms=default.ms,
-            verdict="default kept",
-            reason="the default is the pick: nothing to compare",
-        )
-        return default, outcome, reason
+        rival = _rival(tuner, default, rule)
+        if rival is None:
+            outcome = EndToEnd(
+                default_ms=default.ms,
+                verdict="default kept",
+                reason="the default is the pick, and no other may be as fast: nothing to compare",
+            )
+            return default, outcome, reason
+        chosen, reason = rival, "as fast as the default within the noise of the search"
     bench, rounds = tuner.bench, tuner.request.how_much.rounds
     tuner.say(f"comparing {chosen.setting} with the default in {rounds} fresh processes")
     outcome = challenge(bench.model_cell(default.setting), bench.model_cell(chosen.setting), fresh, rounds)
@@ -110,8 +113,25 @@ def _decide(
     lighter = (chosen.memory_mb or 0.0) < (default.memory_mb or 0.0)
     if rule == "lightest" and lighter and outcome.speedup_ci:
         return chosen, outcome, f"{reason}; slower or not faster than the default"
-    kept = f"the default is kept: {chosen.setting} was the pick ({reason}), but {outcome.reason}"
+    kept = f"the default is kept: {chosen.setting} was compared with it ({reason}), but {outcome.reason}"
     return default, dataclasses.replace(outcome, tuned_ms=outcome.default_ms), kept
+
+
+def _rival(tuner: Tuner, default: Verified, rule: str) -> Verified | None:
+    """What would be picked were it not for the default, where the search cannot tell which is faster."""
+    if rule not in ("fastest", *KL_LIMITS):
+        return None
+    limits = tuner.fidelity.limits if tuner.fidelity is not None and tuner.second == "loss" else None
+    limit = (limits or KL_LIMITS).get(rule)
+    others = [
+        v
+        for v in tuner.verified()
+        if v.feasible
+        and v.setting.key != default.setting.key
+        and v.ci[0] <= default.ci[1]
+        and (v.loss is None or limit is None or v.loss <= limit)
+    ]
+    return min(others, key=lambda v: (v.ms, v.trial), default=None)
 
 
 def evidence_of(tuner: Tuner, chosen: Verified) -> Evidence:

@@ -212,17 +212,14 @@ class TrainTrials(TrainedSource):
 
     def _run(self, trial: Trial) -> str:
         """Train a setting with every seed and finish its trial; returns a line about it."""
-        from optuna.exceptions import TrialPruned
-
         setting = Setting.from_dict(trial.user_attrs["setting"])
         correct: list[Tensor] = []
         try:
             for index in range(self.recipe.seeds):
                 correct.append(self._train_one(setting, index, None if index else trial))
-        except TrialPruned:
-            steps = max(trial.storage.get_trial(trial._trial_id).intermediate_values)
-            text = f"behind the others after {steps} of {self.recipe.steps} steps"
-            self.ledger.prune(trial, text, steps=steps)
+        except _Stopped as stopped:
+            text = f"behind the others after {stopped.steps} of {self.recipe.steps} steps"
+            self.ledger.prune(trial, text, steps=stopped.steps)
             return f"training {setting}: stopped, {text}"
         error = 1.0 - float(torch.stack(correct).double().mean())
         packed = [np.packbits(one.numpy()).tobytes().hex() for one in correct]
@@ -234,8 +231,6 @@ class TrainTrials(TrainedSource):
 
     def _train_one(self, setting: Setting, index: int, trial: Trial | None) -> Tensor:
         """Whether each validation picture is classified correctly after a training, ``[N]`` bool."""
-        from optuna.exceptions import TrialPruned
-
         labels = self.train_pictures.labels
         assert labels is not None
         seed = derived_seed(self.seed, "short training", index)
@@ -249,7 +244,7 @@ class TrainTrials(TrainedSource):
                 return
             trial.report(1.0 - float(self._correct(model).double().mean()), done)
             if trial.should_prune() and not protected:
-                raise TrialPruned
+                raise _Stopped(done)
 
         train_shared(
             model,
@@ -265,6 +260,14 @@ class TrainTrials(TrainedSource):
     def _correct(self, model: Backbone) -> Tensor:
         assert self.valid.labels is not None
         return outputs(model, self.valid.images)[0].argmax(1) == self.valid.labels
+
+
+class _Stopped(Exception):
+    """A training that the pruner ended."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(steps)
+        self.steps = steps
 
 
 def _complete(trial: FrozenTrial) -> bool:
