@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from bratune.machine import Machine
 from bratune.tune.evidence import prior_only
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
 from bratune.tune.space import Space
 from bratune.variant import get_variant, stages
 
-__all__ = ["H200", "make_plan"]
+__all__ = ["H200", "RUN", "make_plan"]
+
+# What a real run ended with; see results/README.md.
+RUN = Path(__file__).resolve().parent.parent / "results" / "cpu-xeon-biformer-tiny-224.plan.json"
 
 H200 = Machine(
     kind="cuda",

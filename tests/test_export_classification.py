@@ -14,18 +14,24 @@ import pytest
 import torch
 from click.testing import CliRunner
 from frameworks import require
-from sample_plans import make_plan
+from sample_plans import RUN, make_plan
 
 import bratune
 from bratune.cli.export import command
 from bratune.errors import PlanError, UnknownNameError, UsageError
+from bratune.export.fields import identifier
 from bratune.export.hydra import hydra_group
 from bratune.export.timm import timm_module
 from bratune.export.write import TARGETS, export
 from bratune.kernels.biformer import BiFormer, BiFormerSTL, NCHWBiFormerSTL
-from bratune.tune.plan import Plan
+from bratune.tune.plan import Plan, load_plan
 
 NAME = "biformer_tiny_bratune_h200_224"
+# Of every kind of model one, and the plan of a real run.
+PLANS = {
+    **{model: make_plan(model=model) for model in ("biformer_tiny", "biformer_stl", "biformer_stl_nchw")},
+    "run": load_plan(RUN),
+}
 
 
 @pytest.fixture
@@ -77,12 +83,12 @@ def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-@pytest.mark.parametrize("model", ["biformer_tiny", "biformer_stl", "biformer_stl_nchw"])
+@pytest.mark.parametrize("kind", PLANS)
 def test_timm_builds_the_tuned_model_by_its_registered_name(
-    timm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+    timm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     seen = official_classes(monkeypatch)
-    plan = make_plan(model=model)
+    plan = PLANS[kind]
     path = export(plan, "timm", tmp_path)
     load(path, monkeypatch)
     timm.create_model(path.stem, num_classes=10, drop_path_rate=0.1, drop_rate=0.0)
@@ -92,11 +98,11 @@ def test_timm_builds_the_tuned_model_by_its_registered_name(
     assert (arguments["num_classes"], arguments["drop_path_rate"]) == (10, 0.1)
 
 
-@pytest.mark.parametrize("model", ["biformer_tiny", "biformer_stl", "biformer_stl_nchw"])
+@pytest.mark.parametrize("kind", PLANS)
 def test_model_with_backends_equals_the_one_that_bratune_makes(
-    timm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+    timm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    plan = make_plan(model=model, backend="dense")
+    plan = PLANS[kind] if kind == "run" else make_plan(model=kind, backend="dense")
     path = export(plan, "timm", tmp_path)
     load(path, monkeypatch)
     built = timm.create_model(f"{path.stem}_backends", num_classes=10).eval()
@@ -105,11 +111,14 @@ def test_model_with_backends_equals_the_one_that_bratune_makes(
     image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(built(image), own(image))
-    assert [m.backend for m in built.modules() if hasattr(m, "n_win")] == ["dense"] * sum(built_depths(built))
+    expected = [
+        name for name, depth in zip(plan.backends, built_depths(built), strict=True) for _ in range(depth)
+    ]
+    assert [m.backend for m in built.modules() if hasattr(m, "n_win")] == [name for name in expected if name]
 
 
 def built_depths(model: Any) -> list[int]:
-    return [len(getattr(stage, "blocks", stage)) for stage in list(model.stages)[:3]]
+    return [len(getattr(stage, "blocks", stage)) for stage in model.stages]
 
 
 @pytest.mark.parametrize("home", ["timm.models", "timm.models.registry"])
@@ -158,9 +167,11 @@ def compose(folder: Path, group: str, text: str) -> Any:
         return hydra.compose(config_name="train_args", overrides=[f"+bratune={group}"])
 
 
-def test_hydra_group_replaces_the_model(tmp_path: Path) -> None:
-    config = compose(tmp_path, NAME, hydra_group(make_plan()))
-    assert (config.model, config.input_size, config.batch_size, config.epochs) == (NAME, 224, 128, 300)
+@pytest.mark.parametrize("kind", ["biformer_tiny", "run"])
+def test_hydra_group_replaces_the_model(tmp_path: Path, kind: str) -> None:
+    name = identifier(PLANS[kind])
+    config = compose(tmp_path, name, hydra_group(PLANS[kind]))
+    assert (config.model, config.input_size, config.batch_size, config.epochs) == (name, 224, 128, 300)
     assert config.lr == pytest.approx(5e-4)
 
 
@@ -236,6 +247,17 @@ def test_launch_line_names_the_model_after_the_file(tmp_path: Path) -> None:
 def test_file_that_cannot_be_written_is_one_sentence() -> None:
     with pytest.raises(PlanError, match="cannot be written"):
         export(make_plan(), "hydra", "/proc/none/x.yaml")
+
+
+def test_plan_of_a_run_makes_the_model_that_it_was_measured_with(tmp_path: Path) -> None:
+    plan = load_plan(export(PLANS["run"], "plan", tmp_path))
+    assert plan == PLANS["run"]
+    model = bratune.create_model(plan, num_classes=10).eval()
+    depths = built_depths(model)
+    backends = [b for b, depth in zip(plan.backends, depths, strict=True) for _ in range(depth) if b]
+    assert [m.backend for m in model.modules() if hasattr(m, "n_win")] == backends
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 10)
 
 
 def test_exported_module_needs_neither_bratune_nor_torch_to_be_read(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from frameworks import require, require_mm
-from sample_plans import make_plan
+from sample_plans import RUN, make_plan
 
 import bratune
 from bratune.export.write import export
 from bratune.kernels.biformer import BiFormer
-from bratune.tune.plan import Plan
+from bratune.tune.plan import Plan, load_plan
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +25,7 @@ IMAGE = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
 # One small model for every target; a plan for another task is exported just as well.
 PLANS = {
     "sample": make_plan(backend="gather-sdpa", dtype="float32"),
+    "run": load_plan(RUN),
 }
 
 
