@@ -10,6 +10,7 @@ import pytest
 from bratune.errors import UnknownNameError
 from bratune.kernels import launch
 from bratune.machine import Machine
+from bratune.predict import launch_table
 from bratune.problem import Problem
 
 CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="CPU")
@@ -100,6 +101,34 @@ def test_an_entry_overrides_only_what_it_names(table: Callable[[Rows], None]) ->
     table({("gather_fwd", "sm90"): (entry(STAGE_1, num_warps=8),)})
     rules = launch.KINDS["gather_fwd"](STAGE_1)
     assert launch.settings_for("gather_fwd", STAGE_1, gpu("9.0")) == rules | {"num_warps": 8}
+
+
+@pytest.mark.parametrize("architecture", launch.ARCHITECTURES)
+def test_every_problem_class_of_the_suites_has_its_own_entry(architecture: str) -> None:
+    exact = {
+        (kind, tuple(sorted(row["class"].items())))
+        for (kind, name), rows in launch._table().items()
+        for row in rows
+        if name == architecture
+    }
+    absent = [
+        f"{kind}: {problem}"
+        for problem in launch_table.problems()
+        for kind in launch_table.kinds_of(problem)
+        if (kind, tuple(sorted(launch.problem_class(problem).items()))) not in exact
+    ]
+    assert not absent, f"python -m bratune.predict.launch_table --missing --architecture {architecture}"
+
+
+@pytest.mark.parametrize("architecture", launch.ARCHITECTURES)
+def test_every_entry_names_settings_that_its_kernel_has_and_how_it_was_found(architecture: str) -> None:
+    machine = gpu(f"{architecture[2:-1]}.{architecture[-1]}")
+    for problem in launch_table.problems():
+        for kind in launch_table.kinds_of(problem):
+            found = launch.settings_for(kind, problem, machine)
+            assert found.keys() == launch.KINDS[kind](problem).keys()
+    rows = [row for (_, name), rows in launch._table().items() if name == architecture for row in rows]
+    assert {row["evidence"] for row in rows} <= {"modelled", "measured"}
 
 
 def test_changing_an_answer_does_not_change_the_next_one() -> None:
