@@ -193,6 +193,34 @@ def test_a_warm_part_is_preceded_by_the_rest_of_its_block(part: str) -> None:
     assert work.build(cells(scene(), 1)["block"], CPU).before is None
 
 
+@pytest.mark.parametrize("part", [part for part in PARTS if part not in ("block", "model")])
+@pytest.mark.parametrize("routes", ["recorded", "same"])
+def test_a_part_takes_what_the_rest_of_its_block_has_just_made(
+    part: str, routes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Tensor] = []
+
+    def noting(block: Residual) -> tuple[Step, ...]:
+        return tuple(Step(step.part, functools.partial(note, step)) for step in steps_of(block))
+
+    def note(step: Step, state: State) -> State:
+        if step.part == part:
+            taken.append(state["x"])
+        return step.run(state)
+
+    monkeypatch.setattr(work, "steps_of", noting)
+    made = work.build(cells(scene(routes=(routes,)), 2)[part], CPU)
+    stored = made.call()
+    assert made.before is not None
+    for _ in range(2):
+        made.before()
+        before, again = taken[-1], made.call()
+        assert taken[-1] is not before, "not the input of the sample before"
+        for state, expected in zip(again, stored, strict=True):
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
 def test_the_rest_of_a_block_is_every_other_step_in_the_order_of_the_block(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -54,7 +54,9 @@ class Work:
         call: Runs the cell once: forward, or forward and backward.
         before: For a part with warm caches: the rest of its block, which leaves the caches as the part
             finds them in the network. Repeated alone, a part would find its own weights in the nearest
-            cache, and the parts of a block would add up to 10 to 30 % less than the block.
+            cache, and the parts of a block would add up to 10 to 30 % less than the block. Forward and
+            eager, it ends with what precedes the part, whose results the part then takes: inputs that
+            were made long ago would lie farther away than in the network, and add up to more.
         images: Images per call.
         attentions: The attention calls in it; of a model, those of the first block of every stage.
     """
@@ -91,8 +93,12 @@ def build(cell: Cell, machine: Machine) -> Work:
     wanted = [(step, state) for step, state in states if step.part == cell.part]
     if not wanted:
         raise UsageError(f"stage {cell.stage} of {cell.model} has no part called {cell.part}")
-    call = _timed(cell, device, wanted, block)
-    before = _rest_of_block(cell, device, states, block) if cell.l2 == "warm" else None
+    before: Call | None
+    if cell.l2 == "warm" and cell.regime == "eager" and not cell.problem.backward:
+        call, before = _in_its_place(cell, device, states)
+    else:
+        call = _timed(cell, device, wanted, block)
+        before = _rest_of_block(cell, device, states, block) if cell.l2 == "warm" else None
     return Work(call, before, cell.problem.batch, attentions if cell.part == "attention" else tuple)
 
 
@@ -170,10 +176,42 @@ def _rest_of_block(cell: Cell, device: str, states: list[tuple[Step, State]], bl
 
     def run_and_wait() -> None:
         rest()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)  # a sample starts on a device that has nothing left to do
+        _wait(device)
 
     return run_and_wait
+
+
+def _in_its_place(cell: Cell, device: str, states: list[tuple[Step, State]]) -> tuple[Call, Call]:
+    """A part, and the rest of the block that hands it its inputs: `Work.call` and `Work.before`."""
+    places = [i for i, (step, _) in enumerate(states) if step.part == cell.part]
+    live = {i: states[i][1] for i in places}
+
+    def run() -> list[State]:
+        with _context(cell, device, gradients=False):
+            return [states[i][0].run(state) for i, state in live.items()]
+
+    def rest() -> None:
+        with _context(cell, device, gradients=False):
+            for step, state in states[places[-1] + 1 :]:
+                step.run(state)
+            # The block before it has just written the input.
+            state = {name: t.clone() for name, t in states[0][1].items()}
+            for i, (step, _) in enumerate(states[: places[-1]]):
+                if i in live:
+                    live[i] = dict(state)
+                state |= step.run(state)
+                if step.part == "routing":  # those that the cell asks for, not those just found
+                    state["routes"] = states[i + 1][1]["routes"]
+            live[places[-1]] = state
+        _wait(device)
+
+    return run, rest
+
+
+def _wait(device: str) -> None:
+    """A sample starts on a device that has nothing left to do."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
 
 
 def _leaf(t: Tensor) -> Tensor:
