@@ -21,6 +21,8 @@ FLOORS = (
         "bratune.record",
         "bratune.backend",
         "bratune.engine",
+        "bratune.index",
+        "bratune.columns",
         "bratune.store",
         "bratune.data",
     ),
