@@ -64,13 +64,15 @@ class DenseBackend:
     @staticmethod
     def _mask(routes: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
         """What is added to the logits, ``[B, 1 or heads, H * W, Nk]``."""
-        by_region = routing.multiplicity_bias(routes, problem, dtype).transpose(2, 3)
-        by_token = layout.spread(by_region, problem.height, problem.width, problem.region)
+        by_region = routing.multiplicity_bias(routes, problem, dtype)  # [B, 1 or heads, R, Rk]
         # Masked padding is left out of the keys altogether.
         height, width = (
             problem.kv_padded if problem.padding == "zeros" else (problem.kv_height, problem.kv_width)
         )
-        return layout.spread(by_token.transpose(2, 3), height, width, problem.kv_region)
+        keys = layout.token_regions(height, width, problem.kv_region, routes.device)
+        queries = layout.token_regions(problem.height, problem.width, problem.region, routes.device)
+        # Keys first: then every query takes a whole row.
+        return by_region.index_select(3, keys).index_select(2, queries)
 
     @staticmethod
     def _keys(problem: Problem) -> int:
@@ -88,10 +90,9 @@ class DenseBackend:
         return ({},)
 
     def workspace_bytes(self, problem: Problem) -> int:
-        """The mask and its steps, twice where padding is cut out of it, and padded keys and values."""
-        copies = 2 if problem.padding == "masked" and not problem.divisible else 1
+        """The mask, and padded keys and values."""
         maps = problem.io_bytes * (1 if problem.divisible else 2)
-        return copies * self._mask_bytes(problem) + maps
+        return self._mask_bytes(problem) + maps
 
     def flops(self, problem: Problem) -> int:
         """Two operations per multiply-add of all pairs, routed or not."""

@@ -129,19 +129,26 @@ class GatherSDPABackend:
         """``[N, L, heads * D]`` as ``[N, heads, L, D]`` without a copy."""
         return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
 
-    @staticmethod
-    def _rows(routes: Tensor, problem: Problem) -> Tensor:
+    def _rows(self, routes: Tensor, problem: Problem) -> Tensor:
         """Where the routed tokens are in the padded maps of all images as one list, one number each.
 
         Per head, a row of that list is one head of one token.
         """
         ids = layout.token_ids(problem.kv_height, problem.kv_width, problem.kv_region, routes.device)
-        tokens = ids[routes].flatten(-2)  # [B, R, topk * Tk], per head [B, heads, R, topk * Tk]
-        first = torch.arange(problem.batch, device=routes.device) * ids.numel()
-        if not problem.per_head:
-            return (tokens + first[:, None, None]).flatten()
-        head = torch.arange(problem.heads, device=routes.device)[:, None, None]
-        return ((tokens + first[:, None, None, None]) * problem.heads + head).flatten()
+        tokens = ids.index_select(0, routes.flatten())  # [B (* heads) * R * topk, Tk]
+        if problem.per_head:
+            tokens = tokens.view(problem.batch, problem.heads, -1)
+            head = torch.arange(problem.heads, device=routes.device)[:, None]
+            tokens = (tokens + self._first(problem, routes)[:, None, None]) * problem.heads + head
+        elif problem.batch > 1:
+            tokens = tokens.view(problem.batch, -1) + self._first(problem, routes)[:, None]
+        return tokens.flatten()
+
+    @staticmethod
+    def _first(problem: Problem, routes: Tensor) -> Tensor:
+        """Where the tokens of every image begin, ``[B]``."""
+        tokens = problem.kv_padded[0] * problem.kv_padded[1]
+        return torch.arange(problem.batch, device=routes.device) * tokens
 
     def _take(self, x: Tensor, rows: Tensor, problem: Problem) -> Tensor:
         """The routed tokens of a map, ``[B * R, heads, topk * Tk, D]``.

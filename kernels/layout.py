@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, arange, device
 
+from bratune.kernels.constants import kept
 from bratune.problem import ceil_div
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "to_head_regions",
     "to_regions",
     "token_ids",
+    "token_regions",
     "valid_tokens",
 ]
 
@@ -82,11 +84,19 @@ def pad_to_regions(x: Tensor, region: tuple[int, int]) -> Tensor:
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
 
+@kept
 def token_ids(height: int, width: int, region: tuple[int, int], where: device) -> Tensor:
     """Where the tokens of every region are in the flattened padded map, ``[R, T]`` of int64."""
     padded = ceil_div(height, region[0]) * region[0], ceil_div(width, region[1]) * region[1]
     ids = arange(padded[0] * padded[1], device=where)
     return to_regions(ids.view(1, *padded, 1), region)[0, :, :, 0]
+
+
+@kept
+def token_regions(height: int, width: int, region: tuple[int, int], where: device) -> Tensor:
+    """The region that every token of a map is in, ``[height * width]`` of int64, row by row."""
+    regions = ceil_div(height, region[0]) * ceil_div(width, region[1])
+    return spread(arange(regions, device=where), height, width, region)
 
 
 def spread(x: Tensor, height: int, width: int, region: tuple[int, int]) -> Tensor:
