@@ -110,7 +110,7 @@ class GatherSDPABackend:
             # Every head is an image of its own: one sequence per image, head and region.
             queries = layout.to_head_regions(q, problem.region, heads).flatten(0, 2)[:, None]
         else:
-            queries = self._split(layout.to_regions(q, problem.region).flatten(0, 1), heads)
+            queries = self._split(layout.to_regions(q, problem.region), problem.region_tokens, heads)
         if problem.kv_regions == 1:
             keys, values = (self._only_region(x, problem) for x in (k, v))
         else:
@@ -125,9 +125,9 @@ class GatherSDPABackend:
         return layout.from_head_regions(attended, problem.height, problem.width, problem.region)
 
     @staticmethod
-    def _split(x: Tensor, heads: int) -> Tensor:
-        """``[N, L, heads * D]`` as ``[N, heads, L, D]`` without a copy."""
-        return x.view(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+    def _split(x: Tensor, length: int, heads: int) -> Tensor:
+        """Rows ``[..., heads * D]`` as sequences ``[N, heads, length, D]`` without a copy."""
+        return x.view(-1, length, heads, x.shape[-1] // heads).transpose(1, 2)
 
     def _rows(self, routes: Tensor, problem: Problem) -> Tensor:
         """Where the routed tokens are in the padded maps of all images as one list, one number each.
@@ -157,8 +157,8 @@ class GatherSDPABackend:
         """
         x = layout.pad_to_regions(x, problem.kv_region)
         width = x.shape[3] // problem.heads if problem.per_head else x.shape[3]
-        taken = x.reshape(-1, width).index_select(0, rows).view(-1, problem.keys_per_query, width)
-        return self._split(taken, 1 if problem.per_head else problem.heads)
+        taken = x.reshape(-1, width).index_select(0, rows)
+        return self._split(taken, problem.keys_per_query, 1 if problem.per_head else problem.heads)
 
     def _only_region(self, x: Tensor, problem: Problem) -> Tensor:
         """The whole map, seen by every query region: with one key region there is nothing to gather."""

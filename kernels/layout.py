@@ -47,7 +47,9 @@ def to_regions(x: Tensor, region: tuple[int, int]) -> Tensor:
         x: The map, any strides.
         region: Tokens of a region from top to bottom and from left to right.
     """
-    return tiles(x, region).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+    split = tiles(x, region)
+    batch, rows, rh, cols, rw, channels = split.shape
+    return split.transpose(2, 3).reshape(batch, rows * cols, rh * rw, channels)
 
 
 def from_regions(x: Tensor, height: int, width: int, region: tuple[int, int]) -> Tensor:
@@ -58,16 +60,18 @@ def from_regions(x: Tensor, height: int, width: int, region: tuple[int, int]) ->
 def to_head_regions(x: Tensor, region: tuple[int, int], heads: int) -> Tensor:
     """A map ``[B, H, W, heads * D]`` as head regions ``[B, heads, R, T, D]``."""
     split = tiles(x, region)
-    split = split.view(*split.shape[:-1], heads, x.shape[-1] // heads)
-    return split.permute(0, 5, 1, 3, 2, 4, 6).flatten(4, 5).flatten(2, 3)
+    batch, rows, rh, cols, rw, channels = split.shape
+    split = split.view(batch, rows, rh, cols, rw, heads, channels // heads)
+    return split.permute(0, 5, 1, 3, 2, 4, 6).reshape(batch, heads, rows * cols, rh * rw, channels // heads)
 
 
 def from_head_regions(x: Tensor, height: int, width: int, region: tuple[int, int]) -> Tensor:
     """The inverse of `to_head_regions`: the map ``[B, height, width, heads * D]``, padding cut off."""
     batch, heads, _, _, channels = x.shape
     rh, rw = region
-    split = x.view(batch, heads, ceil_div(height, rh), ceil_div(width, rw), rh, rw, channels)
-    padded = split.permute(0, 2, 4, 3, 5, 1, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    rows, cols = ceil_div(height, rh), ceil_div(width, rw)
+    split = x.view(batch, heads, rows, cols, rh, rw, channels)
+    padded = split.permute(0, 2, 4, 3, 5, 1, 6).reshape(batch, rows * rh, cols * rw, heads * channels)
     return crop_tokens(padded, height, width)
 
 
