@@ -105,29 +105,42 @@ class GatherSDPABackend:
         config: Config | None = None,
     ) -> Tensor:
         """Attend from every query region to its routed key regions; see `bratune.backend.Backend`."""
-        batch, heads, regions = problem.batch, problem.heads, problem.regions
-        if problem.per_head:
-            # Every head is an image of its own: one sequence per image, head and region.
-            queries = layout.to_head_regions(q, problem.region, heads).flatten(0, 2)[:, None]
-        else:
-            queries = self._split(layout.to_regions(q, problem.region), problem.region_tokens, heads)
-        if problem.kv_regions == 1:
-            keys, values = (self._only_region(x, problem) for x in (k, v))
-        else:
-            rows = self._rows(routes, problem)
-            keys, values = (self._take(x, rows, problem) for x in (k, v))
         mask = self._mask(routes, problem) if _mask_matters(problem) else None
-        attended = _fused_attention(queries, keys, values, mask, problem.scale)
         if problem.per_head:
-            attended = attended.view(batch, heads, regions, problem.region_tokens, -1)
+            return self._attend_per_head(q, k, v, routes, problem, mask)
+        heads = problem.heads
+        queries = layout.to_regions(q, problem.region).view(
+            -1, problem.region_tokens, heads, problem.head_dim
+        )
+        if problem.kv_regions == 1:
+            keys, values = self._only_region(k, problem), self._only_region(v, problem)
         else:
-            attended = attended.view(batch, regions, heads, problem.region_tokens, -1).transpose(1, 2)
-        return layout.from_head_regions(attended, problem.height, problem.width, problem.region)
+            rows, count = self._rows(routes, problem), problem.keys_per_query
+            k, v = layout.pad_to_regions(k, problem.kv_region), layout.pad_to_regions(v, problem.kv_region)
+            taken = k.reshape(-1, problem.channels).index_select(0, rows)
+            keys = taken.view(-1, count, heads, problem.head_dim).transpose(1, 2)
+            taken = v.reshape(-1, problem.v_channels).index_select(0, rows)
+            values = taken.view(-1, count, heads, problem.v_head_dim).transpose(1, 2)
+        attended = _fused_attention(queries.transpose(1, 2), keys, values, mask, problem.scale)
+        by_token = attended.transpose(1, 2).flatten(2)  # [B * R, T, heads * Dv]
+        return layout.from_regions(by_token, problem.height, problem.width, problem.region)
 
-    @staticmethod
-    def _split(x: Tensor, length: int, heads: int) -> Tensor:
-        """Rows ``[..., heads * D]`` as sequences ``[N, heads, length, D]`` without a copy."""
-        return x.view(-1, length, heads, x.shape[-1] // heads).transpose(1, 2)
+    def _attend_per_head(
+        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, mask: Tensor | None
+    ) -> Tensor:
+        """Every head is an image of its own: one sequence per image, head and region."""
+        queries = layout.to_head_regions(q, problem.region, problem.heads).flatten(0, 2)[:, None]
+        if problem.kv_regions == 1:
+            keys, values = self._only_region(k, problem), self._only_region(v, problem)
+        else:
+            rows, count = self._rows(routes, problem), problem.keys_per_query
+            k, v = layout.pad_to_regions(k, problem.kv_region), layout.pad_to_regions(v, problem.kv_region)
+            keys = k.reshape(-1, problem.head_dim).index_select(0, rows).view(-1, 1, count, problem.head_dim)
+            values = v.reshape(-1, problem.v_head_dim).index_select(0, rows)
+            values = values.view(-1, 1, count, problem.v_head_dim)
+        attended = _fused_attention(queries, keys, values, mask, problem.scale)
+        attended = attended.view(problem.batch, problem.heads, problem.regions, problem.region_tokens, -1)
+        return layout.from_head_regions(attended, problem.height, problem.width, problem.region)
 
     def _rows(self, routes: Tensor, problem: Problem) -> Tensor:
         """Where the routed tokens are in the padded maps of all images as one list, one number each.
@@ -149,16 +162,6 @@ class GatherSDPABackend:
         """Where the tokens of every image begin, ``[B]``."""
         tokens = problem.kv_padded[0] * problem.kv_padded[1]
         return torch.arange(problem.batch, device=routes.device) * tokens
-
-    def _take(self, x: Tensor, rows: Tensor, problem: Problem) -> Tensor:
-        """The routed tokens of a map, ``[B * R, heads, topk * Tk, D]``.
-
-        Per head, ``[B * heads * R, 1, topk * Tk, D]``.
-        """
-        x = layout.pad_to_regions(x, problem.kv_region)
-        width = x.shape[3] // problem.heads if problem.per_head else x.shape[3]
-        taken = x.reshape(-1, width).index_select(0, rows)
-        return self._split(taken, problem.keys_per_query, 1 if problem.per_head else problem.heads)
 
     def _only_region(self, x: Tensor, problem: Problem) -> Tensor:
         """The whole map, seen by every query region: with one key region there is nothing to gather."""

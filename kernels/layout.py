@@ -53,8 +53,14 @@ def to_regions(x: Tensor, region: tuple[int, int]) -> Tensor:
 
 
 def from_regions(x: Tensor, height: int, width: int, region: tuple[int, int]) -> Tensor:
-    """The inverse of `to_regions`: the map ``[B, height, width, C]``, padding cut off."""
-    return from_head_regions(x[:, None], height, width, region)
+    """The inverse of `to_regions`: the map ``[B, height, width, C]``, padding cut off.
+
+    ``[B * R, T, C]`` is as good as ``[B, R, T, C]``.
+    """
+    rh, rw = region
+    rows, cols, channels = ceil_div(height, rh), ceil_div(width, rw), x.shape[-1]
+    split = x.reshape(-1, rows, cols, rh, rw, channels)
+    return crop_tokens(split.transpose(2, 3).reshape(-1, rows * rh, cols * rw, channels), height, width)
 
 
 def to_head_regions(x: Tensor, region: tuple[int, int], heads: int) -> Tensor:
