@@ -116,11 +116,10 @@ class GatherSDPABackend:
             keys, values = self._only_region(k, problem), self._only_region(v, problem)
         else:
             rows, count = self._rows(routes, problem), problem.keys_per_query
-            k, v = layout.pad_to_regions(k, problem.kv_region), layout.pad_to_regions(v, problem.kv_region)
-            taken = k.reshape(-1, problem.channels).index_select(0, rows)
-            keys = taken.view(-1, count, heads, problem.head_dim).transpose(1, 2)
-            taken = v.reshape(-1, problem.v_channels).index_select(0, rows)
-            values = taken.view(-1, count, heads, problem.v_head_dim).transpose(1, 2)
+            keys = self._take(k, rows, problem, problem.channels)
+            keys = keys.view(-1, count, heads, problem.head_dim).transpose(1, 2)
+            values = self._take(v, rows, problem, problem.v_channels)
+            values = values.view(-1, count, heads, problem.v_head_dim).transpose(1, 2)
         attended = _fused_attention(queries.transpose(1, 2), keys, values, mask, problem.scale)
         by_token = attended.transpose(1, 2).flatten(2)  # [B * R, T, heads * Dv]
         return layout.from_regions(by_token, problem.height, problem.width, problem.region)
@@ -134,9 +133,8 @@ class GatherSDPABackend:
             keys, values = self._only_region(k, problem), self._only_region(v, problem)
         else:
             rows, count = self._rows(routes, problem), problem.keys_per_query
-            k, v = layout.pad_to_regions(k, problem.kv_region), layout.pad_to_regions(v, problem.kv_region)
-            keys = k.reshape(-1, problem.head_dim).index_select(0, rows).view(-1, 1, count, problem.head_dim)
-            values = v.reshape(-1, problem.v_head_dim).index_select(0, rows)
+            keys = self._take(k, rows, problem, problem.head_dim).view(-1, 1, count, problem.head_dim)
+            values = self._take(v, rows, problem, problem.v_head_dim)
             values = values.view(-1, 1, count, problem.v_head_dim)
         attended = _fused_attention(queries, keys, values, mask, problem.scale)
         attended = attended.view(problem.batch, problem.heads, problem.regions, problem.region_tokens, -1)
@@ -162,6 +160,11 @@ class GatherSDPABackend:
         """Where the tokens of every image begin, ``[B]``."""
         tokens = problem.kv_padded[0] * problem.kv_padded[1]
         return torch.arange(problem.batch, device=routes.device) * tokens
+
+    @staticmethod
+    def _take(x: Tensor, rows: Tensor, problem: Problem, width: int) -> Tensor:
+        """The routed rows of a map, ``[N, width]``."""
+        return layout.pad_to_regions(x, problem.kv_region).reshape(-1, width).index_select(0, rows)
 
     def _only_region(self, x: Tensor, problem: Problem) -> Tensor:
         """The whole map, seen by every query region: with one key region there is nothing to gather."""
