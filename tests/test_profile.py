@@ -248,6 +248,19 @@ def test_the_residual_is_the_sum_of_the_parts_against_the_block() -> None:
     assert found.relative == pytest.approx(-0.1)
 
 
+def test_a_part_that_did_not_settle_is_marked() -> None:
+    rows = profile(FakeEngine(gather=4.0, lepe=15.5), whole_model=False)
+    rows = [row.replace(noise_pct=26.0) if row.part == "lepe" and row.stage == 1 else row for row in rows]
+    found = residual(rows, 1)
+    assert found is not None
+    assert found.unsettled == {"lepe"}
+    text = profile_text(rows)
+    assert " 15.500~ " in text
+    assert text.count("15.500 ") == 3
+    assert "~ did not settle: half its interval is more than 10 %" in text
+    assert "~" not in profile_text(profile(FakeEngine(gather=4.0), whole_model=False))
+
+
 def test_there_is_no_residual_where_a_part_has_no_time() -> None:
     assert residual(profile(FakeEngine(gather=4.0, mlp="error")), 1) is None
     assert residual(profile(FakeEngine(gather=4.0, block="oom")), 1) is None

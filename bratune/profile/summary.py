@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bratune.record import Record
 
-__all__ = ["Residual", "best_attention", "differ", "group", "residual", "scene_of"]
+__all__ = ["UNSETTLED_PCT", "Residual", "best_attention", "differ", "group", "residual", "scene_of"]
 
 # What the rows of one table have in common.
 SCENE = (
@@ -66,6 +66,10 @@ def best_attention(records: Sequence[Record], stage: int) -> Record | None:
     return min((r for r in rows if r.route_distribution == first), key=lambda r: r.median_ms or 0.0)
 
 
+# A median whose half interval is more than this share of it says little about a residual.
+UNSETTLED_PCT = 10.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Residual:
     """The parts of a block beside the block that they make up.
@@ -74,11 +78,13 @@ class Residual:
         parts_ms: Median of each part by name; ``attention`` is that of the block's backend.
         block_ms: Median of the block.
         backend: Who computed its attention.
+        unsettled: Parts, or ``block``, whose interval is wider than `UNSETTLED_PCT`: their time ran out.
     """
 
     parts_ms: dict[str, float]
     block_ms: float
     backend: str
+    unsettled: frozenset[str] = frozenset()
 
     @property
     def sum_ms(self) -> float:
@@ -98,6 +104,7 @@ def residual(records: Sequence[Record], stage: int) -> Residual | None:
     if block is None or block.median_ms is None:
         return None
     parts: dict[str, float] = {}
+    unsettled = {"block"} if _unsettled(block) else set()
     for row in rows:
         if row.part == "block" or row.part in parts:
             continue
@@ -106,6 +113,14 @@ def residual(records: Sequence[Record], stage: int) -> Residual | None:
         if row.median_ms is None:
             return None
         parts[row.part] = row.median_ms
+        if _unsettled(row):
+            unsettled.add(row.part)
     if "attention" not in parts or "mlp" not in parts:
         return None
-    return Residual(parts_ms=parts, block_ms=block.median_ms, backend=block.backend)
+    return Residual(
+        parts_ms=parts, block_ms=block.median_ms, backend=block.backend, unsettled=frozenset(unsettled)
+    )
+
+
+def _unsettled(row: Record) -> bool:
+    return row.evidence == "measured" and row.noise_pct is not None and row.noise_pct > UNSETTLED_PCT

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from bratune.cell import PARTS
-from bratune.profile.summary import best_attention, differ, group, residual
+from bratune.profile.summary import UNSETTLED_PCT, best_attention, differ, group, residual
 from bratune.record import Record
 from bratune.report.tables import Note, Row, Table, to_markdown, to_text
 
@@ -131,13 +131,13 @@ def _parts_table(rows: Sequence[Record]) -> Table:
     parts = [p for p in PARTS if any(p in r.parts_ms for r in known.values())]
     cells: list[Row] = []
     for stage, r in known.items():
-        times = [_ms(r.parts_ms.get(part)) for part in parts]
-        cells.append((str(stage), *times, _ms(r.sum_ms), _ms(r.block_ms), f"{100 * r.relative:+.1f} %"))
-    return Table(
-        ("stage", *parts, "sum", "block", "residual"),
-        tuple(cells),
-        title="one block with its fastest backend, median ms: its parts, their sum, the block as a whole",
-    )
+        times = [_ms(r.parts_ms.get(part)) + "~" * (part in r.unsettled) for part in parts]
+        block = _ms(r.block_ms) + "~" * ("block" in r.unsettled)
+        cells.append((str(stage), *times, _ms(r.sum_ms), block, f"{100 * r.relative:+.1f} %"))
+    title = "one block with its fastest backend, median ms: its parts, their sum, the block as a whole"
+    if any(r.unsettled for r in known.values()):
+        title += f"\n~ did not settle: half its interval is more than {UNSETTLED_PCT:.0f} %"
+    return Table(("stage", *parts, "sum", "block", "residual"), tuple(cells), title=title)
 
 
 # --- whole models ------------------------------------------------------------------------------------
