@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bratune.errors import MeasureError
 from bratune.kernels.biformer import BiFormer
-from bratune.profile.whole_model import contenders, contest
+from bratune.profile.whole_model import contenders, contest, with_compiled
 
 
 class Slow(nn.Module):
@@ -94,6 +94,17 @@ def test_contender_with_another_gradient_is_not_timed() -> None:
     with pytest.raises(MeasureError, match="new differs from old"):
         contest(models, torch.ones(1, 3), rounds=8, clock=lambda: clock[0], direction="fwd-bwd")
     assert clock[0] == 1.5
+
+
+def test_compiled_twins_agree_and_are_not_counted() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)).eval()
+    images = torch.randn(5, 3)
+    found = contest(with_compiled({"plain": model}), images, rounds=6, rivals=with_compiled({"other": model}))
+    assert [row.name for row in found.rows] == ["plain", "plain, compiled", "other", "other, compiled"]
+    assert [row.operations for row in found.rows] == [3, None, 3, None]
+    assert found.rows[1].difference is not None
+    assert found.rows[1].difference < 1e-5
 
 
 def test_rivals_run_in_the_same_rounds_and_may_differ() -> None:

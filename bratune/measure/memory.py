@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bratune.measure.device import Call, Memory
 
@@ -81,9 +82,11 @@ def _live_bytes() -> int:
         # `type`, not `isinstance`: some lazy modules answer the latter by importing themselves.
         if not issubclass(type(item), torch.Tensor) or item.device.type != "cpu":
             continue
+        if issubclass(type(item), FakeTensor):  # what a compiler traced with
+            continue
         try:
             storage = item.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
-        except (NotImplementedError, RuntimeError):  # sparse and fake tensors have none
+        except (NotImplementedError, RuntimeError):  # sparse tensors have none
             continue
     return sum(sizes.values())

@@ -2,6 +2,7 @@
 
     $ python -m bratune.profile.whole_model --model biformer_tiny --res 224 -b 1
     $ python -m bratune.profile.whole_model -b 4 --direction fwd-bwd
+    $ python -m bratune.profile.whole_model --compile --peers swin_tiny,convnext_tiny
 
 All contenders share weights and images, give equal outputs before anything is timed, and are timed in
 turn, so that what happens to the machine happens to all of them. A ratio is the median over rounds of the
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 
     from bratune.kernels.backbone import Backbone
 
-__all__ = ["CLOCKS", "Contest", "Row", "contenders", "contest", "difference_limit"]
+__all__ = ["CLOCKS", "Contest", "Row", "contenders", "contest", "difference_limit", "with_compiled"]
 
 # ``cpu`` counts the time that this process computed, which other processes on a shared machine do not change
 # much; it is the sum over threads, so that it is latency with one thread alone.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+# What the twin of a contender is called that `torch.compile` has made.
+COMPILED = ", compiled"
 # On max|a - b| / max|b| of the outputs, by data type.
 AGREE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 
@@ -42,7 +45,8 @@ class Row:
 
     Attributes:
         name: What ran.
-        operations: Dispatched operations of a forward pass; None where they cannot be counted.
+        operations: Dispatched operations of a forward pass; None where they cannot be counted, as in what
+            a compiler or a graph has made.
         megabytes: What they read and write at two bytes per number, weights included, in MB; None likewise.
         median_ms: Median time of a batch.
         ratio: How many times faster than the baseline, the median over rounds.
@@ -69,13 +73,13 @@ class Contest:
 
     def table(self) -> str:
         """One line per contender."""
-        lines = [f"{'contender':20}{'ops':>6}{'MB/batch':>10}{'median ms':>11}{'x baseline':>12}  95 %"]
+        lines = [f"{'contender':24}{'ops':>6}{'MB/batch':>10}{'median ms':>11}{'x baseline':>12}  95 %"]
         for row in self.rows:
             operations = "-" if row.operations is None else str(row.operations)
             moved = "-" if row.megabytes is None else f"{row.megabytes:.0f}"
             low, high = row.ratio_interval
             lines.append(
-                f"{row.name:20}{operations:>6}{moved:>10}{row.median_ms:>11.2f}{row.ratio:>11.2f}x"
+                f"{row.name:24}{operations:>6}{moved:>10}{row.median_ms:>11.2f}{row.ratio:>11.2f}x"
                 f"  {low:.2f} to {high:.2f}"
             )
         return "\n".join(lines)
@@ -112,6 +116,29 @@ def contenders(model: Backbone, images: Tensor, *, direction: str = "fwd") -> di
     found["runtime"] = optimize(model)
     if images.is_cuda:
         found["runtime, graph"] = optimize(model, graph_input=images)
+    return found
+
+
+def with_compiled(models: Mapping[str, nn.Module], model: Backbone | None = None) -> dict[str, nn.Module]:
+    """Every contender, each followed by what `torch.compile` makes of it for one shape.
+
+    Args:
+        models: By name. A captured graph has no twin: what it replays can be compiled before.
+        model: The model whose ``runtime`` is among them: that one is compiled unpacked, as the runtime
+            itself does it.
+    """
+    import torch
+
+    from bratune.kernels.runtime import GraphRunner, optimize
+
+    found: dict[str, nn.Module] = {}
+    for name, form in models.items():
+        found[name] = form
+        if name == "runtime" and model is not None:
+            found[name + COMPILED] = optimize(model, compile=True)
+        elif not isinstance(form, GraphRunner):
+            twin: Any = torch.compile(form, dynamic=False)
+            found[name + COMPILED] = twin
     return found
 
 
@@ -165,7 +192,8 @@ def contest(
     rows = []
     for name, model in everyone.items():
         ratios = sorted(base / own for base, own in zip(times[baseline], times[name], strict=True))
-        operations, megabytes = _counted(step, model, images, direction)
+        uncounted = name.endswith(COMPILED)
+        operations, megabytes = (None, None) if uncounted else _counted(step, model, images, direction)
         rows.append(
             Row(
                 name=name,
@@ -250,6 +278,9 @@ def _flat(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 @click.option("--rounds", default=30, show_default=True, help="Times that every contender runs.")
 @click.option("--direction", default="fwd", type=click.Choice(["fwd", "fwd-bwd"]), show_default=True)
 @click.option("--peers", default="", help="Models of timm in the same rounds, e.g. swin_tiny,deit_small.")
+@click.option(
+    "--compile", "compile_", is_flag=True, help="Time every contender compiled, too; takes minutes."
+)
 @click.option("--threads", default=0, help="CPU threads; 0 leaves them as they are.")
 @click.option("--clock", default="wall", type=click.Choice(list(CLOCKS)), show_default=True)
 def main(
@@ -261,6 +292,7 @@ def main(
     rounds: int,
     direction: str,
     peers: str,
+    compile_: bool,
     threads: int,
     clock: str,
 ) -> None:
@@ -285,6 +317,8 @@ def main(
     for name in filter(None, peers.split(",")):
         rival: Any = timm_model(name, parse_resolution(res))
         rivals[name] = rival.to(machine.device, getattr(torch, dtype)).train(direction == "fwd-bwd")
+    if compile_:
+        forms, rivals = with_compiled(forms, network), with_compiled(rivals)
     found = contest(forms, images, rounds=rounds, clock=CLOCKS[clock], direction=direction, rivals=rivals)
     click.echo(str(machine))
     click.echo(

@@ -1,0 +1,37 @@
+"""Memory of a call on the CPU: what counts and what does not."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bratune.measure.memory import cpu_memory, peak_of
+
+
+def test_the_peak_is_the_highest_running_sum() -> None:
+    assert peak_of([]) == 0
+    assert peak_of([-5, 3]) == 0
+    assert peak_of([4, 6, -10, 8]) == 10
+
+
+def test_live_tensors_count_once_and_workspace_is_what_the_call_adds() -> None:
+    before = cpu_memory(lambda: torch.empty(1)).peak_alloc_mb
+    held = torch.empty(2_000_000)
+    views = [held[:10], held.view(2, -1)]
+    memory = cpu_memory(lambda: torch.empty(500_000))
+    assert before is not None
+    assert memory.peak_alloc_mb is not None
+    assert memory.workspace_mb == 2.0
+    assert 9.9 < memory.peak_alloc_mb - before < 10.1, len(views)
+
+
+def test_tensors_that_only_pretend_take_no_memory() -> None:
+    with FakeTensorMode():
+        pretended = torch.empty(10**9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peak = cpu_memory(lambda: torch.empty(1)).peak_alloc_mb
+    assert peak is not None
+    assert peak < pretended.nbytes / 1e6
