@@ -116,6 +116,11 @@ def test_the_noise_floor_is_the_range_of_repeated_measurements(medians: list[flo
     assert health.check_noise(medians).state == state
 
 
+@pytest.mark.parametrize(("share", "state"), [(0.0, "ok"), (0.04, "ok"), (0.2, "problem")])
+def test_time_that_the_host_gave_to_others_is_a_problem(share: float, state: str) -> None:
+    assert health.check_stolen(share).state == state
+
+
 @pytest.mark.parametrize(("free", "state"), [(100.0, "ok"), (0.2, "problem")])
 def test_a_full_disk_is_a_problem(free: float, state: str) -> None:
     assert health.check_disk(free, "/here").state == state

@@ -261,6 +261,18 @@ def test_a_part_that_did_not_settle_is_marked() -> None:
     assert "~" not in profile_text(profile(FakeEngine(gather=4.0), whole_model=False))
 
 
+def test_times_that_were_taken_while_held_back_are_counted() -> None:
+    rows = profile(FakeEngine(gather=4.0, triton="oom"), stages=(1,), whole_model=False)
+    timed = sum(row.median_ms is not None for row in rows)
+    slowed = {"attention": "cpu_steal", "mlp": "hw_thermal,sw_power_cap"}
+    rows = [row.replace(throttle_reasons=slowed.get(row.part, "")) for row in rows]
+    assert (
+        f"3 of {timed} times taken while held back by: cpu_steal (the host ran others on these processors), "
+        "hw_thermal, sw_power_cap"
+    ) in profile_text(rows)
+    assert "held back" not in profile_text(profile(FakeEngine(gather=4.0), stages=(1,)))
+
+
 def test_there_is_no_residual_where_a_part_has_no_time() -> None:
     assert residual(profile(FakeEngine(gather=4.0, mlp="error")), 1) is None
     assert residual(profile(FakeEngine(gather=4.0, block="oom")), 1) is None

@@ -1,4 +1,8 @@
-"""The CPU as a device: wall clock, and a cache made cold by streaming through a buffer of its size."""
+"""The CPU as a device: wall clock, and a cache made cold by streaming through a buffer of its size.
+
+Its one sensor is the time that the host of a virtual machine gives to others. Unlike heat it passes at no
+time that could be waited for: samples taken meanwhile are kept, and the row says so.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +15,33 @@ from bratune.machine import Machine
 from bratune.measure.compiling import compile_call
 from bratune.measure.device import Call, Memory, Prepared, Sample
 from bratune.measure.memory import cpu_memory
+from bratune.measure.stolen import STOLEN, StolenTime
 from bratune.measure.telemetry import Reading
 
 __all__ = ["CpuDevice"]
 
 # Replacement is not strictly least-recently-used: one pass over the cache's own size leaves lines behind.
 FLUSH_FACTOR = 2
+# A window of 50 ms on two threads is ten ticks of stolen time: one of them is the least that can be seen.
+_STOLEN_SHARE = 0.1
 
 
 class CpuDevice:
     """This machine's CPU; see `bratune.measure.device.Device`.
 
     The number of threads is torch's own setting and is recorded with the machine.
+
+    Args:
+        machine: What it is.
+        stolen: Counts the time that the host gives to others; by default that of this machine.
     """
 
     launch_floor_ms = None
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, stolen: StolenTime | None = None) -> None:
         self.flush_bytes = FLUSH_FACTOR * machine.l2_bytes
         self._buffer = torch.zeros(self.flush_bytes // 8, dtype=torch.int64)
+        self._stolen = stolen or StolenTime()
 
     def now(self) -> float:
         """See `Device.now`."""
@@ -65,8 +77,8 @@ class CpuDevice:
         return cpu_memory(probe, ignore_bytes=self._buffer.nbytes)
 
     def read(self) -> Reading:
-        """Nothing: a CPU's sensors are not read."""
-        return Reading()
+        """Whether the host gave a tenth or more of the time since the last reading to others."""
+        return Reading(throttle_reasons=(STOLEN,) if self._stolen.share() >= _STOLEN_SHARE else ())
 
     def foreign_processes(self) -> int | None:
         """None: a CPU is always shared."""

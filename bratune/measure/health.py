@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bratune.machine import Machine
+from bratune.measure.stolen import StolenTime
 from bratune.measure.telemetry import Reading
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "check_load",
     "check_noise",
     "check_sensors",
+    "check_stolen",
     "check_versions",
     "examine",
     "is_sound",
@@ -36,6 +38,8 @@ __all__ = [
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 # Repeats of one measurement that differ by more than this cannot tell backends apart.
 NOISE_NOTE_PCT, NOISE_PROBLEM_PCT = 3.0, 10.0
+# Of the processor time; the noise floor rises with it.
+STOLEN_PROBLEM = 0.05
 LEAST_DISK_GB = 1.0
 REPEATS = 5
 
@@ -186,6 +190,19 @@ def check_noise(medians_ms: Sequence[float]) -> Finding:
     return Finding("noise floor", OK, found)
 
 
+def check_stolen(share: float) -> Finding:
+    """Whether the host of a virtual machine gave its processors to others while something was measured.
+
+    Args:
+        share: Of the processor time that was wanted; see `bratune.measure.stolen`.
+    """
+    found = f"the host gave {share:.0%} of the processor time to others" if share else "none"
+    if share > STOLEN_PROBLEM:
+        advice = "measure when the host is quieter, or on a machine of your own; the times are partly theirs"
+        return Finding("stolen time", PROBLEM, found, advice)
+    return Finding("stolen time", OK, found)
+
+
 def check_disk(free_gb: float, where: str) -> Finding:
     """Whether results will fit."""
     found = f"{free_gb:.0f} GB free at {where}"
@@ -218,7 +235,9 @@ def examine(machine: Machine, *, measure: bool = True, folder: str | Path = ".")
     findings += check_environment(os.environ)
     findings += check_flags(torch_flags())
     if measure:
+        stolen = StolenTime()
         findings.append(check_noise(noise_samples(machine)))
+        findings.append(check_stolen(stolen.share()))
     findings.append(check_disk(shutil.disk_usage(folder).free / 1e9, str(Path(folder).resolve())))
     return findings
 

@@ -20,15 +20,32 @@ FOOTNOTE = (
     "* fastest of its stage   (..x) intervals overlap: no difference shown\n"
     "alloc MB: most memory that the call allocated on top of its inputs   ±95 %: interval of the median"
 )
+# What `throttle_reasons` names, where its name says too little.
+HELD_BACK_BY = {"cpu_steal": "cpu_steal (the host ran others on these processors)"}
 MODELLED_FOOTNOTE = "x/÷ F: modelled; the time is expected between 1/F of that number and F times it"
 
 
 def profile_text(records: Sequence[Record]) -> str:
     """Every scene of some records as aligned text, at most a hundred characters wide."""
     blocks = [_scene_block(rows, to_text) for rows in group(records)]
-    modelled = any(row.evidence == "modelled" for row in records)
-    foot = f"{FOOTNOTE}\n{MODELLED_FOOTNOTE}" if modelled else FOOTNOTE
-    return "\n\n".join([*blocks, foot]) if blocks else "no rows"
+    foot = [FOOTNOTE]
+    if any(row.evidence == "modelled" for row in records):
+        foot.append(MODELLED_FOOTNOTE)
+    held_back = _held_back(records)
+    if held_back:
+        foot.append(held_back)
+    return "\n\n".join([*blocks, "\n".join(foot)]) if blocks else "no rows"
+
+
+def _held_back(records: Sequence[Record]) -> str:
+    """How many times were taken while something held the machine back, and what; empty for none."""
+    timed = [row for row in records if row.median_ms is not None]
+    slowed = [row for row in timed if row.throttle_reasons]
+    if not slowed:
+        return ""
+    reasons = sorted({reason for row in slowed for reason in row.throttle_reasons.split(",")})
+    named = ", ".join(HELD_BACK_BY.get(reason, reason) for reason in reasons)
+    return f"{len(slowed)} of {len(timed)} times taken while held back by: {named}"
 
 
 def profile_markdown(records: Sequence[Record]) -> str:
