@@ -21,8 +21,9 @@ from bratune.tune.fidelity import (
     paired_change,
     total_variation,
 )
+from bratune.tune.layer_recall import recall_text
 from bratune.tune.pictures import Pictures, load_pictures
-from bratune.tune.recall import model_recall, recall_curves, recall_text
+from bratune.tune.recall import model_recall, recall_curves
 from bratune.tune.rerouting import reroute
 from bratune.tune.space import Space
 

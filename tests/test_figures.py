@@ -19,6 +19,7 @@ from bratune.report import bar_infos, bars, infos, point_infos, points, style
 from bratune.report.demo import modelled_records
 from bratune.report.panel import Panel
 from bratune.report.published import read_timm
+from bratune.report.sections import sections
 
 A100 = gpus.resolve("a100")
 MACHINE = Machine(
@@ -222,6 +223,21 @@ def test_tuned_settings_show_what_was_verified() -> None:
     front = fidelity.data[0]
     assert (front["x"], front["y"]) == ([1.0, 2.0, 3.0], [0.02, 0.01, 0.0])
     assert memory.data[0]["x"] == [1.0]
+
+
+def test_the_report_says_what_routed_regions_hold_where_it_was_looked_at() -> None:
+    layers = [
+        {"stage": 1, "block": block, "regions": 49, "topk": 4, "routed": routed, "best": 0.9}
+        for block, routed in ((1, 0.5), (2, 0.7))
+    ]
+    plan = {"diagnostics": {"recall": {"plan": layers}}}
+    (section,) = (s for s in sections([], plan) if s.name == "pareto")
+    assert section.lead.endswith(
+        "Attention mass in routed regions, of the best possible (plan; decides nothing): "
+        "stage 1 0.60 of 0.90 (k 4/49)."
+    )
+    (section,) = (s for s in sections([]) if s.name == "pareto")
+    assert "routed regions" not in section.lead
 
 
 def test_one_setting_is_no_front() -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from bratune.record import Record
 from bratune.report import bar_infos, bars, infos, point_infos, points
 from bratune.report.panel import Panel
+from bratune.tune.layer_recall import recall_lines
 
 __all__ = ["Section", "sections"]
 
@@ -112,12 +113,16 @@ def _pareto(source: _Source) -> Section:
         rows = point_infos.tuned_points(source.plan)
     else:
         rows = point_infos.plan_points(source.records, source.plan)
+    lead = (
+        "Every setting of S, top-k and backend of one model; the line joins those that no other "
+        "setting beats. Divergence is how far the outputs of trained weights move; it is no accuracy, and "
+        "without weights and images nothing is known of it."
+    )
+    seen = recall_lines((source.plan or {}).get("diagnostics", {}))
     return Section(
         name="pareto",
         title="What does a faster setting cost in memory and fidelity?",
-        lead="Every setting of S, top-k and backend of one model; the line joins those that no other "
-        "setting beats. Divergence is how far the outputs of trained weights move; it is no accuracy, and "
-        "without weights and images nothing is known of it.",
+        lead=" ".join([lead, *(f"{line[0].upper()}{line[1:]}." for line in seen)]),
         panels=tuple(points.pareto_panels(rows)),
         rows=tuple(rows),
         missing="fewer than two settings of one model have both a latency and a peak memory",

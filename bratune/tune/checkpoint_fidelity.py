@@ -23,9 +23,10 @@ from bratune.tune.fidelity import (
     paired_change,
 )
 from bratune.tune.fidelity_source import Fidelity
+from bratune.tune.layer_recall import LayerRecall
 from bratune.tune.pick import KL_LIMITS
 from bratune.tune.pictures import Pictures
-from bratune.tune.recall import LayerRecall, model_recall
+from bratune.tune.recall import model_recall
 from bratune.tune.rerouting import reroute
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space

@@ -7,8 +7,7 @@ regions it shows what the router loses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,32 +19,12 @@ from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAtt
 from bratune.kernels.layout import to_head_regions
 from bratune.kernels.nhwc import to_nhwc
 from bratune.kernels.routing import region_means
+from bratune.tune.layer_recall import LayerRecall
 
-__all__ = ["LayerRecall", "model_recall", "recall_curves", "recall_text"]
+__all__ = ["model_recall", "recall_curves"]
 
 # Scores held at a time; a whole score matrix of stage 1 would be gigabytes at 512 pixels.
 MOST_SCORES = 2**24
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRecall:
-    """What one routed layer sees of what full attention with its own queries and keys would see.
-
-    Attributes:
-        stage: From 1.
-        block: From 1, within the stage.
-        regions: Key regions of the map.
-        topk: Of which every query region attends to so many.
-        routed: Share of the attention mass in the regions of the router.
-        best: Share in the best regions of that number, chosen by the mass itself.
-    """
-
-    stage: int
-    block: int
-    regions: int
-    topk: int
-    routed: float
-    best: float
 
 
 def model_recall(model: Backbone, images: Tensor, *, batch: int = 8) -> tuple[LayerRecall, ...]:
@@ -100,17 +79,6 @@ def model_recall(model: Backbone, images: Tensor, *, batch: int = 8) -> tuple[La
             )
         )
     return tuple(found)
-
-
-def recall_text(layers: Sequence[LayerRecall]) -> str:
-    """Recall per stage in one line, mean over its layers: that of the router, of the best regions, and k."""
-    parts = []
-    for stage in sorted({layer.stage for layer in layers}):
-        some = [layer for layer in layers if layer.stage == stage]
-        routed, best = (sum(getattr(x, name) for x in some) / len(some) for name in ("routed", "best"))
-        share = f"{some[0].topk}/{some[0].regions}"
-        parts.append(f"stage {stage} {routed:.2f} of {best:.2f} (k {share})")
-    return " · ".join(parts)
 
 
 def recall_curves(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bratune.tune.layer_recall import recall_lines
 from bratune.tune.plan import Plan
-from bratune.tune.recall import LayerRecall, recall_text
 
 __all__ = ["front_table", "plan_text"]
 
@@ -58,11 +58,7 @@ def plan_text(plan: Plan) -> str:
     else:
         lines.append(f"against the default ({plan.default}): {end.verdict}: {end.reason}")
     lines.append(f"accuracy: {plan.evidence}")
-    if "recall" in plan.diagnostics:
-        for name, layers in plan.diagnostics["recall"].items():
-            said = recall_text([LayerRecall(**layer) for layer in layers])
-            what = f"attention mass in routed regions, of the best possible ({name}; decides nothing)"
-            lines.append(f"{what}: {said}")
+    lines += recall_lines(plan.diagnostics)
     error = plan.table_error
     if error.get("n"):
         text = f"table of stages against whole models: MAPE {error['mape']:.1%} over {error['n']} settings"
