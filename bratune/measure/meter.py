@@ -31,6 +31,7 @@ __all__ = [
     "Measurement",
     "Meter",
     "MeterSettings",
+    "device_for",
     "meter_for",
     "parse_percent",
     "parse_seconds",
@@ -304,10 +305,15 @@ def meter_for(machine: Machine) -> Meter:
     Raises:
         MeasureError: the device of the machine cannot be used in this process.
     """
+    return DeviceMeter(device_for(machine))
+
+
+def device_for(machine: Machine) -> Device:
+    """What takes single times on a machine; see `meter_for`."""
     if machine.is_cuda:
         from bratune.measure.cuda import CudaDevice
 
-        return DeviceMeter(CudaDevice(machine))
+        return CudaDevice(machine)
     from bratune.measure.cpu import CpuDevice
 
-    return DeviceMeter(CpuDevice(machine))
+    return CpuDevice(machine)

@@ -22,7 +22,7 @@ from bratune.profile.count import model_macs, part_macs
 from bratune.record import Record
 from bratune.variant import Stage, get_variant
 
-__all__ = ["Result", "refusals", "run_cell"]
+__all__ = ["Result", "check", "refusals", "run_cell"]
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
@@ -81,7 +81,7 @@ def _is_full(cell: Cell) -> bool:
 
 def _measure(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings) -> Result:
     made = work.build(cell, machine)
-    checked = _check(made)
+    checked = check(made)
     if "reason" in checked:
         return Result(Record.of(cell, machine, outcome="incorrect", **checked))
     settings = settings.replace(l2=cell.l2, regime=cell.regime)
@@ -93,7 +93,7 @@ def _measure(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings
     return Result(Record.of(cell, machine, outcome="measured", **values), measured.samples_ms)
 
 
-def _check(made: work.Work) -> dict[str, Any]:
+def check(made: work.Work) -> dict[str, Any]:
     """Errors against the reference, the worst of all attention calls; a reason where one is too large."""
     worst: dict[str, Any] = {}
     for call in made.attentions():

@@ -1,4 +1,4 @@
-"""What layers see of what full attention would, as numbers of a plan and as text; see `bratune.tune.recall`."""
+"""What layers see of what full attention would see, as numbers and as text; see `bratune.tune.recall`."""
 
 from __future__ import annotations
 
