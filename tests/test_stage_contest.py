@@ -91,3 +91,18 @@ def test_the_command_prints_every_stage() -> None:
     assert "biformer_tiny · classification · 224 · batch 1 · float32 · fwd · 6 rounds" in found.output
     lines = [line.split()[:2] for line in found.output.splitlines() if line.startswith("3 ")]
     assert lines == [["3", "gather"], ["3", "gather-sdpa"]]
+
+
+def test_cold_caches_are_flushed_before_every_call() -> None:
+    flushed = []
+
+    class Counting(CpuDevice):
+        def flush(self) -> None:
+            flushed.append(1)
+
+    asked: dict[str, Any] = {"image": (64, 64), "n_win": (2,), "topks": (1, 2, 4, -2)}
+    for l2, expected in (("cold", 2 * (3 + 6)), ("warm", 0)):
+        flushed.clear()
+        request = make_request(CPU, backends=("gather", "dense"), l2=l2, **asked)
+        stage_rows(request, CPU, Counting(CPU), stages=(3,), rounds=6)
+        assert len(flushed) == expected

@@ -21,6 +21,7 @@ from bratune.errors import UsageError
 from bratune.measure.statistics import median, median_interval
 
 if TYPE_CHECKING:
+    from bratune.cell import Cell
     from bratune.machine import Machine
     from bratune.measure.device import Device
     from bratune.profile.request import Request
@@ -83,7 +84,7 @@ def stage_rows(
     cells = [p.cell for p in plan(request, tuple(stages)) if p.cell is not None]
     cells = [cell for cell in cells if cell.part == "attention" and not cell.topk.startswith("-")]
     for stage in sorted({cell.stage or 0 for cell in cells}):
-        works: dict[str, Work] = {}
+        works: dict[str, tuple[Cell, Work]] = {}
         refused: list[StageRow] = []
         for cell in (cell for cell in cells if cell.stage == stage):
             reasons = refusals(cell, machine)
@@ -91,13 +92,16 @@ def stage_rows(
                 made = build(cell, machine)
                 checked = check(made)
                 reasons = (f"WRONG RESULT, not timed: {checked['reason']}",) if "reason" in checked else ()
-                works |= {} if reasons else {cell.backend: made}
+                works |= {} if reasons else {cell.backend: (cell, made)}
             if reasons:
                 refused.append(StageRow(stage=stage, backend=cell.backend, reason="; ".join(reasons)))
         if baseline not in works:
             why = next((row.reason for row in refused if row.backend == baseline), "it is not asked for")
             raise UsageError(f"the baseline {baseline} does not run at stage {stage}: {why}")
-        calls = {name: (made.call, made.before) for name, made in works.items()}
+        calls = {
+            name: (made.call, device.flush if cell.l2 == "cold" else made.before)
+            for name, (cell, made) in works.items()
+        }
         times = contest(calls, device, rounds=rounds)
         found += [_row(stage, name, times[name], times[baseline]) for name in times] + refused
         del works, calls
