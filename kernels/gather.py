@@ -105,40 +105,32 @@ class GatherSDPABackend:
         config: Config | None = None,
     ) -> Tensor:
         """Attend from every query region to its routed key regions; see `bratune.backend.Backend`."""
+        keys, values = self._keys_and_values(k, v, routes, problem)
         mask = self._mask(routes, problem) if _mask_matters(problem) else None
+        batch, heads, tokens = problem.batch, problem.heads, problem.region_tokens
         if problem.per_head:
-            return self._attend_per_head(q, k, v, routes, problem, mask)
-        heads = problem.heads
-        queries = layout.to_regions(q, problem.region).view(
-            -1, problem.region_tokens, heads, problem.head_dim
-        )
-        if problem.kv_regions == 1:
-            keys, values = self._only_region(k, problem), self._only_region(v, problem)
-        else:
-            rows, count = self._rows(routes, problem), problem.keys_per_query
-            keys = self._take(k, rows, problem, problem.channels)
-            keys = keys.view(-1, count, heads, problem.head_dim).transpose(1, 2)
-            values = self._take(v, rows, problem, problem.v_channels)
-            values = values.view(-1, count, heads, problem.v_head_dim).transpose(1, 2)
+            # Every head is an image of its own: one sequence per image, head and region.
+            queries = layout.to_head_regions(q, problem.region, heads).flatten(0, 2)[:, None]
+            attended = _fused_attention(queries, keys, values, mask, problem.scale)
+            attended = attended.view(batch, heads, problem.regions, tokens, -1)
+            return layout.from_head_regions(attended, problem.height, problem.width, problem.region)
+        queries = layout.to_regions(q, problem.region).view(-1, tokens, heads, problem.head_dim)
         attended = _fused_attention(queries.transpose(1, 2), keys, values, mask, problem.scale)
         by_token = attended.transpose(1, 2).flatten(2)  # [B * R, T, heads * Dv]
         return layout.from_regions(by_token, problem.height, problem.width, problem.region)
 
-    def _attend_per_head(
-        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, mask: Tensor | None
-    ) -> Tensor:
-        """Every head is an image of its own: one sequence per image, head and region."""
-        queries = layout.to_head_regions(q, problem.region, problem.heads).flatten(0, 2)[:, None]
+    def _keys_and_values(
+        self, k: Tensor, v: Tensor, routes: Tensor, problem: Problem
+    ) -> tuple[Tensor, Tensor]:
+        """What every query region sees, ``[B * R, heads, topk * Tk, D]`` each.
+
+        Per head, ``[B * heads * R, 1, topk * Tk, D]``.
+        """
         if problem.kv_regions == 1:
-            keys, values = self._only_region(k, problem), self._only_region(v, problem)
-        else:
-            rows, count = self._rows(routes, problem), problem.keys_per_query
-            keys = self._take(k, rows, problem, problem.head_dim).view(-1, 1, count, problem.head_dim)
-            values = self._take(v, rows, problem, problem.v_head_dim)
-            values = values.view(-1, 1, count, problem.v_head_dim)
-        attended = _fused_attention(queries, keys, values, mask, problem.scale)
-        attended = attended.view(problem.batch, problem.heads, problem.regions, problem.region_tokens, -1)
-        return layout.from_head_regions(attended, problem.height, problem.width, problem.region)
+            return self._only_region(k, problem), self._only_region(v, problem)
+        rows = self._rows(routes, problem)
+        keys = self._take(k, rows, problem, problem.head_dim)
+        return keys, self._take(v, rows, problem, problem.v_head_dim)
 
     def _rows(self, routes: Tensor, problem: Problem) -> Tensor:
         """Where the routed tokens are in the padded maps of all images as one list, one number each.
@@ -162,9 +154,12 @@ class GatherSDPABackend:
         return torch.arange(problem.batch, device=routes.device) * tokens
 
     @staticmethod
-    def _take(x: Tensor, rows: Tensor, problem: Problem, width: int) -> Tensor:
-        """The routed rows of a map, ``[N, width]``."""
-        return layout.pad_to_regions(x, problem.kv_region).reshape(-1, width).index_select(0, rows)
+    def _take(x: Tensor, rows: Tensor, problem: Problem, head_dim: int) -> Tensor:
+        """The routed rows of a map as sequences; see `_keys_and_values`."""
+        heads = 1 if problem.per_head else problem.heads  # of a row
+        x = layout.pad_to_regions(x, problem.kv_region)
+        taken = x.reshape(-1, heads * head_dim).index_select(0, rows)
+        return taken.view(-1, problem.keys_per_query, heads, head_dim).transpose(1, 2)
 
     def _only_region(self, x: Tensor, problem: Problem) -> Tensor:
         """The whole map, seen by every query region: with one key region there is nothing to gather."""

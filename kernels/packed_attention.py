@@ -140,5 +140,5 @@ def _nothing(regions: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _region_pairs(height: int, width: int, side: int, device: torch.device) -> Tensor:
     """Where in a mask between regions the mask between two tokens is found, ``[N * N]`` for N tokens."""
     region = (height // side, width // side)
-    own = layout.spread(torch.arange(side**2, device=device), height, width, region)
+    own = layout.token_regions(height, width, region, device)
     return (own[:, None] * side**2 + own).flatten()

@@ -25,6 +25,19 @@ class Slow(nn.Module):
         return x + self.error
 
 
+def small_model() -> BiFormer:
+    torch.manual_seed(0)
+    return BiFormer(
+        depth=(1, 1, 1, 1),
+        embed_dim=(32, 32, 32, 32),
+        head_dim=32,
+        n_win=2,
+        num_classes=5,
+        topks=(1, 2, 4, -2),
+        kv_downsample_mode="identity",
+    )
+
+
 def test_ratio_is_taken_within_rounds() -> None:
     clock = [0.0]
     # The machine is twice as slow in every other round, for both; the first call is the check.
@@ -46,16 +59,7 @@ def test_contender_that_computes_something_else_is_not_timed() -> None:
 
 
 def test_real_contenders_agree_and_the_runtime_does_about_half() -> None:
-    torch.manual_seed(0)
-    model = BiFormer(
-        depth=(1, 1, 1, 1),
-        embed_dim=(32, 32, 32, 32),
-        head_dim=32,
-        n_win=2,
-        num_classes=5,
-        topks=(1, 2, 4, -2),
-        kv_downsample_mode="identity",
-    ).eval()
+    model = small_model().eval()
     images = torch.randn(1, 3, 64, 64)
     found = contest(contenders(model, images), images, rounds=6)
     work = {row.name: row.operations for row in found.rows}
@@ -67,16 +71,7 @@ def test_real_contenders_agree_and_the_runtime_does_about_half() -> None:
 
 
 def test_training_contenders_agree_on_gradients_and_keep_their_names() -> None:
-    torch.manual_seed(0)
-    model = BiFormer(
-        depth=(1, 1, 1, 1),
-        embed_dim=(32, 32, 32, 32),
-        head_dim=32,
-        n_win=2,
-        num_classes=5,
-        topks=(1, 2, 4, -2),
-        kv_downsample_mode="identity",
-    ).double()
+    model = small_model().double()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     forms = contenders(model.eval(), images, direction="fwd-bwd")
     found = contest(forms, images, rounds=6, direction="fwd-bwd")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from bratune.errors import MeasureError
 
-__all__ = ["interval_ranks", "median", "median_interval", "quantile", "relative_noise_pct"]
+__all__ = ["interval_ranks", "median", "median_interval", "paired_ratio", "quantile", "relative_noise_pct"]
 
 CONFIDENCE = 0.95
 # Up to here the binomial sum is exact; above, its normal approximation is within one rank.
@@ -93,3 +93,14 @@ def relative_noise_pct(ordered: Sequence[float]) -> float:
     if len(ordered) < 2 or middle <= 0:
         return math.inf
     return 100 * (high - low) / 2 / middle
+
+
+def paired_ratio(base: Sequence[float], own: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """How many times faster than a baseline, and the 95 % interval: the median of the ratios within a round.
+
+    Args:
+        base: Times of the baseline, round by round.
+        own: Times of the other in the same rounds.
+    """
+    ratios = sorted(b / t for b, t in zip(base, own, strict=True))
+    return median(ratios), median_interval(ratios)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from bratune.cell import Cell
 from bratune.engine import Engine
 from bratune.errors import MeasureError
-from bratune.measure.statistics import median, median_interval
+from bratune.measure.statistics import paired_ratio
 from bratune.record import Record
 
 __all__ = ["Final", "confirm", "whole_models"]
@@ -190,17 +190,16 @@ def _final(
             default_ms=tuple(base),
             reason=reason or "fewer than two processes",
         )
-    ratios = sorted(b / t for t, b in zip(times, base, strict=True))
-    low, high = median_interval(ratios)
+    speedup, (low, high) = paired_ratio(base, times)
     return Final(
         candidate=cell,
         default=default,
         candidate_ms=tuple(times),
         default_ms=tuple(base),
-        speedup=median(ratios),
+        speedup=speedup,
         ci_lo=low,
         ci_hi=high,
-        confidence=0.95 if len(ratios) >= ROUNDS else 1 - 2.0 ** (1 - len(ratios)),
+        confidence=0.95 if len(times) >= ROUNDS else 1 - 2.0 ** (1 - len(times)),
         verdict="slower" if stopped_early else _verdict(low, high, least_gain),
         reason=reason,
     )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bratune.errors import UsageError
-from bratune.measure.statistics import median, median_interval
+from bratune.measure.statistics import median, paired_ratio
 
 if TYPE_CHECKING:
     from bratune.cell import Cell
@@ -134,14 +134,8 @@ def contest(
 
 
 def _row(stage: int, name: str, own: Sequence[float], base: Sequence[float]) -> StageRow:
-    ratios = sorted(theirs / mine for theirs, mine in zip(base, own, strict=True))
-    return StageRow(
-        stage=stage,
-        backend=name,
-        median_ms=median(own),
-        ratio=median(ratios),
-        ratio_interval=median_interval(ratios),
-    )
+    ratio, interval = paired_ratio(base, own)
+    return StageRow(stage=stage, backend=name, median_ms=median(own), ratio=ratio, ratio_interval=interval)
 
 
 def table(rows: Sequence[StageRow], baseline: str) -> str:

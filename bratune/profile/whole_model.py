@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bratune.errors import MeasureError
-from bratune.measure.statistics import median, median_interval
+from bratune.measure.statistics import median, paired_ratio
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -191,7 +191,7 @@ def contest(
                 times[name].append(_timed(step, model, images, clock))
     rows = []
     for name, model in everyone.items():
-        ratios = sorted(base / own for base, own in zip(times[baseline], times[name], strict=True))
+        ratio, interval = paired_ratio(times[baseline], times[name])
         uncounted = name.endswith(COMPILED)
         operations, megabytes = (None, None) if uncounted else _counted(step, model, images, direction)
         rows.append(
@@ -200,8 +200,8 @@ def contest(
                 operations=operations,
                 megabytes=megabytes,
                 median_ms=median(times[name]) * 1e3,
-                ratio=median(ratios),
-                ratio_interval=median_interval(ratios),
+                ratio=ratio,
+                ratio_interval=interval,
                 difference=differences.get(name),
             )
         )
