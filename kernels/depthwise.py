@@ -8,8 +8,6 @@ wherever no measured entry of the launch table says otherwise.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +34,7 @@ def why_not(x: Tensor, weight: Tensor) -> tuple[str, ...]:
 def _reasons(
     device: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, sides: tuple[int, ...]
 ) -> tuple[str, ...]:
-    reasons = []
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("the package triton is not installed: pip install triton")
-    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"the tensors are on {device}; Triton needs a GPU, or TRITON_INTERPRET=1 to be slow")
+    reasons = launch.not_here(device)
     known = (torch.float16, torch.bfloat16, torch.float32)
     if x_dtype not in known or weight_dtype not in known:
         reasons.append(

@@ -4,6 +4,10 @@ On a CPU with oneDNN (float32; bfloat16 where the CPU has it), weights are packe
 residual are part of the product. Elsewhere the product is one operation and what follows is done in
 place in its fresh output; on CUDA in bfloat16, GELU is part of the product (cuBLASLt's epilogue, which is
 the tanh form: it differs from the exact one by less than bfloat16 resolves).
+
+On CUDA a product can be added to the map in its epilogue, but not together with its bias. So the biases of
+the products that a block adds are added where the map is written before (see `FrozenLinear.accumulate` and
+`FrozenConv.raise_by`), and the norms between take them away again.
 """
 
 from __future__ import annotations
@@ -15,8 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bratune.kernels.nhwc import to_nchw, to_nhwc
+from bratune.kernels.norm import layer_norm
 
-__all__ = ["FrozenConv", "FrozenLinear", "packs"]
+__all__ = ["FrozenConv", "FrozenLinear", "FrozenNorm", "accumulates", "packs"]
+
+
+def accumulates(weight: Tensor) -> bool:
+    """Whether products with weights like this one are best added to a map in their epilogue."""
+    return weight.is_cuda
 
 
 def packs(weight: Tensor) -> bool:
@@ -46,8 +56,19 @@ class FrozenLinear(nn.Module):
         self.packed: Tensor | None = None
         if pack and packs(weight):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.accumulating = False
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def accumulate(self) -> Tensor:
+        """Let `add` write into its second argument from now on, and leave the bias to the caller.
+
+        Returns:
+            The bias, ``[out]`` in float64.
+        """
+        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+        self.accumulating, self.bias = True, None
+        return bias.double()
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
@@ -67,7 +88,10 @@ class FrozenLinear(nn.Module):
         return torch.ops.aten.gelu_(self(x))  # type: ignore[no-any-return]
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
-        """`forward` plus another tensor of the output's shape."""
+        """`forward` plus another tensor of the output's shape, which `accumulate` lets be overwritten."""
+        if self.accumulating:
+            other.view(-1, other.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), self.weight.t())
+            return other
         if self.packed is not None:
             out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, "add")
             return out
@@ -109,6 +133,11 @@ class FrozenConv(nn.Module):
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry.values())
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
+
+    def raise_by(self, lead: Tensor) -> None:
+        """Add a vector, ``[out]``, to every token of the output, at no cost."""
+        bias = 0.0 if self.bias is None else self.bias.double()
+        self.bias = (lead.double() + bias).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, in]`` to ``[B, H', W', out]``."""
@@ -164,3 +193,29 @@ class FrozenConv(nn.Module):
             to_nchw(x.contiguous()), self.packed, self.bias, *self.geometry.values(), then, [], "none"
         )
         return to_nhwc(out)
+
+
+class FrozenNorm(nn.Module):
+    """LayerNorm of an NHWC map that may hold more than it says, without gradients.
+
+    Args:
+        norm: Where numbers come from.
+        lead: ``[C]``, what every token of the map has too much; None for nothing.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    shift: Tensor | None
+
+    def __init__(self, norm: nn.LayerNorm, lead: Tensor | None = None) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        for name in ("weight", "bias"):
+            tensor = getattr(norm, name)
+            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+        wide = torch.float64 if norm.weight.dtype == torch.float64 else torch.float32
+        self.register_buffer("shift", None if lead is None else -lead.to(wide))
+
+    def forward(self, x: Tensor, region: tuple[int, int] | None = None) -> tuple[Tensor, Tensor | None]:
+        """``[B, H, W, C]`` to the same, and the means of its regions where a region is given."""
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, shift=self.shift, region=region)

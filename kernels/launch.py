@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,6 +35,7 @@ __all__ = [
     "hub_chunk",
     "lookup",
     "next_power_of_2",
+    "not_here",
     "problem_class",
     "settings_for",
 ]
@@ -53,6 +56,16 @@ _GEOMETRY = (
     "kernel_size",
     "tile_channels",
 )
+
+
+def not_here(device: str) -> list[str]:
+    """Every reason for which Triton kernels cannot run on tensors of a device; empty: they can."""
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("the package triton is not installed: pip install triton")
+    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"the tensors are on {device}; Triton needs a GPU, or TRITON_INTERPRET=1 to be slow")
+    return reasons
 
 
 def next_power_of_2(n: int) -> int:

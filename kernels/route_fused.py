@@ -14,7 +14,6 @@ index comes first (`torch.topk` leaves that to the device). NaN counts as the la
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from bratune.errors import ProblemError, UnsupportedError
+from bratune.kernels import launch
 from bratune.problem import ceil_div
 
 __all__ = [
@@ -302,9 +302,7 @@ def why_not(q: Tensor, k: Tensor, *, region: tuple[int, int], kv_region: tuple[i
 
 @torch.compiler.assume_constant_result
 def _reasons(device: str, q_dtype: torch.dtype, k_dtype: torch.dtype, kv_regions: int) -> tuple[str, ...]:
-    reasons = []
-    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"the tensors are on {device}; Triton needs a GPU, or TRITON_INTERPRET=1 to be slow")
+    reasons = launch.not_here(device)
     known = (torch.float16, torch.bfloat16, torch.float32)
     if q_dtype not in known or k_dtype not in known:
         reasons.append(f"q is {q_dtype} and k is {k_dtype}; float16, bfloat16 and float32 are routed")

@@ -105,6 +105,7 @@ def route_pooled(
     *,
     region: tuple[int, int],
     topk: int,
+    means: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The routes between the projections of a map, without projecting the map.
@@ -120,6 +121,7 @@ def route_pooled(
         bias: ``[2 * Cq]``.
         region: Query and key region ``(rh, rw)`` in tokens.
         topk: Key regions per query region.
+        means: The region means of x, ``[B, R, C]``, where they are known: x is not read then.
         backend: As in `route`.
 
     Returns:
@@ -138,8 +140,9 @@ def route_pooled(
             from bratune.kernels import route_fused
 
             route_fused.check(x, x, region=region)
-            means, _ = route_fused.region_means(x, region=region)
-        else:
+            if means is None:
+                means, _ = route_fused.region_means(x, region=region)
+        elif means is None:
             means = region_means(x, region, dtype=wide)
         both = F.linear(means, weight.to(wide), None if bias is None else bias.to(wide))
         means_q, means_k = both.chunk(2, dim=-1)

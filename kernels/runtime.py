@@ -5,9 +5,10 @@
 
 What it does: batch norms and layer scales are folded into the layer beside them, the last one into the
 head; the residual of the position embedding goes into its kernel; keys and values move as one tensor;
-GELU and residuals are part of the product before them where torch has that; maps stay NHWC from the stem to
-the head. What it needs: a model in evaluation, on the device and in the data type that it shall run in. It
-copies the weights: later changes of the model do not reach it.
+GELU and residuals are part of the product before them where torch has that; on CUDA, norms take several
+tokens at a time and routes come from two kernels; maps stay NHWC from the stem to the head. What it needs:
+a model in evaluation, on the device and in the data type that it shall run in. It copies the weights: later
+changes of the model do not reach it.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from bratune.errors import ProblemError, TargetError
-from bratune.kernels import layout
+from bratune.kernels import launch, layout
 from bratune.kernels.api import routed_attention
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.blocks import ConvAttention, DWConv, Residual
-from bratune.kernels.epilogues import FrozenConv, FrozenLinear
+from bratune.kernels.epilogues import FrozenConv, FrozenLinear, FrozenNorm, accumulates
 from bratune.kernels.fold import conv_then_norm, norm_then_conv, norm_then_linear
 from bratune.kernels.full_attention import Attention, FullAttention, full_attention
 from bratune.kernels.layer import BiLevelRoutingAttention, RoutedLayer
 from bratune.kernels.nhwc import to_nchw, to_nhwc
 from bratune.kernels.packed_attention import PackedAttention, prefers_mask
-from bratune.kernels.routing import route_pooled
+from bratune.kernels.routing import route, route_pooled
 from bratune.problem import Problem
 
 __all__ = ["FastModel", "GraphRunner", "optimize"]
@@ -77,12 +78,10 @@ class FastModel(nn.Module):
         self.check_size = _skeleton(model).check_size
         self.dtype = next(model.parameters()).dtype
         self.features_only = model.features_only
-        self.downsample_layers = nn.ModuleList(_folded(layer, pack=pack) for layer in model.downsample_layers)
+        folded = [_folded(layer, pack=pack) for layer in model.downsample_layers]
+        self.downsample_layers = nn.ModuleList(folded)
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(FastBlock(block, pack=pack) for block in stage.modules() if isinstance(block, Residual))
-            )
-            for stage in model.stages
+            _fast_stage(stage, down, pack=pack) for stage, down in zip(model.stages, folded, strict=True)
         )
         if model.features_only:
             self.norms = copy.deepcopy(model.extra_norms)
@@ -118,16 +117,25 @@ class FastModel(nn.Module):
 
 
 class FastBlock(nn.Module):
-    """A block of any of the models without its spare operations, NHWC; see `optimize`."""
+    """A block of any of the models without its spare operations, NHWC; see `optimize`.
 
-    def __init__(self, block: Residual, *, pack: bool) -> None:
+    Args:
+        block: The block.
+        pack: See `FrozenLinear`.
+        lead: ``[C]`` float64, what the map that leaves the block shall hold too much of, for later blocks to
+            take away; None where biases stay with their products.
+
+    Attributes:
+        lead: The same of the map that comes in.
+    """
+
+    def __init__(self, block: Residual, *, pack: bool, lead: Tensor | None) -> None:
         super().__init__()
         self.pre_norm = block.pre_norm
         self.pos_embed = None
         if block.pos_embed is not None:
             assert isinstance(block.pos_embed, nn.Conv2d)
             self.pos_embed = FrozenConv(block.pos_embed, residual=True, pack=pack)
-        self.norm1, self.norm2 = copy.deepcopy(block.norm1), copy.deepcopy(block.norm2)
         self.attn = _fast_attention(block.attn, block.gamma1, pack=pack)
         assert isinstance(block.mlp, nn.Sequential)
         first, *between, last = block.mlp
@@ -135,17 +143,30 @@ class FastBlock(nn.Module):
         self.narrow = _linear(last, block.gamma2, pack=pack)
         convs = [module.dwconv for module in between if isinstance(module, DWConv)]
         self.between = FrozenConv(convs[0], pack=pack) if convs else None
+        assert isinstance(block.norm1, nn.LayerNorm)
+        assert isinstance(block.norm2, nn.LayerNorm)
+        if lead is not None:
+            lead = lead + self.narrow.accumulate()
+        self.norm2 = FrozenNorm(block.norm2, lead)
+        if lead is not None and isinstance(self.attn, _Merged):
+            lead = lead + self.attn.proj.accumulate()
+        self.norm1 = FrozenNorm(block.norm1, lead)
+        if lead is not None and self.pos_embed is not None:
+            self.pos_embed.raise_by(lead)
+            lead = torch.zeros_like(lead)
+        self.lead = lead
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, H, W, C]`` to ``[B, H, W, C]``."""
+        """``[B, H, W, C]`` to ``[B, H, W, C]``; may write into its input."""
         if self.pos_embed is not None:
             x = self.pos_embed(x)
-        x = self.attn(self.norm1(x) if self.pre_norm else x, x)
         if not self.pre_norm:
-            x = self.norm1(x)
-        y = self.norm2(x) if self.pre_norm else x
-        x = self.narrow.add(self.hidden(y), x)
-        return x if self.pre_norm else self.norm2(x)
+            x, _ = self.norm1(self.attn(x, x))
+            return self.norm2(self.narrow.add(self.hidden(x), x))[0]  # type: ignore[no-any-return]
+        y, means = self.norm1(x, self.attn.pooled_region(x))
+        x = self.attn(y, x, means)
+        y, _ = self.norm2(x)
+        return self.narrow.add(self.hidden(y), x)
 
     def hidden(self, y: Tensor) -> Tensor:
         """The activated hidden channels of the MLP."""
@@ -154,7 +175,15 @@ class FastBlock(nn.Module):
         return self.between.gelu(self.widen(y))
 
 
-class _Merged(nn.Module):
+class _Fast(nn.Module):
+    """An attention of ``y`` that is added to ``residual``; ``means`` are those of the regions it asks for."""
+
+    def pooled_region(self, x: Tensor) -> tuple[int, int] | None:
+        """The region whose means the attention reads, of a map like this one; None for none."""
+        return None
+
+
+class _Merged(_Fast):
     """What every fast attention ends with: local enhancement, projection, residual."""
 
     def __init__(self, lepe: nn.Module | None, proj: nn.Module, gamma: Tensor | None, *, pack: bool) -> None:
@@ -185,12 +214,18 @@ class _FastRouted(_Merged):
             heads=attn.num_heads, qk_dim=self.qk_dim, n_win=attn.n_win, topk=attn.topk, scale=attn.scale
         )
 
-    def forward(self, y: Tensor, residual: Tensor) -> Tensor:
+    def pooled_region(self, x: Tensor) -> tuple[int, int] | None:
+        height, width = x.shape[1:3]
+        region = self.source.region_of(height, width)
+        tiled = height % region[0] == width % region[1] == 0
+        return region if self.source.pooled_routing and tiled else None
+
+    def forward(self, y: Tensor, residual: Tensor, means: Tensor | None = None) -> Tensor:
         if isinstance(self.source, BiLevelRoutingAttention):
             y = self.source.pad(y)
         height, width = y.shape[1:3]
         region = self.source.region_of(height, width)
-        routes = self._pooled_routes(y, region)
+        routes = self._pooled_routes(y, region, means)
         tiled = (region[0] * self.source.n_win, region[1] * self.source.n_win) == (height, width)
         if self.source.backend == "auto" and tiled and not y.is_cuda:
             masked = prefers_mask(self._problem(y, region))
@@ -198,7 +233,7 @@ class _FastRouted(_Merged):
         qkv = self.qkv(y)
         q, k, v = qkv.split((self.qk_dim, self.qk_dim, qkv.shape[-1] - 2 * self.qk_dim), dim=-1)
         if routes is None:
-            routes = self.source.route(q, k)
+            routes = route(q, k, region=region, topk=self.source.topk, backend=_router(q, k, region))
         out = routed_attention(
             q,
             k,
@@ -212,7 +247,7 @@ class _FastRouted(_Merged):
         )
         return self.merge(out, v, residual)
 
-    def _pooled_routes(self, y: Tensor, region: tuple[int, int]) -> Tensor | None:
+    def _pooled_routes(self, y: Tensor, region: tuple[int, int], means: Tensor | None) -> Tensor | None:
         """Routes from the means of the input, where the layer is made so."""
         if not self.source.pooled_routing:
             return None
@@ -224,6 +259,8 @@ class _FastRouted(_Merged):
             None if bias is None else bias[:rows],
             region=region,
             topk=self.source.topk,
+            means=means,
+            backend=_router(y, y, region),
         )
 
     def _problem(self, y: Tensor, region: tuple[int, int]) -> Problem:
@@ -245,7 +282,7 @@ class _FastFull(_Merged):
         self.heads, self.scale, self.backend = attn.num_heads, attn.scale, attn.backend
         self.enhances_input = isinstance(attn, Attention)  # the NCHW module enhances the values
 
-    def forward(self, y: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, y: Tensor, residual: Tensor, means: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(y).chunk(3, dim=-1)
         out = full_attention(q, k, v, heads=self.heads, scale=self.scale, backend=self.backend)
         return self.merge(out, y if self.enhances_input else v, residual)
@@ -258,11 +295,11 @@ class _FastConvs(_Merged):
         assert isinstance(attn[2], nn.Conv2d)
         self.depthwise = FrozenConv(attn[2], pack=pack)
 
-    def forward(self, y: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, y: Tensor, residual: Tensor, means: Tensor | None = None) -> Tensor:
         return self.merge(self.depthwise(self.first(y)), y, residual)
 
 
-class _AsItIs(nn.Module):
+class _AsItIs(_Fast):
     """Soft routing and pooled keys, which no published model has: the layer itself."""
 
     def __init__(self, attn: nn.Module, gamma: Tensor | None) -> None:
@@ -271,12 +308,39 @@ class _AsItIs(nn.Module):
         self.gamma: Tensor | None
         self.register_buffer("gamma", None if gamma is None else gamma.detach().clone())
 
-    def forward(self, y: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, y: Tensor, residual: Tensor, means: Tensor | None = None) -> Tensor:
         out: Tensor = self.attn(y)
         return residual + (out if self.gamma is None else out * self.gamma)
 
 
-def _fast_attention(attn: nn.Module, gamma: Tensor | None, *, pack: bool) -> nn.Module:
+def _router(q: Tensor, k: Tensor, region: tuple[int, int]) -> str:
+    """On CUDA, the kernels that route in two launches, where they can."""
+    if not q.is_cuda or launch.not_here(str(q.device)):
+        return "auto"
+    from bratune.kernels import route_fused
+
+    return "auto" if route_fused.why_not(q, k, region=region, kv_region=region) else "triton"
+
+
+def _fast_stage(stage: nn.Module, before: nn.Sequential, *, pack: bool) -> nn.Sequential:
+    """The blocks of a stage; ``before`` makes the map that enters it."""
+    blocks = [module for module in stage.modules() if isinstance(module, Residual)]
+    writer = before[-1]
+    can_lead = all(block.pre_norm for block in blocks) and (
+        isinstance(writer, FrozenConv) or all(block.pos_embed is not None for block in blocks)
+    )
+    weight = next(stage.parameters())
+    lead = weight.new_zeros(()).double() if can_lead and pack and accumulates(weight) else None
+    fast: list[nn.Module] = []
+    for block in reversed(blocks):
+        fast.insert(0, done := FastBlock(block, pack=pack, lead=lead))
+        lead = done.lead
+    if lead is not None and isinstance(writer, FrozenConv):
+        writer.raise_by(lead)
+    return nn.Sequential(*fast)
+
+
+def _fast_attention(attn: nn.Module, gamma: Tensor | None, *, pack: bool) -> _Fast:
     if isinstance(attn, BiLevelRoutingAttention):
         special = attn.soft_routing or not isinstance(attn.kv_down, nn.Identity)
         if special or not isinstance(attn.wo, nn.Linear):

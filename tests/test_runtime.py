@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bratune.errors import ProblemError, TargetError
-from bratune.kernels import registry
+from bratune.kernels import epilogues, norm, registry, runtime
 from bratune.kernels.accounting import count
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.biformer import BiFormer, BiFormerSTL, NCHWBiFormerSTL, build
@@ -95,10 +97,16 @@ def test_fast_model_repeats_the_official_result(path: Path, tag: str) -> None:
 
 
 @pytest.mark.parametrize(("path", "tag"), golden_runs())
-def test_fast_model_equals_the_plain_one_in_float64(path: Path, tag: str) -> None:
+def test_fast_model_equals_the_plain_one_in_float64(
+    path: Path, tag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x, _ = load(path, tag, torch.float64)
-    for found, plain in zip(outputs(optimize(model), x), outputs(model, x), strict=True):
-        assert apart(found, plain) <= TOLERANCE[torch.float64]
+    here = optimize(model)
+    monkeypatch.setattr(runtime, "accumulates", lambda weight: True)
+    expected = outputs(model, x)
+    for fast in (here, optimize(model)):  # the form that it has on a CPU, and the one that it has on CUDA
+        for found, plain in zip(outputs(fast, x), expected, strict=True):
+            assert apart(found, plain) <= TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("backend", [name for name in registry.BACKENDS if name in ("gather", "sparse")])
@@ -156,6 +164,108 @@ def test_packed_attention_equals_the_layer(masked: bool, topk: int) -> None:
         found, values = packed(x, layer.qkv, masked=masked)
         assert apart(found, layer(x)) <= 1e-12
         assert torch.equal(values, layer.project(x)[2])
+
+
+# --- the form that it has on CUDA --------------------------------------------------------------------
+
+
+@pytest.fixture
+def like_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No packed weights; products are added to the map in their epilogue, and biases before them."""
+    monkeypatch.setattr(epilogues, "packs", lambda weight: False)
+    monkeypatch.setattr(runtime, "accumulates", lambda weight: True)
+
+
+@pytest.fixture
+def with_kernels(like_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the Triton kernels of norms and routing."""
+    monkeypatch.setattr(epilogues, "layer_norm", functools.partial(norm.layer_norm, backend="triton"))
+    monkeypatch.setattr(runtime, "_router", lambda q, k, region: "triton")
+
+
+def randomized(model: Backbone) -> Backbone:
+    """Every number of the model random: new biases are zero, and norms do nothing to speak of."""
+    for module in model.modules():
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            bias.data.normal_()
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            module.running_mean.normal_()
+    return model.eval()
+
+
+STL: dict[str, Any] = {
+    "depth": (1, 2, 2, 1),
+    "embed_dim": (32, 32, 32, 32),
+    "head_dim": 32,
+    "n_wins": 2,
+    "topks": (1, 2, 3, -1),
+    "num_classes": 5,
+}
+
+
+@pytest.mark.usefixtures("like_cuda")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tiny(depth=(2, 1, 2, 1), layer_scale_init_value=0.5),
+        lambda: tiny(before_attn_dwconv=0, depth=(2, 1, 2, 1), topks=(1, 0, -1, -2)),
+        lambda: tiny(mlp_dwconv=True, param_attention="qkv"),
+        lambda: tiny(pre_norm=False),
+        lambda: BiFormerSTL(**STL, norm_layer=nn.BatchNorm2d),
+        lambda: BiFormerSTL(**STL),
+        lambda: NCHWBiFormerSTL(**STL, norm_layer=nn.BatchNorm2d),
+    ],
+    ids=["scaled", "no-embedding", "no-projection", "post-norm", "stl", "stl-layer-norm", "stl-nchw"],
+)
+def test_biases_are_added_before_the_products_and_taken_away_between(make: Callable[[], Backbone]) -> None:
+    torch.manual_seed(0)
+    model, x = randomized(make()).double(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    kept = x.clone()
+    found, plain = outputs(optimize(model), x)[0], outputs(model, x)[0]
+    assert apart(found, plain) <= TOLERANCE[torch.float64]
+    assert torch.equal(x, kept)  # products are added to maps, not to images
+
+
+@pytest.mark.usefixtures("like_cuda")
+@pytest.mark.parametrize("stl", [False, True], ids=["biformer", "stl"])
+def test_half_precision_with_leading_biases_is_no_further_from_float64(stl: bool) -> None:
+    plain = fast = 0.0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        deep: dict[str, Any] = {"depth": (1, 1, 4, 1), "topks": (4, 4, 4, -1)}
+        model = BiFormerSTL(**{**STL, **deep}, norm_layer=nn.BatchNorm2d) if stl else tiny(**deep)
+        randomized(model)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):  # those of new models are too small to matter beside the biases
+                module.weight.data.normal_(std=module.in_features**-0.5)
+        x = torch.randn(2, 3, 64, 64)
+        (truth,) = outputs(model.double(), x.double())
+        half, y = model.bfloat16(), x.bfloat16()
+        plain += apart(outputs(half, y)[0], truth)
+        fast += apart(outputs(optimize(half), y)[0], truth)
+    assert 0 < fast <= 1.5 * plain
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("with_kernels")
+@pytest.mark.parametrize("pooled", [False, True], ids=["by-queries-and-keys", "by-pooled-inputs"])
+def test_form_on_cuda_with_its_kernels_equals_the_plain_model(pooled: bool) -> None:
+    torch.manual_seed(0)
+    model, x = randomized(tiny()), torch.randn(1, 3, 64, 64)
+    for module in model.modules():
+        if isinstance(module, BiLevelRoutingAttention):
+            module.pooled_routing = pooled
+    model.set_backend("triton")
+    fast: Any = optimize(model)
+    found = outputs(fast, x)[0]
+    model.set_backend("gather")
+    assert apart(found, outputs(model, x)[0]) <= TOLERANCE[torch.float32]
+    # Position embedding 2, norm, projection, routing 2, attention, enhancement 2, projection, norm, MLP 3; by
+    # pooled inputs the projection of the means takes the place of reading queries and keys.
+    operations = count(lambda: fast.stages[0](torch.zeros(1, 16, 16, 32))).operations
+    assert operations == 14
 
 
 def norm_of(channels: int) -> nn.BatchNorm2d:

@@ -15,7 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bratune.predict.compile import Launch, Resources
-from bratune.predict.offline import attention_launches, depthwise_launches, routing_launches
+from bratune.predict.offline import (
+    attention_launches,
+    depthwise_launches,
+    norm_launches,
+    routing_launches,
+)
 from bratune.predict.targets import TARGETS
 from bratune.problem import Problem
 
@@ -44,6 +49,11 @@ def _depthwise(side: int, channels: int, kernel: int) -> Callable[[str], dict[st
     return lambda target: depthwise_launches((16, side, side, channels), kernel, "bfloat16", target)
 
 
+def _norm(side: int, channels: int) -> Callable[[str], dict[str, Launch]]:
+    region = (side // 7, side // 7)
+    return lambda target: norm_launches((128, side, side, channels), region, "bfloat16", target)
+
+
 # Every kernel at the sizes of the published models, and at the sizes that are hardest on it.
 CASES: Mapping[str, Callable[[str], dict[str, Launch]]] = {
     "224 stage 1": _attention(batch=128, height=56, width=56, region=(8, 8), topk=1),
@@ -63,6 +73,9 @@ CASES: Mapping[str, Callable[[str], dict[str, Launch]]] = {
     "256 regions": _routing(64, 16, 16, maps=False),
     "depthwise 5x5": _depthwise(56, 64, 5),
     "depthwise 3x3": _depthwise(28, 96, 3),
+    "norm of 64 channels": _norm(56, 64),
+    "norm of 384 channels": _norm(14, 384),
+    "norm of 768 channels": _norm(7, 768),
 }
 
 

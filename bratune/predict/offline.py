@@ -14,7 +14,7 @@ from bratune.predict.compile import Launch, compile_for
 from bratune.predict.targets import Target, get_target
 from bratune.problem import Problem
 
-__all__ = ["attention_launches", "depthwise_launches", "machine_of", "routing_launches"]
+__all__ = ["attention_launches", "depthwise_launches", "machine_of", "norm_launches", "routing_launches"]
 
 
 def machine_of(target: str | Target) -> Machine:
@@ -141,3 +141,28 @@ def depthwise_launches(
 
     kinds = ("depthwise_fwd", "depthwise_dgrad", "depthwise_wgrad")
     return dict(zip(kinds, compile_for(target, launch), strict=True))
+
+
+def norm_launches(
+    shape: tuple[int, int, int, int], region: tuple[int, int], dtype: str, target: str | Target
+) -> dict[str, Launch]:
+    """The launches of a LayerNorm with a shift, and of one that also takes the means of regions.
+
+    Args:
+        shape: ``(batch, height, width, channels)`` of the map.
+        region: Tokens of a region.
+        dtype: As in `bratune.problem.DTYPES`.
+        target: What to compile for.
+    """
+    import torch
+
+    from bratune.kernels.norm_fused import launch_layer_norm
+
+    x = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    weight, shift = x.new_empty(shape[-1]), x.new_empty(shape[-1], dtype=torch.float32)
+
+    def launch() -> None:
+        for wanted in ([], list(region)):
+            launch_layer_norm(x, weight, weight, shift, 1e-6, wanted)
+
+    return {_kind_of(found): found for found in compile_for(target, launch)}
