@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bratune.errors import ProblemError, UnknownNameError, UnsupportedError
 from bratune.kernels import launch
+from bratune.kernels.dispatch import is_observed
 
 __all__ = ["DEPTHWISE", "KERNEL_SIZES", "depthwise", "depthwise_class", "settings_of", "why_not"]
 
@@ -89,10 +90,12 @@ def depthwise(
     if backend == "triton":
         if reasons := why_not(x, weight):
             raise UnsupportedError("triton", reasons, f"a {kernel}x{kernel} depthwise convolution")
-        from bratune.kernels.depthwise_fused import depthwise_op
+        from bratune.kernels.depthwise_fused import depthwise_op, launch_depthwise
 
-        out: Tensor = depthwise_op(x, weight, bias, add)
-        return out
+        if torch.is_grad_enabled() or is_observed(x):
+            out: Tensor = depthwise_op(x, weight, bias, add)
+            return out
+        return launch_depthwise(x, weight, bias, add, reverse=False)
     y = F.conv2d(
         x.permute(0, 3, 1, 2),
         weight.to(x.dtype),

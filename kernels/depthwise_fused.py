@@ -18,6 +18,7 @@ from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from bratune.kernels.depthwise import settings_of
+from bratune.kernels.dispatch import on_device_of
 from bratune.problem import ceil_div
 
 __all__ = ["depthwise_op", "launch_depthwise", "launch_wgrad"]
@@ -167,7 +168,7 @@ def launch_depthwise(
     grid = (batch * ceil_div(height, rows) * ceil_div(width, block_x) * ceil_div(channels, block_c),)
     # Taps side by side would be one memory line each: their channels are put side by side instead.
     taps = weight.reshape(channels, -1).t().contiguous()
-    with torch.cuda.device_of(x):  # Triton launches on the current device
+    with on_device_of(x):
         depthwise_fwd_kernel[grid](
         x, taps, taps if bias is None else bias, out if add is None else add, out,
         *x.stride(), 1, channels, *(out if add is None else add).stride(), *out.stride()[:3], height, width,
@@ -184,7 +185,7 @@ def launch_wgrad(x: Tensor, grad: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
     per_sum = max(_ROWS_PER_SUM, ceil_div(batch * height, _PARTIAL_SUMS))
     parts = ceil_div(batch * height, per_sum)
     sums = torch.empty((parts, kernel * kernel + 1, channels), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         depthwise_wgrad_kernel[(parts * kernel * ceil_div(channels, found["block_c"]),)](
         x, grad, sums, *x.stride(), *grad.stride(), height, width, batch * height, per_sum,
         CHANNELS=channels, KERNEL=kernel, BLOCK_X=found["block_x"], BLOCK_C=found["block_c"],

@@ -16,6 +16,7 @@ from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from bratune import machine as machines
+from bratune.kernels.dispatch import is_observed
 from bratune.kernels.fused_call import Call, call_for
 from bratune.kernels.fused_run import empty_gradients, run_backward, run_forward
 from bratune.kernels.packed import mark_packed, origin_of
@@ -51,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, co
         ``[B, Hq, Wq, heads * head_dim]``, contiguous.
     """
     differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if _is_observed(q):
+    if is_observed(q):
         out, _ = torch.ops.bratune.routed_attention(
             q, k, v, routes, problem.heads, problem.region, problem.kv_region, problem.scale,
             problem.padding == "masked", config, differentiable,
@@ -61,20 +62,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, co
     if differentiable:
         return _Attend.apply(q, k, v, routes, call)  # type: ignore[no-any-return, no-untyped-call]
     return run_forward(q, k, v, routes, call, keep_lse=False)[0]
-
-
-def _is_observed(q: Tensor) -> bool:
-    """Whether something looks at the operators that run: a tracer, a compiler, a counter, a fake tensor.
-
-    Where nothing does, the kernels are launched without the dispatcher: its part of an operator with a
-    gradient costs about as much time on the host as everything else in the call together.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or type(q) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    )
 
 
 @functools.lru_cache(maxsize=4096)

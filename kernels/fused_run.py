@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bratune.errors import UnsupportedError
+from bratune.kernels.dispatch import on_device_of
 from bratune.kernels.fused_call import INTERPRETING, Call
 
 __all__ = ["empty_gradients", "run_backward", "run_forward"]
@@ -29,7 +30,7 @@ def run_forward(
     """
     out = q.new_empty(q.shape)
     lse = q.new_empty(call.lse_shape if keep_lse else (0,), dtype=torch.float32)
-    with _on(q.device):
+    with _on_device_of(q):
         _forward_pass(call.forward)(q, k, v, routes, out, lse, call)
     return out, lse
 
@@ -41,7 +42,7 @@ def run_backward(
     """The gradients of q, k and v: three tensors, or one ``[B, H, W, 3 * C]`` where ``packed``."""
     results = empty_gradients(q, k, v, packed=packed)
     dq, dk, dv = results[0].chunk(3, -1) if packed else results
-    with _on(q.device):
+    with _on_device_of(q):
         run = _image_pass if call.backward == "image" else _gather_pass
         run(grad, q, k, v, routes, out, lse, dq, dk, dv, call)
     return results
@@ -94,10 +95,7 @@ def empty_gradients(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> list[Te
     return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    if device.type == "cpu" and not INTERPRETING:
-        raise UnsupportedError("triton", (f"needs a CUDA device (or TRITON_INTERPRET=1), found {device}",))
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    if x.device.type == "cpu" and not INTERPRETING:
+        raise UnsupportedError("triton", (f"needs a CUDA device (or TRITON_INTERPRET=1), found {x.device}",))
+    return on_device_of(x)

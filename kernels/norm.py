@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bratune.errors import ProblemError, UnknownNameError, UnsupportedError
 from bratune.kernels import launch
+from bratune.kernels.dispatch import is_observed
 from bratune.kernels.routing import region_means
 
 __all__ = ["MAX_CHANNELS", "NORMS", "layer_norm", "why_not"]
@@ -77,17 +78,18 @@ def layer_norm(
     """
     if backend not in ("auto", *NORMS):
         raise UnknownNameError("norm backend", backend, ("auto", *NORMS))
-    given = {"weight": weight, "bias": bias, "shift": shift}
-    shapes = {name: tuple(tensor.shape) for name, tensor in given.items() if tensor is not None}
-    if x.ndim != 4 or any(shape != (x.shape[-1],) for shape in shapes.values()):
+    vectors = {"weight": weight, "bias": bias, "shift": shift}
+    if x.ndim != 4 or any(v is not None and v.shape != x.shape[-1:] for v in vectors.values()):
+        shapes = {name: tuple(vector.shape) for name, vector in vectors.items() if vector is not None}
         raise ProblemError(f"layer_norm needs x [B, H, W, C] and vectors [C], not {tuple(x.shape)}, {shapes}")
     with torch.no_grad():
         if backend == "triton" or (backend == "auto" and x.is_cuda and not why_not(x)):
             if reasons := why_not(x):
                 raise UnsupportedError("triton", reasons, f"a LayerNorm of {tuple(x.shape)}")
-            from bratune.kernels.norm_fused import layer_norm_op
+            from bratune.kernels.norm_fused import launch_layer_norm, layer_norm_op
 
-            y, means = layer_norm_op(x.contiguous(), weight, bias, shift, eps, list(region or ()))
+            run = layer_norm_op if is_observed(x) else launch_layer_norm
+            y, means = run(x.contiguous(), weight, bias, shift, eps, list(region or ()))
             return y, None if region is None else means
         shifted = x if shift is None else (x + shift).to(x.dtype)
         y = F.layer_norm(shifted, x.shape[-1:], weight, bias, eps).contiguous()

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
+from bratune.kernels.dispatch import on_device_of
 from bratune.problem import ceil_div
 
 __all__ = ["launch_layer_norm", "layer_norm_op"]
@@ -106,7 +107,7 @@ def launch_layer_norm(
         "num_stages": 1,
     }
     vectors = [x if tensor is None else tensor for tensor in (weight, bias, shift)]
-    with torch.cuda.device_of(x):  # Triton launches on the current device
+    with on_device_of(x):
         if region:
             block_t = min(block_t, triton.next_power_of_2(region[0] * region[1]))
             layer_norm_means_kernel[(batch * means.shape[1],)](

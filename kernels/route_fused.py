@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bratune.errors import ProblemError, UnsupportedError
 from bratune.kernels import launch
+from bratune.kernels.dispatch import is_observed, on_device_of
 from bratune.problem import ceil_div
 
 __all__ = [
@@ -203,7 +204,7 @@ def launch_region_means(
     # Tiles of about 4096 numbers: small regions take more channels at a time.
     block_c = min(triton.next_power_of_2(channels), max(64, min(512, 4096 // block_t)))
     grid = (batch * (regions + kv_regions) * triton.cdiv(channels, block_c),)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
+    with on_device_of(q):
         region_means_kernel[grid](
         q, keys, q_means, k_means, *q.stride(), *keys.stride(), height, width, kv_height, kv_width,
         REGIONS=regions, KV_REGIONS=kv_regions, CHANNELS=channels,
@@ -231,7 +232,7 @@ def launch_route(q_means: Tensor, k_means: Tensor, topk: int, maps: bool) -> Rou
         starts=empty(batch, kv_regions + 1 if maps else 0, dtype=torch.int32),
         entries=empty(batch, regions * topk if maps else 0, dtype=torch.int32),
     )
-    with torch.cuda.device_of(q_means):
+    with on_device_of(q_means):
         route_kernel[(batch * triton.cdiv(regions, block_q),)](
         q_means, k_means, *found,
         REGIONS=regions, KV_REGIONS=kv_regions, CHANNELS=channels, TOPK=topk,
@@ -242,7 +243,7 @@ def launch_route(q_means: Tensor, k_means: Tensor, topk: int, maps: bool) -> Rou
     if maps and not whole:
         from bratune.kernels.fused_inverse import inverse_routes
 
-        with torch.cuda.device_of(q_means):
+        with on_device_of(q_means):
             starts, entries = inverse_routes(found.routes, kv_regions)
         found = found._replace(starts=starts.squeeze(1), entries=entries.squeeze(1))
     return found
@@ -266,11 +267,11 @@ def _(q: Tensor, k: Tensor | None, region: list[int], kv_region: list[int]) -> t
     )
 
 
-@library.custom_op("bratune::route", mutates_args=())
-def _route_op(
-    q_means: Tensor, k_means: Tensor, topk: int, maps: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _route(q_means: Tensor, k_means: Tensor, topk: int, maps: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(launch_route(q_means.contiguous(), k_means.contiguous(), topk, maps))  # type: ignore[return-value]
+
+
+_route_op = library.custom_op("bratune::route", _route, mutates_args=())
 
 
 @_route_op.register_fake
@@ -332,7 +333,8 @@ def region_means(
     Returns:
         ``[B, R, C]`` and ``[B, Rk, C]``.
     """
-    means: tuple[Tensor, Tensor] = _region_means_op(q, k, list(region), list(kv_region or region))
+    run = _region_means_op if is_observed(q) else launch_region_means
+    means: tuple[Tensor, Tensor] = run(q, k, list(region), list(kv_region or region))
     return means
 
 
@@ -353,7 +355,8 @@ def route_by_means(q_means: Tensor, k_means: Tensor, *, topk: int, maps: bool = 
         raise ProblemError(f"top-k {topk} of {count} key regions; 1 to {count} would work")
     if count > MAX_REGIONS:
         raise ProblemError(f"{count} key regions do not fit into registers; up to {MAX_REGIONS} do")
-    return Routing(*_route_op(q_means.float(), k_means.float(), topk, maps))
+    run = _route_op if is_observed(q_means) else _route
+    return Routing(*run(q_means.float(), k_means.float(), topk, maps))
 
 
 def route_fused(

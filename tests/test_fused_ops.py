@@ -61,7 +61,7 @@ def test_operators_and_the_direct_path_give_the_same_bits(
     s = sample(case)
     results = []
     for observed in (False, True):
-        monkeypatch.setattr(fused_ops, "_is_observed", lambda q, answer=observed: answer)
+        monkeypatch.setattr(fused_ops, "is_observed", lambda q, answer=observed: answer)
         inputs = leaves(case)
         out = attend(*inputs, s.routes, case.problem, "")
         results.append([out, *torch.autograd.grad(out, inputs, s.grad)])
