@@ -3,7 +3,8 @@
 Two ways to compute it stand behind one function: ``torch``, PyTorch's own operations, and ``triton``, the
 kernel of `bratune.kernels.norm_fused`, which takes several tokens per program (PyTorch's takes one, of which
 a map of 64 channels fills a fraction), adds a shift per channel to what it reads and sums regions up
-while it has them. ``auto`` is ``triton`` on CUDA where it can run, else ``torch``.
+while it has them. ``auto`` is ``triton`` on CUDA where it can run, else ``torch``; under `torch.compile` it
+is ``torch``, which the compiler makes one kernel with what stands before it.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def layer_norm(
         shapes = {name: tuple(vector.shape) for name, vector in vectors.items() if vector is not None}
         raise ProblemError(f"layer_norm needs x [B, H, W, C] and vectors [C], not {tuple(x.shape)}, {shapes}")
     with torch.no_grad():
-        if backend == "triton" or (backend == "auto" and x.is_cuda and not why_not(x)):
+        alone = x.is_cuda and not torch.compiler.is_compiling()
+        if backend == "triton" or (backend == "auto" and alone and not why_not(x)):
             if reasons := why_not(x):
                 raise UnsupportedError("triton", reasons, f"a LayerNorm of {tuple(x.shape)}")
             from bratune.kernels.norm_fused import launch_layer_norm, layer_norm_op
