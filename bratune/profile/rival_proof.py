@@ -1,8 +1,8 @@
-"""Proof beside the kernels of attention: two questions that cells do not express.
+"""Proof beside the kernels of attention: questions that cells do not express.
 
-Depthwise convolution, in strips or by PyTorch (cuDNN on a GPU); and full attention over all tokens by each of
-the implementations behind PyTorch's ``scaled_dot_product_attention``. `bratune.profile.kernel_proof` prints
-both.
+Depthwise convolution, in strips or by PyTorch (cuDNN on a GPU); LayerNorm, of several tokens per program or
+by PyTorch; and full attention over all tokens by each of the implementations behind PyTorch's
+``scaled_dot_product_attention``. `bratune.profile.kernel_proof` prints them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bratune.errors import BratuneError
 from bratune.kernels.depthwise import DEPTHWISE, depthwise
+from bratune.kernels.norm import NORMS, layer_norm
 from bratune.machine import Machine
 from bratune.measure.meter import meter_for
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 
-__all__ = ["depthwise_lines", "sdpa_lines"]
+__all__ = ["depthwise_lines", "norm_lines", "sdpa_lines"]
 
 _RIVALS = (
     SDPBackend.FLASH_ATTENTION,
@@ -73,6 +74,43 @@ def depthwise_lines(
 
                 yield _line(f"{name} fwd", forward, machine, settings)
                 yield _line(f"{name} fwd-bwd", both, machine, settings)
+
+
+def norm_lines(
+    machine: Machine,
+    settings: MeterSettings,
+    maps: Sequence[tuple[int, int, int, int]],
+    n_win: int,
+    dtype: torch.dtype,
+) -> Iterator[str]:
+    """A heading per map, then a line per implementation, without and with the means of its regions.
+
+    Args:
+        machine: Where.
+        settings: How long each line is sampled.
+        maps: Sizes ``[B, H, W, C]``.
+        n_win: Regions per side; divides H and W.
+        dtype: Of maps and weights.
+    """
+    for size in maps:
+        yield f"\nLayerNorm of {'x'.join(map(str, size))}"
+        draw = torch.Generator(machine.device).manual_seed(0)
+        x, weight = (
+            torch.randn(shape, generator=draw, device=machine.device).to(dtype) for shape in (size, size[-1:])
+        )
+        regions = {"": None, " with means": (size[1] // n_win, size[2] // n_win)}
+        for name in NORMS:
+            for what, region in regions.items():
+
+                def normalize(
+                    x: Tensor = x,
+                    weight: Tensor = weight,
+                    name: str = name,
+                    region: tuple[int, int] | None = region,
+                ) -> object:
+                    return layer_norm(x, weight, weight, eps=1e-6, region=region, backend=name)
+
+                yield _line(name + what, normalize, machine, settings)
 
 
 def sdpa_lines(machine: Machine, settings: MeterSettings, problems: Sequence[Problem]) -> Iterator[str]:
