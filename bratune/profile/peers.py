@@ -187,7 +187,6 @@ def _own(cell: Cell, device: str) -> Peer:
     import torch
 
     from bratune.kernels.biformer import BiFormer
-    from bratune.kernels.layer import BiLevelRoutingAttention
     from bratune.kernels.published import as_published
     from bratune.kernels.runtime import FastModel
     from bratune.profile.cells import model_stages
@@ -206,13 +205,7 @@ def _own(cell: Cell, device: str) -> Peer:
             raise UnsupportedError(
                 "published", ("only BiFormer-T, -S and -B have an official composition here",)
             )
-        official = model_for(cell.replace(backend="auto"), device)
-        assert isinstance(official, BiFormer)
-        for module in official.modules():
-            if isinstance(module, BiFormer | BiLevelRoutingAttention):
-                module.auto_pad = False  # no other function where nothing is padded, which is checked next
-        official.check_size(*cell.image)
-        form = as_published(official).train(cell.problem.backward)
+        form = as_published(plain).train(cell.problem.backward)
     elif cell.backend == "runtime":
         reasons = []
         if cell.problem.backward:
@@ -287,7 +280,7 @@ def _measured(
         reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
         return Record.of(cell, machine, outcome=outcome, reason=reason), ()
     seconds = found.median_ms / 1e3
-    values = found.to_record_fields() | energy_fields(call, machine, cell.problem.batch)
+    values = found.to_record_fields() | energy_fields(found.run or call, machine, cell.problem.batch)
     values |= {"images_per_s": cell.problem.batch / seconds}
     if not cell.problem.backward:
         values["tflops_s"] = 2 * peer.macs / seconds / 1e12

@@ -89,7 +89,7 @@ def _measure(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings
     values = {**checked, **measured.to_record_fields()}
     values |= derived(cell, measured.median_ms, made.images) | _floor(cell, machine, measured.median_ms)
     if cell.part == "model":
-        values |= energy_fields(made.call, machine, made.images)
+        values |= energy_fields(measured.run or made.call, machine, made.images)
     return Result(Record.of(cell, machine, outcome="measured", **values), measured.samples_ms)
 
 
