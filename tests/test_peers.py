@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bratune.errors import BratuneError, MissingPackageError, UnknownNameError
-from bratune.machine import detect
+from bratune.machine import Machine, detect
 from bratune.measure.meter import Measurement
 from bratune.measure.settings import MeterSettings
 from bratune.profile import peers
@@ -78,9 +78,11 @@ def test_energy_is_that_of_what_was_timed(timm: Any, monkeypatch: pytest.MonkeyP
         def measure(self, call: Any, settings: MeterSettings, *, before: Any = None) -> Measurement:
             return Measurement(samples_ms=(1.0,), run=compiled)
 
-    monkeypatch.setattr(
-        "bratune.measure.energy.energy_fields", lambda call, machine, images: seen.append(call) or {}
-    )
+    def energy_fields(call: Any, machine: Machine, images: int) -> dict[str, Any]:
+        seen.append(call)
+        return {}
+
+    monkeypatch.setattr("bratune.measure.energy.energy_fields", energy_fields)
     cells = peers.peer_cells(["resnet50"], request(regimes=("compile",)))
     (row,) = peers.measure_peers(cells, detect("cpu"), SETTINGS, meter=Compiling())
     assert row.ok

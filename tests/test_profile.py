@@ -219,7 +219,6 @@ def test_energy_is_that_of_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == [compiled]
 
 
-
 def test_an_interrupt_is_not_swallowed() -> None:
     with pytest.raises(KeyboardInterrupt):
         run_cell(_cell(), detect("cpu"), _Raising(KeyboardInterrupt()), QUICK)  # type: ignore[arg-type]
