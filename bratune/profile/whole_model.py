@@ -487,6 +487,7 @@ def main(
     output: Path | None,
 ) -> None:
     """Time a whole model as published, by backend, and in the runtime (or lean), side by side."""
+    deadline = None if budget is None else time.monotonic() + budget
     import torch
 
     from bratune.machine import detect
@@ -497,7 +498,6 @@ def main(
     from bratune.store import Store
     from bratune.variant import parse_resolution
 
-    deadline = None if budget is None else time.monotonic() + budget
     if threads:
         torch.set_num_threads(threads)
     command = f"python -m bratune.profile.whole_model {shlex.join(sys.argv[1:])}"
