@@ -243,3 +243,14 @@ def test_padded_maps_have_a_published_form_too() -> None:
     images = torch.randn(1, 3, 80, 72)
     found = contest(contenders(model.eval(), images), images, rounds=6)
     assert [row.outcome for row in found.rows] == ["measured"] * 4
+
+
+def test_gradients_of_a_large_batch_do_not_vanish_in_half_precision() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1000).half()
+    with torch.no_grad():
+        model.weight.mul_(1e-3)
+        model.bias.zero_()
+    images = torch.randn(64, 8).half()
+    found = contest(made(a=model, b=model), images, rounds=6, direction="fwd-bwd")
+    assert [row.outcome for row in found.rows] == ["measured", "measured"]

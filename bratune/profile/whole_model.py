@@ -361,7 +361,8 @@ def _trained(model: nn.Module, images: Tensor) -> Any:
     images = images.detach().requires_grad_()
     scores = model(images)
     parts = scores if isinstance(scores, tuple) else (scores,)
-    torch.autograd.backward([part.float().square().mean() for part in parts])
+    # A sum: the gradients of a mean over a large batch are too small for float16.
+    torch.autograd.backward([part.float().square().sum() for part in parts])
     return images.grad
 
 
