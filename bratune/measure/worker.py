@@ -288,7 +288,7 @@ class _Child:
 
 
 def _watch(pid: int) -> tuple[int, ...]:
-    """What becomes readable when a process ends; nothing where the system has no such thing, as in a sandbox."""
+    """What becomes readable when a process ends; nothing where the system, as in a sandbox, cannot say."""
     try:
         return (os.pidfd_open(pid),)
     except OSError:
