@@ -127,6 +127,6 @@ def test_a_device_that_is_lost_before_the_first_cell_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """The worker has a device that is not there; this process goes on and says so."""
-    monkeypatch.setattr(proof.machines, "detect", lambda device: H200)
+    monkeypatch.setattr("bratune.machine.detect", lambda device: H200)
     assert proof.main(["-o", str(tmp_path)]) == 1
     assert "this device cannot copy: " in capsys.readouterr().err
