@@ -205,7 +205,9 @@ def test_every_row_of_a_contest_becomes_a_record(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("bratune.profile.peers.timm_model", failing)
     words = "--res 112 -b 1 -b 2 --rounds 6 --only published,runtime --peers swin_tiny --device cpu"
-    result = CliRunner().invoke(whole_model.main, [*words.split(), "-o", str(tmp_path)])
+    arguments = [*words.split(), "-o", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["whole_model", *arguments])
+    result = CliRunner().invoke(whole_model.main, arguments)
     assert result.exit_code == 0, result.output
     assert "images/s" in result.output
     rows = Store(tmp_path / "records.jsonl").records()
@@ -225,6 +227,7 @@ def test_every_row_of_a_contest_becomes_a_record(tmp_path: Path, monkeypatch: py
         "published", "warm", "eager", "float32"
     )  # fmt: skip
     assert runtime.max_rel_err is not None
+    assert runtime.repro == f"python -m bratune.profile.whole_model {words}"
     assert peer.model == "swin_tiny_patch4_window7_224"
     assert "made for 224" in peer.reason
 

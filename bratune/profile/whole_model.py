@@ -20,7 +20,7 @@ import gc
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -501,7 +501,7 @@ def main(
 
     if threads:
         torch.set_num_threads(threads)
-    command = f"python -m bratune.profile.whole_model {shlex.join(sys.argv[1:])}"
+    command = _command(sys.argv[1:])
     run_id = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     try:
         machine = detect(device)
@@ -555,6 +555,15 @@ def main(
             _release()
     except BratuneError as error:
         raise click.ClickException(str(error)) from None
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """What measures the rows again, wherever they are kept."""
+    words = list(arguments)
+    for flag in {"-o", "--output"} & set(words):
+        at = words.index(flag)
+        del words[at : at + 2]
+    return f"python -m bratune.profile.whole_model {shlex.join(words)}"
 
 
 def _chosen(forms: Mapping[str, Callable[[], nn.Module]], only: str) -> Mapping[str, Callable[[], nn.Module]]:
