@@ -57,7 +57,12 @@ def test_the_output_of_a_step_is_kept_where_it_is_asked_for(tmp_path: Path) -> N
     assert (folder / "small-224.txt").read_text().startswith("said: -m bratune.profile.whole_model")
     assert (folder / "stl-224.txt").read_text().endswith("broken\n")
     assert "FAILED  stl-224: exit status 3" in done.stdout
-    assert "-o kept/small-224 --model biformer_small -b 1 -b 128" in asked[0]
+    assert "-o kept/small-224 --model biformer_small -b 128" in asked[0]
+
+
+def test_steps_are_chosen_by_name(tmp_path: Path) -> None:
+    _, asked = run(tmp_path, "models", "kept", "^tiny-.*-1$")
+    assert [line.split(" -o kept/")[1].split()[0] for line in asked] == ["tiny-224-1", "tiny-compiled-1"]
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:

@@ -208,7 +208,8 @@ def test_every_row_of_a_contest_becomes_a_record(tmp_path: Path, monkeypatch: py
     arguments = [*words.split(), "-o", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["whole_model", *arguments])
     result = CliRunner().invoke(whole_model.main, arguments)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1
+    assert "2 of 6 rows have no time" in result.output
     assert "images/s" in result.output
     rows = Store(tmp_path / "records.jsonl").records()
     assert [(row.backend, row.batch, row.outcome) for row in rows] == [

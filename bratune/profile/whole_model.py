@@ -517,6 +517,7 @@ def main(
             l2="warm",
         )
         click.echo(str(machine))
+        rows: list[Row] = []
         for scene in scenes(request):
             cell = scene.model_cell(("auto",))
             network, images = model_for(cell, machine.device).eval(), images_for(cell, machine.device)
@@ -548,6 +549,7 @@ def main(
             )
             click.echo(found.table())
             how = f"{found.rounds} rounds in turn, {clock} clock"
+            rows += found.rows
             for record, samples in to_records(found, scene, machine, how=how, run_id=run_id, repro=command):
                 if store is not None:
                     store.append(record, samples)
@@ -555,6 +557,9 @@ def main(
             _release()
     except BratuneError as error:
         raise click.ClickException(str(error)) from None
+    without = sum(not row.samples_ms for row in rows)
+    if without:
+        raise click.ClickException(f"{without} of {len(rows)} rows have no time; each says why")
 
 
 def _command(arguments: Sequence[str]) -> str:
