@@ -17,6 +17,7 @@ from bratune.kernels.biformer import BiFormer
 from bratune.kernels.blocks import Block
 from bratune.kernels.full_attention import AttentionLePE
 from bratune.kernels.layer import BiLevelRoutingAttention
+from bratune.kernels.layout import crop_tokens
 
 __all__ = ["as_published"]
 
@@ -38,9 +39,9 @@ def _unpublished(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, Block) and (module.gamma1 is not None or not module.pre_norm):
         return ("layer scale and post-normalisation are in no published model",)
     if isinstance(module, BiLevelRoutingAttention) and (
-        module.soft_routing or not isinstance(module.kv_down, nn.Identity) or module.auto_pad
+        module.soft_routing or not isinstance(module.kv_down, nn.Identity)
     ):
-        return ("soft routing, pooled keys and padding are in no published classifier",)
+        return ("soft routing and pooled keys are in no published model",)
     return ()
 
 
@@ -74,6 +75,8 @@ def _block(block: Any, x: Tensor) -> Tensor:
 
 
 def _routed(attn: Any, x: Tensor) -> Tensor:
+    inside = x.shape[1:3]
+    x = attn.pad(x)
     batch, height, width, channels = x.shape
     side, heads, qk_dim = attn.n_win, attn.num_heads, attn.qk_dim
     rh, rw = height // side, width // side
@@ -105,7 +108,7 @@ def _routed(attn: Any, x: Tensor) -> Tensor:
     out = weights @ v_sel  # [B * R, heads, T, D]
     out = out.unflatten(0, (batch, side, side)).unflatten(4, (rh, rw)).permute(0, 1, 4, 2, 5, 3, 6)
     out = out.reshape(batch, height, width, channels)
-    return attn.wo(out + local)  # type: ignore[no-any-return]
+    return crop_tokens(attn.wo(out + local), *inside).contiguous()
 
 
 def _full(attn: Any, x: Tensor) -> Tensor:

@@ -109,6 +109,19 @@ def test_the_deterministic_trap_is_read_from_torch() -> None:
     assert states(health.check_flags(health.torch_flags()))["deterministic algorithms"] == "ok"
 
 
+def test_tf32_is_read_however_it_was_allowed() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "ieee"
+        assert health.torch_flags()["tf32_matmul"] is False
+        # Torch's older question, get_float32_matmul_precision, raises after the newer switch.
+        matmul.fp32_precision = "tf32"
+        assert health.torch_flags()["tf32_matmul"] is True
+    finally:
+        matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize(
     ("medians", "state"), [([1.0, 1.01, 1.02], "ok"), ([1.0, 1.05], "note"), ([1.0, 1.3], "problem")]
 )

@@ -14,7 +14,7 @@ from bratune.cell import Cell
 from bratune.kernels import registry
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
-from bratune.profile.isolated import IsolatedEngine
+from bratune.profile.isolated import IsolatedEngine, IsolatedRunner
 
 PROBLEM = Problem(batch=1, height=8, width=8, heads=2, head_dim=8, region=(4, 4), topk=2)
 CELL = Cell(part="attention", problem=PROBLEM, backend="gather", l2="warm")
@@ -43,6 +43,19 @@ def test_a_cell_is_measured_in_another_process_with_the_same_threads() -> None:
     assert "CUDA" in refused.reason
     assert unknown.outcome == "error"
     assert "no backend is called 'nobody'" in unknown.reason
+
+
+@pytest.mark.parametrize(("devices", "visible"), [(1, None), (2, "GPU-ab-12")])
+def test_the_worker_is_shown_one_gpu_of_several(
+    devices: int, visible: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One alone may be a part of a GPU, which this name does not find."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    gpu = machine.Machine(
+        kind="cuda", device="cuda:0", gpu_key="h100", gpu_name="NVIDIA H100", gpu_uuid="ab-12"
+    )
+    worker = IsolatedRunner(gpu, SETTINGS)._worker
+    assert worker._env.get("CUDA_VISIBLE_DEVICES") == visible
 
 
 @pytest.mark.gpu

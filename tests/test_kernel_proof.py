@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from bratune.kernels.fused_call import as_text, call_for
 from bratune.machine import Machine
+from bratune.measure.settings import MeterSettings
 from bratune.profile import kernel_proof as proof
 from bratune.record import Record
 
@@ -89,7 +92,6 @@ def test_rivals_are_timed_where_they_run_and_refused_with_a_reason_elsewhere() -
     import torch
 
     from bratune.machine import detect
-    from bratune.measure.settings import MeterSettings
     from bratune.problem import Problem
     from bratune.profile.rival_proof import depthwise_lines, sdpa_lines
 
@@ -107,3 +109,24 @@ def test_rivals_are_timed_where_they_run_and_refused_with_a_reason_elsewhere() -
     (heading, *rows) = sdpa_lines(here, brief, [problem])
     assert "1x16 tokens, 1x8" in heading
     assert any(row.split()[0] == "math" and " us " in row for row in rows)
+
+
+def test_what_cells_do_not_express_ends_with_its_share_of_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(proof, "_beside", lambda machine, settings: iter(["heading", "a line"]))
+    payload = {"machine": H200.to_dict(), "settings": MeterSettings().to_dict(), "seconds": 60.0}
+    assert proof.beside(payload) == ["heading", "a line"]
+    assert proof.beside({**payload, "seconds": 0.0}) == [
+        "heading", "the rest was not started: its time was spent"
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU")
+def test_a_device_that_is_lost_before_the_first_cell_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The worker has a device that is not there; this process goes on and says so."""
+    monkeypatch.setattr("bratune.machine.detect", lambda device: H200)
+    assert proof.main(["-o", str(tmp_path)]) == 1
+    assert "this device cannot copy: " in capsys.readouterr().err

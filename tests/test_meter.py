@@ -97,6 +97,19 @@ def test_a_steady_call_stops_at_the_least_number_of_samples() -> None:
     assert (m.stop_reason, m.n_discarded, m.median_ms, m.noise_pct) == ("noise", 0, 2.0, 0.0)
 
 
+def test_what_was_timed_is_what_the_regime_has_made_of_the_call() -> None:
+    def call() -> None: ...
+
+    def compiled() -> None: ...
+
+    class Compiling(FakeDevice):
+        def prepare(self, call: Call, regime: str) -> Prepared:
+            return Prepared(compiled, 1.0, call)
+
+    assert DeviceMeter(FakeDevice()).measure(call, WARM).run is call
+    assert DeviceMeter(Compiling()).measure(call, WARM.replace(regime="compile")).run is compiled
+
+
 def test_order_of_work_is_prepare_warm_up_memory_then_samples() -> None:
     device = FakeDevice(flush_s=0.001)
     measure(device, WARM.replace(l2="cold", warmup_s=0.002, min_samples=2))

@@ -388,10 +388,17 @@ def test_training_step_compiles_into_one_graph_with_equal_gradients() -> None:
 # --- the published composition -----------------------------------------------------------------------
 
 
-def test_published_composition_repeats_the_official_result() -> None:
-    model, x, expected = load(GOLDEN / "model_biformer_small4stage.npz", "b112", torch.float32)
+def published_runs() -> list[Any]:
+    names = ("model_biformer_small4stage", "model_biformer_autopad", "model_mm_det")
+    return [run for run in golden_runs() if run.values[0].stem in names]
+
+
+@pytest.mark.parametrize(("path", "tag"), published_runs())
+def test_published_composition_repeats_the_official_result(path: Path, tag: str) -> None:
+    model, x, expected = load(path, tag, torch.float32)
     assert isinstance(model, BiFormer)
-    assert apart(outputs(as_published(model), x)[0], expected[0]) <= TOLERANCE[torch.float32]
+    for found, official in zip(outputs(as_published(model), x), expected, strict=True):
+        assert apart(found, official) <= TOLERANCE[torch.float32]
 
 
 # --- operations and bytes ---------------------------------------------------------------------------

@@ -285,6 +285,23 @@ def test_the_parent_sleeps_while_a_job_runs(worker: Worker) -> None:
     assert used < 0.5  # a loop without waiting would have used all of it
 
 
+def test_where_the_system_cannot_watch_a_process_every_end_is_still_seen(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("os.pidfd_open", refuse)
+    assert run(worker, "double", 4).value == 8
+    assert run(worker, "big", 1_000_000).value == "x" * 1_000_000
+    killed = run(worker, "abort", None)
+    assert (killed.status, killed.retried) == ("crashed", True)
+    assert "SIGABRT" in killed.reason
+    assert "exit status 3" in run(worker, "leave", 3).reason
+    assert run(worker, "hang", None, limit_s=1.0).status == "timeout"
+    assert run(worker, "double", 4).value == 8
+
+
 def test_families_are_told_apart() -> None:
     assert TOKEN_VARIABLE not in os.environ
     assert family("no such token") == set()

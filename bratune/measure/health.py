@@ -258,7 +258,7 @@ def torch_flags() -> dict[str, Any]:
     matmul = torch.backends.cuda.matmul
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "tf32_matmul": torch.get_float32_matmul_precision() != "highest",
+        "tf32_matmul": matmul.fp32_precision == "tf32",
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,
         "reduced_bf16": matmul.allow_bf16_reduced_precision_reduction,
         "reduced_fp16": matmul.allow_fp16_reduced_precision_reduction,

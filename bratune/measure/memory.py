@@ -25,10 +25,11 @@ def cuda_memory(call: Call, device: torch.device, *, ignore_bytes: int = 0) -> M
     """Peak allocated and reserved memory of one call on a CUDA device.
 
     Args:
-        call: What is run, once.
+        call: What is run, twice: what its first time leaves behind is not its own.
         device: Where.
         ignore_bytes: Bytes of the meter's own buffers, left out.
     """
+    call()  # libraries keep a workspace of tens of MB per stream from their first call on
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     live = torch.cuda.memory_allocated(device)

@@ -64,6 +64,7 @@ class Measurement:
         power_w: Mean power over the windows.
         throttle_reasons: What slowed the device down in any window, sorted.
         foreign_processes: Other processes seen on the device before or after; None when unknown.
+        run: What was timed: the call itself, or what compiling or capturing has made of it.
     """
 
     samples_ms: tuple[float, ...]
@@ -81,6 +82,7 @@ class Measurement:
     power_w: float | None = None
     throttle_reasons: tuple[str, ...] = ()
     foreign_processes: int | None = None
+    run: Call | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @functools.cached_property
     def _ordered(self) -> list[float]:
@@ -189,7 +191,7 @@ class DeviceMeter:
             kept, throttled, reason = throttled, [], f"{reason}; every sample was throttled, all kept"
         if settings.l2 == "cold" and not device.flush_bytes:
             reason += "; the last-level cache is unknown and was not flushed"
-        return _summarise(
+        found = _summarise(
             kept,
             throttled,
             reason=reason,
@@ -199,6 +201,7 @@ class DeviceMeter:
             flush_bytes=device.flush_bytes if settings.l2 == "cold" else 0,
             foreign=max((n for n in (foreign, foreign_after) if n is not None), default=None),
         )
+        return dataclasses.replace(found, run=prepared.run)
 
     def _warm_up(self, run: Call, seconds: float) -> None:
         end = self.device.now() + seconds

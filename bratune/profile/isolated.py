@@ -11,6 +11,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from bratune.cell import Cell
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
@@ -30,7 +32,7 @@ class IsolatedRunner:
     """Measures cells in a worker process, one after the other; see `bratune.profile.engine.Runner`.
 
     Args:
-        machine: Where. A GPU that is known by its UUID is the only one that the worker sees.
+        machine: Where. Of several GPUs, one that is known by its UUID is the only one that the worker sees.
         settings: How long to measure; regime and cache state come from each cell.
         memory_limit_bytes: Most memory of the worker; by default 80 % of a CPU's, none on a GPU.
     """
@@ -44,7 +46,8 @@ class IsolatedRunner:
         self.settings = settings
         env: dict[str, str] = {}
         self._inside = machine
-        if machine.is_cuda and machine.gpu_uuid:
+        # A part of a GPU (MIG), which CUDA shows alone, has other names for CUDA than for NVML.
+        if machine.is_cuda and machine.gpu_uuid and torch.cuda.device_count() > 1:
             env["CUDA_VISIBLE_DEVICES"] = _visible_name(machine.gpu_uuid)
             self._inside = dataclasses.replace(machine, device="cuda:0")
         if memory_limit_bytes is None and not machine.is_cuda:
@@ -115,8 +118,6 @@ def job(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _meter(machine: Machine) -> Any:
-    import torch
-
     from bratune.measure.meter import meter_for
 
     if not machine.is_cuda and machine.threads:

@@ -10,10 +10,11 @@ Four parts, each on stdout; every attention call is also a row of ``records.json
    tile, what a hub costs.
 3. The rank correlation of the offline cost model with the times of the fused kernels.
 4. Depthwise convolution in strips against PyTorch's, and which implementation of full attention is the one to
-   beat; these are no cells and only printed, first.
+   beat; these are no cells and only printed, first, in a quarter of the budget at most.
 
 What is wanted most comes first and every row is on disk as soon as it is known, so that ``--budget 480``
-makes the most of ten minutes. Rows that the folder holds are not measured again: the same command goes on.
+makes the most of ten minutes. Everything runs in worker processes: a kernel that loses the device costs its
+row. Rows that the folder holds are not measured again: the same command goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from bratune.errors import BratuneError
 from bratune.machine import Machine
 from bratune.measure.meter import meter_for
 from bratune.measure.settings import EFFORTS, MeterSettings
+from bratune.measure.worker import JobOutcome, Worker
 from bratune.predict.validate import rank_correlation
 from bratune.problem import Problem
 from bratune.profile.isolated import IsolatedEngine
@@ -43,7 +46,9 @@ from bratune.variant import get_variant, stages
 
 __all__ = [
     "Trial",
+    "beside",
     "copy_gb_s",
+    "copy_rates",
     "floor_ms",
     "main",
     "questions",
@@ -60,6 +65,8 @@ FULL = "full SDPA"
 _COPY_BYTES = 2**30
 # A cell that takes longer than this, compilation included, is killed and its row says so.
 _CELL_LIMIT_S = 60.0
+# What the questions that cells do not express may take: of the budget, or where there is none.
+_BESIDE_SHARE, _BESIDE_S = 0.25, 300.0
 
 
 @dataclass(frozen=True)
@@ -242,20 +249,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BratuneError as error:
         print(error, file=sys.stderr)
         return 1
+    started = time.monotonic()
     settings = MeterSettings.for_effort(options.effort)
-    gb_s, cached = copy_gb_s(machine, settings), copy_gb_s(machine, settings.replace(l2="warm"), 2**23)
-    print(f"{machine}\ncopies {gb_s:.0f} GB/s from memory, {cached:.0f} GB/s of 8 MiB in the cache")
+    rates = _apart("copy_rates", machine, settings)
+    if not rates.ok:
+        print(f"this device cannot copy: {rates.reason}", file=sys.stderr)
+        return 1
+    gb_s, cached = rates.value
+    print(
+        f"{machine}\ncopies {gb_s:.0f} GB/s from memory, {cached:.0f} GB/s of 8 MiB in the cache", flush=True
+    )
     wanted = [t for t in trials() if re.search(options.only, t.group)]
     if not options.only:
-        for line in _beside(machine, settings):
-            print(line, flush=True)
+        seconds = _BESIDE_S if options.budget is None else _BESIDE_SHARE * options.budget
+        found = _apart("beside", machine, settings, seconds)
+        print("\n".join(found.value) if found.ok else f"not measured: {found.reason}", flush=True)
+    left = None if options.budget is None else options.budget - (time.monotonic() - started)
     rows: list[Record] = []
     with IsolatedEngine(
         machine,
         settings,
         store=Store(options.output / "records.jsonl"),
         run_id="kernel-proof",
-        budget_s=options.budget,
+        budget_s=left,
         cell_limit_s=_CELL_LIMIT_S,
     ) as engine:
         for line in _lines(wanted, _kept(engine.run(t.cell for t in wanted), rows), gb_s):
@@ -264,16 +280,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _apart(job: str, machine: Machine, settings: MeterSettings, seconds: float = 0.0) -> JobOutcome:
+    """A function of this module in a process of its own: this one never touches the device."""
+    payload = {"machine": machine.to_dict(), "settings": settings.to_dict(), "seconds": seconds}
+    with Worker(preload=("bratune.profile.run_cell",)) as worker:
+        return worker.run(f"bratune.profile.kernel_proof:{job}", payload, limit_s=seconds + _CELL_LIMIT_S)
+
+
+def copy_rates(payload: Mapping[str, Any]) -> tuple[float, float]:
+    """See `copy_gb_s`: from memory, and of 8 MiB in the cache."""
+    machine = Machine.from_dict(payload["machine"])
+    settings = MeterSettings.from_dict(payload["settings"])
+    return copy_gb_s(machine, settings), copy_gb_s(machine, settings.replace(l2="warm"), 2**23)
+
+
+def beside(payload: Mapping[str, Any]) -> list[str]:
+    """The questions that cells do not express, as many as fit into ``seconds`` of the payload."""
+    end = time.monotonic() + payload["seconds"]
+    lines = []
+    for line in _beside(Machine.from_dict(payload["machine"]), MeterSettings.from_dict(payload["settings"])):
+        lines.append(line)
+        if time.monotonic() >= end:
+            return [*lines, "the rest was not started: its time was spent"]
+    return lines
+
+
 def _beside(machine: Machine, settings: MeterSettings) -> Iterator[str]:
-    """The questions that cells do not express; seconds in all."""
     import torch
 
     from bratune.profile.rival_proof import depthwise_lines, sdpa_lines
 
     problems = [p for _, p in _stage_problems(*SCENES[0])]
     maps = [(p.batch, p.height, p.width, p.channels) for p in problems]
-    yield from depthwise_lines(machine, settings, maps, torch.bfloat16)
     yield from sdpa_lines(machine, settings, problems)
+    yield from depthwise_lines(machine, settings, maps, torch.bfloat16)
 
 
 def _kept(rows: Iterable[Record], into: list[Record]) -> Iterator[Record]:

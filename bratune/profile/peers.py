@@ -40,6 +40,7 @@ __all__ = [
     "measure_peers",
     "pair_lines",
     "peer_cells",
+    "timm_cell",
     "timm_model",
 ]
 
@@ -104,11 +105,12 @@ def peer_cells(names: Sequence[str], request: Request) -> list[Cell]:
         for batch in request.batches:
             for regime in request.regimes:
                 for l2 in request.l2:
-                    found.append(_cell(model, request, batch, regime, l2))
+                    found.append(timm_cell(model, request, batch, regime, l2))
     return found
 
 
-def _cell(model: str, request: Request, batch: int, regime: str, l2: str) -> Cell:
+def timm_cell(model: str, request: Request, batch: int, regime: str, l2: str) -> Cell:
+    """The whole-model cell of a model of timm, by the name that timm knows."""
     height, width = request.task.padded(*request.image)
     # A peer has no routed attention; its problem carries the batch, the dtype and the direction.
     problem = Problem(
@@ -187,7 +189,6 @@ def _own(cell: Cell, device: str) -> Peer:
     import torch
 
     from bratune.kernels.biformer import BiFormer
-    from bratune.kernels.layer import BiLevelRoutingAttention
     from bratune.kernels.published import as_published
     from bratune.kernels.runtime import FastModel
     from bratune.profile.cells import model_stages
@@ -206,13 +207,7 @@ def _own(cell: Cell, device: str) -> Peer:
             raise UnsupportedError(
                 "published", ("only BiFormer-T, -S and -B have an official composition here",)
             )
-        official = model_for(cell.replace(backend="auto"), device)
-        assert isinstance(official, BiFormer)
-        for module in official.modules():
-            if isinstance(module, BiFormer | BiLevelRoutingAttention):
-                module.auto_pad = False  # no other function where nothing is padded, which is checked next
-        official.check_size(*cell.image)
-        form = as_published(official).train(cell.problem.backward)
+        form = as_published(plain).train(cell.problem.backward)
     elif cell.backend == "runtime":
         reasons = []
         if cell.problem.backward:
@@ -268,8 +263,8 @@ def measure_peers(
 def _measured(
     cell: Cell, machine: Machine, settings: MeterSettings, meter: Meter
 ) -> tuple[Record, tuple[float, ...]]:
-    from bratune.errors import BratuneError
     from bratune.measure.energy import energy_fields
+    from bratune.profile.run_cell import failure
 
     try:
         peer = build_peer(cell, machine.device)
@@ -277,17 +272,10 @@ def _measured(
         found = meter.measure(call, settings.replace(l2=cell.l2, regime=cell.regime))
     except MissingPackageError:
         raise
-    except UnsupportedError as error:
-        return Record.of(cell, machine, outcome="unsupported", reason=str(error)), ()
-    except BratuneError as error:
-        return Record.of(cell, machine, outcome="error", reason=str(error)), ()
     except Exception as error:  # another project's model may raise anything; the row says what
-        text = str(error).strip().splitlines()
-        outcome = "oom" if "out of memory" in str(error).lower() else "error"
-        reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
-        return Record.of(cell, machine, outcome=outcome, reason=reason), ()
+        return Record.of(cell, machine, **failure(error)), ()
     seconds = found.median_ms / 1e3
-    values = found.to_record_fields() | energy_fields(call, machine, cell.problem.batch)
+    values = found.to_record_fields() | energy_fields(found.run or call, machine, cell.problem.batch)
     values |= {"images_per_s": cell.problem.batch / seconds}
     if not cell.problem.backward:
         values["tflops_s"] = 2 * peer.macs / seconds / 1e12

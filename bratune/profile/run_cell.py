@@ -22,7 +22,7 @@ from bratune.profile.count import model_macs, part_macs
 from bratune.record import Record
 from bratune.variant import Stage, get_variant
 
-__all__ = ["Result", "check", "refusals", "run_cell"]
+__all__ = ["Result", "check", "failure", "refusals", "run_cell"]
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
@@ -46,14 +46,19 @@ def run_cell(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings
         return Result(Record.of(cell, machine, outcome="unsupported", reason="; ".join(reasons)))
     try:
         return _measure(cell, machine, meter, settings)
-    except UnsupportedError as error:
-        return Result(Record.of(cell, machine, outcome="unsupported", reason="; ".join(error.reasons)))
-    except BratuneError as error:
-        return Result(Record.of(cell, machine, outcome="error", reason=str(error)))
     except Exception as error:  # a backend or a driver may raise anything; the row says what
-        return Result(Record.of(cell, machine, outcome=_outcome_of(error), reason=_sentence(error)))
+        return Result(Record.of(cell, machine, **failure(error)))
     finally:
         _release(machine)
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """Outcome and reason, one sentence, of the row of what raised an error."""
+    if isinstance(error, UnsupportedError):
+        return {"outcome": "unsupported", "reason": "; ".join(error.reasons)}
+    if isinstance(error, BratuneError):
+        return {"outcome": "error", "reason": str(error)}
+    return {"outcome": _outcome_of(error), "reason": _sentence(error)}
 
 
 def refusals(cell: Cell, machine: Machine) -> tuple[str, ...]:
@@ -89,7 +94,7 @@ def _measure(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings
     values = {**checked, **measured.to_record_fields()}
     values |= derived(cell, measured.median_ms, made.images) | _floor(cell, machine, measured.median_ms)
     if cell.part == "model":
-        values |= energy_fields(made.call, machine, made.images)
+        values |= energy_fields(measured.run or made.call, machine, made.images)
     return Result(Record.of(cell, machine, outcome="measured", **values), measured.samples_ms)
 
 

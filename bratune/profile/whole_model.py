@@ -7,36 +7,61 @@
 All contenders share weights and images, give equal outputs before anything is timed, and are timed in
 turn, so that what happens to the machine happens to all of them. A ratio is the median over rounds of the
 ratio within a round, with its distribution-free 95 % interval. Models of timm (``--peers``) take
-their turns too.
+their turns too. A contender that fails is a row with the reason, and the others go on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
+import functools
+import gc
+import shlex
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bratune.errors import MeasureError
+from bratune.errors import BratuneError, UnknownNameError
+from bratune.measure.meter import Measurement
 from bratune.measure.statistics import median, paired_ratio
+from bratune.profile.cache import NOT_STARTED
+from bratune.record import Record
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bratune.kernels.backbone import Backbone
+    from bratune.machine import Machine
+    from bratune.profile.cells import Scene
 
-__all__ = ["CLOCKS", "Contest", "Row", "contenders", "contest", "difference_limit", "with_compiled"]
+__all__ = [
+    "CLOCKS",
+    "Contest",
+    "Row",
+    "contenders",
+    "contest",
+    "difference_limit",
+    "to_records",
+    "with_compiled",
+]
 
 # ``cpu`` counts the time that this process computed, which other processes on a shared machine do not change
 # much; it is the sum over threads, so that it is latency with one thread alone.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-# What the twin of a contender is called that `torch.compile` has made.
-COMPILED = ", compiled"
+# What the twin of a contender is called that `torch.compile` has made, and what a CUDA graph is called.
+COMPILED, GRAPH = ", compiled", ", graph"
+_REGIMES = {"": "eager", COMPILED: "compile", GRAPH: "graph"}
+_OWN = ("published", "gather", "auto", "runtime", "lean")
 # On max|a - b| / max|b| of the outputs, by data type.
 AGREE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+# The fewest rounds for which a 95 % interval of a median exists; they run whatever the budget.
+LEAST_ROUNDS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,45 +73,77 @@ class Row:
         operations: Dispatched operations of a forward pass; None where they cannot be counted, as in what
             a compiler or a graph has made.
         megabytes: What they read and write at two bytes per number, weights included, in MB; None likewise.
-        median_ms: Median time of a batch.
+        peak_mb: Most memory beyond weights and images, in MB, gradients included; None on a CPU and of a
+            graph, which holds its memory for good.
+        samples_ms: Times of a batch, round by round; empty where there is none.
         ratio: How many times faster than the baseline, the median over rounds.
         ratio_interval: Its 95 % interval.
         difference: Largest difference of its output from the baseline's, over the largest number; None of
             another model.
+        outcome: See `bratune.record.OUTCOMES`.
+        reason: Why there is no time.
     """
 
     name: str
-    operations: int | None
-    megabytes: float | None
-    median_ms: float
-    ratio: float
-    ratio_interval: tuple[float, float]
-    difference: float | None
+    operations: int | None = None
+    megabytes: float | None = None
+    peak_mb: float | None = None
+    samples_ms: tuple[float, ...] = ()
+    ratio: float | None = None
+    ratio_interval: tuple[float, float] | None = None
+    difference: float | None = None
+    outcome: str = "measured"
+    reason: str = ""
+
+    @property
+    def median_ms(self) -> float | None:
+        """Median time of a batch."""
+        return median(self.samples_ms) if self.samples_ms else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """All contenders in the same run; the first row is the baseline."""
+    """All contenders in the same run.
+
+    Attributes:
+        rows: In the order in which they took their turns.
+        rounds: Times that everyone ran.
+        batch: Images.
+        baseline: What ratios and differences refer to: the first contender that ran; empty if none did.
+    """
 
     rows: tuple[Row, ...]
     rounds: int
+    batch: int
+    baseline: str
 
     def table(self) -> str:
         """One line per contender."""
-        lines = [f"{'contender':24}{'ops':>6}{'MB/batch':>10}{'median ms':>11}{'x baseline':>12}  95 %"]
+        memory = any(row.peak_mb is not None for row in self.rows)
+        peak = f"{'peak MB':>9}" if memory else ""
+        lines = [
+            f"{'contender':24}{'ops':>6}{'MB/batch':>10}{peak}{'median ms':>11}{'images/s':>10}"
+            f"{'x baseline':>12}  95 %"
+        ]
         for row in self.rows:
+            if row.median_ms is None or row.ratio is None or row.ratio_interval is None:
+                lines.append(f"{row.name:24}  {row.outcome}: {row.reason}")
+                continue
             operations = "-" if row.operations is None else str(row.operations)
             moved = "-" if row.megabytes is None else f"{row.megabytes:.0f}"
+            held = f"{'-' if row.peak_mb is None else f'{row.peak_mb:.0f}':>9}" if memory else ""
             low, high = row.ratio_interval
             lines.append(
-                f"{row.name:24}{operations:>6}{moved:>10}{row.median_ms:>11.2f}{row.ratio:>11.2f}x"
-                f"  {low:.2f} to {high:.2f}"
+                f"{row.name:24}{operations:>6}{moved:>10}{held}{row.median_ms:>11.2f}"
+                f"{1e3 * self.batch / row.median_ms:>10.1f}{row.ratio:>11.2f}x  {low:.2f} to {high:.2f}"
             )
         return "\n".join(lines)
 
 
-def contenders(model: Backbone, images: Tensor, *, direction: str = "fwd") -> dict[str, nn.Module]:
-    """What there is to compare of a model, the baseline first.
+def contenders(
+    model: Backbone, images: Tensor, *, direction: str = "fwd"
+) -> dict[str, Callable[[], nn.Module]]:
+    """What there is to compare of a model, the baseline first; each is made when it is called.
 
     Args:
         model: In evaluation, with backend ``auto``; its weights are shared.
@@ -103,109 +160,182 @@ def contenders(model: Backbone, images: Tensor, *, direction: str = "fwd") -> di
     from bratune.kernels.published import as_published
     from bratune.kernels.runtime import optimize
 
-    found: dict[str, nn.Module] = {}
-    if isinstance(model, BiFormer) and not model.auto_pad:
-        found["published"] = as_published(model)
-    gather = copy.deepcopy(model)
-    gather.set_backend("gather")
-    found |= {"gather": gather, "auto": model}
-    if direction == "fwd-bwd":
-        lean = copy.deepcopy(model)
-        lean.set_lean()
-        return {name: form.train() for name, form in {**found, "lean": lean}.items()}
-    found["runtime"] = optimize(model)
+    trained = direction == "fwd-bwd"
+
+    def gather() -> nn.Module:
+        form = copy.deepcopy(model)
+        form.set_backend("gather")
+        return form.train(trained)
+
+    def lean() -> nn.Module:
+        form = copy.deepcopy(model)
+        form.set_lean()
+        return form.train()
+
+    found: dict[str, Callable[[], nn.Module]] = {}
+    if isinstance(model, BiFormer):
+        found["published"] = lambda: as_published(model).train(trained)
+    found |= {"gather": gather, "auto": lambda: model.train(trained)}
+    if trained:
+        return found | {"lean": lean}
+    found["runtime"] = lambda: optimize(model)
     if images.is_cuda:
-        found["runtime, graph"] = optimize(model, graph_input=images)
+        found["runtime" + GRAPH] = lambda: optimize(model, graph_input=images)
     return found
 
 
-def with_compiled(models: Mapping[str, nn.Module], model: Backbone | None = None) -> dict[str, nn.Module]:
+def with_compiled(
+    models: Mapping[str, Callable[[], nn.Module]], model: Backbone | None = None
+) -> dict[str, Callable[[], nn.Module]]:
     """Every contender, each followed by what `torch.compile` makes of it for one shape.
 
     Args:
-        models: By name. A captured graph has no twin: what it replays can be compiled before.
+        models: What makes them, by name. A captured graph has no twin: what it replays can be compiled
+            before.
         model: The model whose ``runtime`` is among them: that one is compiled unpacked, as the runtime
             itself does it.
     """
     import torch
 
-    from bratune.kernels.runtime import GraphRunner, optimize
+    from bratune.kernels.runtime import optimize
 
-    found: dict[str, nn.Module] = {}
-    for name, form in models.items():
-        found[name] = form
+    found: dict[str, Callable[[], nn.Module]] = {}
+    for name, make in models.items():
+        made = found[name] = functools.cache(make)
         if name == "runtime" and model is not None:
-            found[name + COMPILED] = optimize(model, compile=True)
-        elif not isinstance(form, GraphRunner):
-            twin: Any = torch.compile(form, dynamic=False)
+            found[name + COMPILED] = lambda: optimize(model, compile=True)
+        elif not name.endswith(GRAPH):
+
+            def twin(made: Callable[[], nn.Module] = made) -> Any:
+                return torch.compile(made(), dynamic=False)
+
             found[name + COMPILED] = twin
     return found
 
 
+@dataclass(kw_only=True)
+class _Turn:
+    """A contender while the contest runs."""
+
+    name: str
+    form: nn.Module | None = None
+    times: list[float] = field(default_factory=list)
+    difference: float | None = None
+    peak_mb: float | None = None
+    outcome: str = "measured"
+    reason: str = ""
+
+    def compare(self, output: Tensor, expected: Tensor, limit: float) -> None:
+        """Note how far an output is from the baseline's, and leave where that is too far."""
+        self.difference = float((output - expected).abs().max() / expected.abs().max())
+        if not self.difference <= limit:
+            self.end(
+                "incorrect",
+                f"differs from the baseline by {self.difference:.1e} of the largest output; "
+                f"{limit:.0e} would pass",
+            )
+
+    def end(self, outcome: str, reason: str) -> None:
+        """It takes no part any longer, and gives its memory to the others."""
+        self.form, self.times, self.outcome, self.reason = None, [], outcome, reason
+
+
 def contest(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, Callable[[], nn.Module]],
     images: Tensor,
     *,
     rounds: int = 30,
     clock: Callable[[], float] | None = None,
     direction: str = "fwd",
-    rivals: Mapping[str, nn.Module] | None = None,
+    rivals: Mapping[str, Callable[[], nn.Module]] | None = None,
+    deadline: float | None = None,
 ) -> Contest:
     """Check that contenders agree, count what they do, and time them in turn.
 
+    Whoever fails, or gives another output than the baseline, leaves the contest with a reason.
+
     Args:
-        models: By name, the baseline first.
+        models: What makes the contenders, by name, the baseline first.
         images: A batch.
         rounds: Times that everyone runs.
         clock: Seconds; by default the wall clock.
         direction: ``fwd``, or ``fwd-bwd``: then what must agree are the gradients of the images.
         rivals: Other models, timed in the same rounds; their outputs are their own.
-
-    Raises:
-        MeasureError: an output differs from the baseline's by more than the data type allows.
+        deadline: When by `time.monotonic` no contender is made ready any longer, and no round is started
+            beyond the first `LEAST_ROUNDS`.
     """
     import torch
 
     clock = clock or CLOCKS["wall"]
-    baseline = next(iter(models))
     step = _trained if direction == "fwd-bwd" else _inferred
+    turns = [_Turn(name=name) for name in (*models, *(rivals or {}))]
+    makers = {**models, **(rivals or {})}
+    expected: Tensor | None = None
+    limit = AGREE[str(images.dtype).removeprefix("torch.")]
     with torch.set_grad_enabled(direction == "fwd-bwd"):
-        outputs = {name: _flat(step(model, images)) for name, model in models.items()}
-        differences = {
-            name: float((out - outputs[baseline]).abs().max() / outputs[baseline].abs().max())
-            for name, out in outputs.items()
-        }
-        limit = AGREE[str(images.dtype).removeprefix("torch.")]
-        for name, difference in differences.items():
-            if not difference <= limit:
-                raise MeasureError(
-                    f"{name} differs from {baseline} by {difference:.1e} of the largest output; "
-                    f"{limit:.0e} would pass"
-                )
-        everyone = {**models, **(rivals or {})}
-        for rival in (rivals or {}).values():
-            step(rival, images)
-        times: dict[str, list[float]] = {name: [] for name in everyone}
-        for _ in range(rounds):
-            for name, model in everyone.items():
-                times[name].append(_timed(step, model, images, clock))
+        for turn in turns:
+            if deadline is not None and time.monotonic() >= deadline:
+                turn.end("timeout", f"{NOT_STARTED}the budget was spent")
+                continue
+            with _leaving(turn):
+                turn.form = makers[turn.name]()
+                output = _flat(step(turn.form, images))
+                turn.peak_mb = _peak_mb(step, turn.form, images)
+                if turn.name in models:
+                    expected = output if expected is None else expected
+                    turn.compare(output, expected, limit)
+        for number in range(rounds):
+            if number >= LEAST_ROUNDS and deadline is not None and time.monotonic() >= deadline:
+                break
+            for turn in turns:
+                if turn.form is not None:
+                    with _leaving(turn):
+                        turn.times.append(_timed(step, turn.form, images, clock))
+    ran = [turn for turn in turns if turn.times]
     rows = []
-    for name, model in everyone.items():
-        ratio, interval = paired_ratio(times[baseline], times[name])
-        uncounted = name.endswith(COMPILED)
-        operations, megabytes = (None, None) if uncounted else _counted(step, model, images, direction)
-        rows.append(
-            Row(
-                name=name,
+    for turn in turns:
+        row = Row(name=turn.name, difference=turn.difference, outcome=turn.outcome, reason=turn.reason)
+        if turn.form is not None:
+            ratio, interval = paired_ratio(ran[0].times, turn.times)
+            operations, megabytes = _counted(step, turn.form, images, turn.name, direction)
+            row = dataclasses.replace(
+                row,
                 operations=operations,
                 megabytes=megabytes,
-                median_ms=median(times[name]) * 1e3,
+                peak_mb=turn.peak_mb,
+                samples_ms=tuple(1e3 * t for t in turn.times),
                 ratio=ratio,
                 ratio_interval=interval,
-                difference=differences.get(name),
             )
-        )
-    return Contest(rows=tuple(rows), rounds=rounds)
+        rows.append(row)
+    return Contest(
+        rows=tuple(rows),
+        rounds=len(ran[0].times) if ran else 0,
+        batch=images.shape[0],
+        baseline=ran[0].name if ran else "",
+    )
+
+
+@contextlib.contextmanager
+def _leaving(turn: _Turn) -> Iterator[None]:
+    """Whatever a contender raises ends its part in the contest."""
+    from bratune.profile.run_cell import failure
+
+    try:
+        yield
+    except Exception as error:  # a model, a compiler or a driver may raise anything; the row says what
+        turn.end(**failure(error))
+    if turn.form is None:
+        _release()
+
+
+def _release() -> None:
+    """Give back the memory of what is no longer used."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        torch.cuda.empty_cache()
 
 
 def difference_limit(
@@ -231,7 +361,8 @@ def _trained(model: nn.Module, images: Tensor) -> Any:
     images = images.detach().requires_grad_()
     scores = model(images)
     parts = scores if isinstance(scores, tuple) else (scores,)
-    torch.autograd.backward([part.float().square().mean() for part in parts])
+    # A sum: the gradients of a mean over a large batch are too small for float16.
+    torch.autograd.backward([part.float().square().sum() for part in parts])
     return images.grad
 
 
@@ -249,14 +380,29 @@ def _timed(
     return clock() - start
 
 
-def _counted(
-    step: Callable[[nn.Module, Tensor], Any], model: nn.Module, images: Tensor, direction: str
-) -> tuple[int | None, float | None]:
-    """Operations and MB; a captured graph dispatches nothing that could be counted."""
-    from bratune.kernels.accounting import count
+def _peak_mb(step: Callable[[nn.Module, Tensor], Any], model: nn.Module, images: Tensor) -> float | None:
+    """Most memory that a step takes on a GPU beyond what was there before; None of a captured graph."""
     from bratune.kernels.runtime import GraphRunner
+    from bratune.measure.memory import cuda_memory
 
-    if isinstance(model, GraphRunner):
+    if not images.is_cuda or isinstance(model, GraphRunner):
+        return None
+
+    def run() -> None:
+        step(model, images)
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    return cuda_memory(run, images.device).workspace_mb
+
+
+def _counted(
+    step: Callable[[nn.Module, Tensor], Any], model: nn.Module, images: Tensor, name: str, direction: str
+) -> tuple[int | None, float | None]:
+    """Operations and MB; what a compiler or a graph has made dispatches nothing that could be counted."""
+    from bratune.kernels.accounting import count
+
+    if name.endswith((COMPILED, GRAPH)):
         return None, None
     account = count(lambda: step(model, images), weights=model, gradients=direction == "fwd-bwd")
     return account.operations, account.total_bytes / 1e6
@@ -269,62 +415,170 @@ def _flat(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([part.flatten().double() for part in parts])
 
 
+def to_records(
+    found: Contest, scene: Scene, machine: Machine, *, how: str, **values: Any
+) -> Iterator[tuple[Record, tuple[float, ...]]]:
+    """A row of the project's records per contender, and its times; caches were warm.
+
+    Args:
+        found: The contest.
+        scene: The model of ours, its images and batch.
+        machine: Where it ran.
+        how: What a sample is, for `Record.sampling`.
+        values: Further fields of every record.
+    """
+    from bratune.profile.peers import PEERS, timm_cell
+
+    limit = AGREE[scene.request.dtype]
+    for row in found.rows:
+        name, mark, kind = row.name.partition(", ")
+        regime = _REGIMES[mark + kind]
+        if name in _OWN:
+            cell = scene.model_cell((name,)).replace(regime=regime)
+        else:
+            cell = timm_cell(PEERS.get(name, name), scene.request, scene.batch, regime, scene.l2)
+        own: dict[str, Any] = {"outcome": row.outcome, "reason": row.reason, "sampling": how}
+        if row.difference is not None:
+            own |= {"max_rel_err": row.difference, "tolerance": limit}
+        if row.median_ms is not None:
+            measured = Measurement(samples_ms=row.samples_ms, workspace_mb=row.peak_mb, stop_reason="rounds")
+            own |= measured.to_record_fields()
+            own |= {"images_per_s": 1e3 * found.batch / row.median_ms}
+            own |= {"speedup": row.ratio, "baseline": found.baseline}
+        yield Record.of(cell, machine, **own, **values), row.samples_ms
+
+
 @click.command()
 @click.option("--model", default="biformer_tiny", show_default=True, help="A published model.")
-@click.option("--res", default="224", show_default=True, help="Image size, 512 or 800x1333.")
-@click.option("-b", "--batch-size", default=1, show_default=True, help="Images.")
+@click.option("--task", default="classification", show_default=True, help="Sets S; see bratune list tasks.")
+@click.option("--res", default=None, help="Image size, 512 or 800x1333; by default the task's.")
+@click.option("-b", "--batch-size", "batches", multiple=True, default=(1,), show_default=True, help="Images.")
 @click.option("--dtype", default="float32", type=click.Choice(list(AGREE)), show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--rounds", default=30, show_default=True, help="Times that every contender runs.")
 @click.option("--direction", default="fwd", type=click.Choice(["fwd", "fwd-bwd"]), show_default=True)
+@click.option("--only", default="", help="Forms of the model, e.g. published,runtime; by default all.")
 @click.option("--peers", default="", help="Models of timm in the same rounds, e.g. swin_tiny,deit_small.")
 @click.option(
     "--compile", "compile_", is_flag=True, help="Time every contender compiled, too; takes minutes."
 )
 @click.option("--threads", default=0, help="CPU threads; 0 leaves them as they are.")
 @click.option("--clock", default="wall", type=click.Choice(list(CLOCKS)), show_default=True)
+@click.option(
+    "--budget", type=float, default=None, help="Seconds after which no contender and no round is started."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=None, help="Folder for records.jsonl."
+)
 def main(
     model: str,
-    res: str,
-    batch_size: int,
+    task: str,
+    res: str | None,
+    batches: tuple[int, ...],
     dtype: str,
     device: str,
     rounds: int,
     direction: str,
+    only: str,
     peers: str,
     compile_: bool,
     threads: int,
     clock: str,
+    budget: float | None,
+    output: Path | None,
 ) -> None:
     """Time a whole model as published, by backend, and in the runtime (or lean), side by side."""
+    deadline = None if budget is None else time.monotonic() + budget
     import torch
 
-    from bratune.kernels.biformer import build
     from bratune.machine import detect
+    from bratune.profile.cells import scenes
     from bratune.profile.peers import timm_model
+    from bratune.profile.request import make_request
+    from bratune.profile.scenery import images_for, model_for
+    from bratune.store import Store
     from bratune.variant import parse_resolution
 
     if threads:
         torch.set_num_threads(threads)
-    machine = detect(device)
-    torch.manual_seed(0)
-    network = build(model).eval().to(machine.device, getattr(torch, dtype))
-    images = torch.randn(
-        batch_size, 3, *parse_resolution(res), device=machine.device, dtype=getattr(torch, dtype)
-    )
-    forms = contenders(network, images, direction=direction)
-    rivals: dict[str, nn.Module] = {}
-    for name in filter(None, peers.split(",")):
-        rival: Any = timm_model(name, parse_resolution(res))
-        rivals[name] = rival.to(machine.device, getattr(torch, dtype)).train(direction == "fwd-bwd")
-    if compile_:
-        forms, rivals = with_compiled(forms, network), with_compiled(rivals)
-    found = contest(forms, images, rounds=rounds, clock=CLOCKS[clock], direction=direction, rivals=rivals)
-    click.echo(str(machine))
-    click.echo(
-        f"{model} · {res} · batch {batch_size} · {dtype} · {direction} · {clock} clock · {rounds} rounds"
-    )
-    click.echo(found.table())
+    command = _command(sys.argv[1:])
+    run_id = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    try:
+        machine = detect(device)
+        store = None if output is None else Store(output / "records.jsonl")
+        request = make_request(
+            machine,
+            models=(model,),
+            task=task,
+            image=None if res is None else parse_resolution(res),
+            batches=batches,
+            dtype=dtype,
+            direction=direction,
+            l2="warm",
+        )
+        click.echo(str(machine))
+        rows: list[Row] = []
+        for scene in scenes(request):
+            cell = scene.model_cell(("auto",))
+            network, images = model_for(cell, machine.device).eval(), images_for(cell, machine.device)
+            forms = _chosen(contenders(network, images, direction=direction), only)
+
+            def rival(name: str, image: tuple[int, int] = cell.image, images: Tensor = images) -> Any:
+                made: Any = timm_model(name, image)
+                return made.to(images.device, images.dtype).train(direction == "fwd-bwd")
+
+            rivals: dict[str, Callable[[], nn.Module]] = {
+                name: functools.partial(rival, name) for name in filter(None, peers.split(","))
+            }
+            if compile_:
+                torch._dynamo.reset()  # code of another batch counts towards the limit of recompilations
+                forms, rivals = with_compiled(forms, network), with_compiled(rivals)
+            found = contest(
+                forms,
+                images,
+                rounds=rounds,
+                clock=CLOCKS[clock],
+                direction=direction,
+                rivals=rivals,
+                deadline=deadline,
+            )
+            height, width = cell.image
+            click.echo(
+                f"{model} · {height if height == width else f'{height}x{width}'} · batch {scene.batch} · "
+                f"{dtype} · {direction} · {clock} clock · {found.rounds} rounds"
+            )
+            click.echo(found.table())
+            how = f"{found.rounds} rounds in turn, {clock} clock"
+            rows += found.rows
+            for record, samples in to_records(found, scene, machine, how=how, run_id=run_id, repro=command):
+                if store is not None:
+                    store.append(record, samples)
+            del network, images, forms, rivals
+            _release()
+    except BratuneError as error:
+        raise click.ClickException(str(error)) from None
+    without = sum(not row.samples_ms for row in rows)
+    if without:
+        raise click.ClickException(f"{without} of {len(rows)} rows have no time; each says why")
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """What measures the rows again, wherever they are kept."""
+    words = list(arguments)
+    for flag in {"-o", "--output"} & set(words):
+        at = words.index(flag)
+        del words[at : at + 2]
+    return f"python -m bratune.profile.whole_model {shlex.join(words)}"
+
+
+def _chosen(forms: Mapping[str, Callable[[], nn.Module]], only: str) -> Mapping[str, Callable[[], nn.Module]]:
+    """The forms that are asked for, each with its graph; all where none is."""
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    known = dict.fromkeys(name.removesuffix(GRAPH) for name in forms)
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("form", name, known)
+    return {name: form for name, form in forms.items() if not names or name.removesuffix(GRAPH) in names}
 
 
 if __name__ == "__main__":
