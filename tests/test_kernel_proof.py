@@ -93,7 +93,7 @@ def test_rivals_are_timed_where_they_run_and_refused_with_a_reason_elsewhere() -
 
     from bratune.machine import detect
     from bratune.problem import Problem
-    from bratune.profile.rival_proof import depthwise_lines, sdpa_lines
+    from bratune.profile.rival_proof import depthwise_lines, norm_lines, sdpa_lines
 
     here = detect("cpu")
     brief = MeterSettings.for_effort(
@@ -105,6 +105,10 @@ def test_rivals_are_timed_where_they_run_and_refused_with_a_reason_elsewhere() -
         ["torch", "fwd-bwd"],
     ] * 2
     assert sum("not here: " in line for line in lines) == 4
+    (heading, *rows) = norm_lines(here, brief, [(1, 4, 4, 8)], 2, torch.float32)
+    assert "LayerNorm of 1x4x4x8" in heading
+    assert [" us " in row for row in rows] == [True, True, False, False]  # Triton needs a GPU
+    assert [row.split()[:2] for row in rows[1:3]] == [["torch", "with"], ["triton", "not"]]
     problem = Problem(batch=1, height=4, width=4, heads=1, head_dim=8, region=(2, 2), topk=1)
     (heading, *rows) = sdpa_lines(here, brief, [problem])
     assert "1x16 tokens, 1x8" in heading

@@ -17,7 +17,7 @@ from bratune.errors import MeasureError
 from bratune.kernels.biformer import BiFormer
 from bratune.kernels.layer import BiLevelRoutingAttention
 from bratune.profile import whole_model
-from bratune.profile.whole_model import LEAST_ROUNDS, contenders, contest, with_compiled
+from bratune.profile.contest import LEAST_ROUNDS, contenders, contest, with_compiled
 from bratune.store import Store
 
 

@@ -9,8 +9,9 @@ Four parts, each on stdout; every attention call is also a row of ``records.json
 2. The choices that counting instructions could not settle: which family, how many warps, how many rows of a
    tile, what a hub costs.
 3. The rank correlation of the offline cost model with the times of the fused kernels.
-4. Depthwise convolution in strips against PyTorch's, and which implementation of full attention is the one to
-   beat; these are no cells and only printed, first, in a quarter of the budget at most.
+4. Which implementation of full attention is the one to beat; LayerNorm of several tokens per program and
+   depthwise convolution in strips against PyTorch's. These are no cells and only printed, first, in a quarter
+   of the budget at most.
 
 What is wanted most comes first and every row is on disk as soon as it is known, so that ``--budget 480``
 makes the most of ten minutes. Everything runs in worker processes: a kernel that loses the device costs its
@@ -308,11 +309,12 @@ def beside(payload: Mapping[str, Any]) -> list[str]:
 def _beside(machine: Machine, settings: MeterSettings) -> Iterator[str]:
     import torch
 
-    from bratune.profile.rival_proof import depthwise_lines, sdpa_lines
+    from bratune.profile.rival_proof import depthwise_lines, norm_lines, sdpa_lines
 
     problems = [p for _, p in _stage_problems(*SCENES[0])]
     maps = [(p.batch, p.height, p.width, p.channels) for p in problems]
     yield from sdpa_lines(machine, settings, problems)
+    yield from norm_lines(machine, settings, maps, SCENES[0][-1], torch.bfloat16)
     yield from depthwise_lines(machine, settings, maps, torch.bfloat16)
 
 

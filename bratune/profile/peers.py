@@ -192,9 +192,9 @@ def _own(cell: Cell, device: str) -> Peer:
     from bratune.kernels.published import as_published
     from bratune.kernels.runtime import FastModel
     from bratune.profile.cells import model_stages
+    from bratune.profile.contest import difference_limit
     from bratune.profile.count import model_macs
     from bratune.profile.scenery import images_for, model_for
-    from bratune.profile.whole_model import difference_limit
     from bratune.variant import get_variant
 
     plain = model_for(cell.replace(backend="auto"), device)
