@@ -24,6 +24,7 @@ from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from bratune.errors import ProblemError, UnsupportedError
+from bratune.kernels.constants import constant_in_graphs
 from bratune.problem import ceil_div
 
 __all__ = [
@@ -300,7 +301,7 @@ def why_not(q: Tensor, k: Tensor, *, region: tuple[int, int], kv_region: tuple[i
     return reasons
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _reasons(device: str, q_dtype: torch.dtype, k_dtype: torch.dtype, kv_regions: int) -> tuple[str, ...]:
     reasons = []
     if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
