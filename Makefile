@@ -17,8 +17,8 @@ profile: $(VENV)/.installed
 	$(BIN)/bratune profile
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -q -n 2
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 -m interpreter
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m interpreter
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

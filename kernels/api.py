@@ -15,6 +15,7 @@ from bratune import machine as machines
 from bratune.backend import Backend, Config
 from bratune.errors import ConfigError, ProblemError, UnsupportedError
 from bratune.kernels import registry, tuned
+from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.routing import route
 from bratune.machine import Machine
 from bratune.problem import Problem
@@ -146,7 +147,7 @@ _NUMBERS = itertools.count()
 _MOST_CALLS = 4096
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _resolve(*call: Any) -> int:
     """The place in `_RESOLVED` of what was found out about a call."""
     place = _PLACES.get(call)

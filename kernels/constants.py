@@ -1,17 +1,18 @@
-"""Small constant tensors, made once per shape and device."""
+"""Small constant tensors, made once per shape and device; answers that are constants of a compiled graph."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["kept"]
+__all__ = ["constant_in_graphs", "kept"]
 
 Arguments = ParamSpec("Arguments")
+Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def kept(make: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
@@ -34,6 +35,15 @@ def kept(make: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
         return cached(*args, **kwargs)  # type: ignore[arg-type]  # they are hashable, which is not said
 
     return get
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result`, without importing the compiler.
+
+    The import takes as long as that of torch itself, in every process, and few processes compile anything.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def _recording() -> bool:

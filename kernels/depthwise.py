@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bratune.errors import ProblemError, UnknownNameError, UnsupportedError
 from bratune.kernels import launch
+from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.dispatch import is_observed
 
 __all__ = ["DEPTHWISE", "KERNEL_SIZES", "depthwise", "depthwise_class", "settings_of", "why_not"]
@@ -31,7 +32,7 @@ def why_not(x: Tensor, weight: Tensor) -> tuple[str, ...]:
     return reasons
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _reasons(
     device: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, sides: tuple[int, ...]
 ) -> tuple[str, ...]:
@@ -130,7 +131,7 @@ def settings_of(kind: str, x: Tensor, kernel: int) -> dict[str, int]:
     return dict(_settings(kind, tuple(x.shape), kernel, x.element_size(), name))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _measured_choice(shape: tuple[int, ...], kernel: int, item_bytes: int, device: int) -> str:
     """The strips where a measured entry of the launch table found them faster, else PyTorch's."""
     found = _settings("depthwise_fwd", shape, kernel, item_bytes, _architecture(device))

@@ -8,6 +8,7 @@ import os
 import shutil
 import types
 import warnings
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -221,6 +222,7 @@ def _attend(
 def _compiled(problem: Problem, block: int, device: str) -> Callable[..., Tensor]:
     """`_attend`, compiled for one problem."""
     # torch.compile counts recompilations per code object and gives up at eight: every problem gets its own.
-    code = _attend.__code__.replace(co_name=f"_attend_{abs(hash((problem, block, device)))}")
+    # Its name is the same in every process, so that what one has compiled is found on disk by the next.
+    code = _attend.__code__.replace(co_name=f"_attend_{zlib.crc32(repr((problem, block, device)).encode())}")
     own = types.FunctionType(code, _attend.__globals__)
     return torch.compile(own, dynamic=False, fullgraph=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bratune.errors import ProblemError, UnknownNameError, UnsupportedError
 from bratune.kernels import launch
+from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.dispatch import is_observed
 from bratune.kernels.routing import region_means
 
@@ -32,7 +33,7 @@ def why_not(x: Tensor) -> tuple[str, ...]:
     return reasons
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _reasons(device: str, dtype: torch.dtype, channels: int) -> tuple[str, ...]:
     reasons = launch.not_here(device)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bratune.errors import ProblemError, UnsupportedError
 from bratune.kernels import launch
+from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.dispatch import is_observed, on_device_of
 from bratune.problem import ceil_div
 
@@ -301,7 +302,7 @@ def why_not(q: Tensor, k: Tensor, *, region: tuple[int, int], kv_region: tuple[i
     return reasons
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _reasons(device: str, q_dtype: torch.dtype, k_dtype: torch.dtype, kv_regions: int) -> tuple[str, ...]:
     reasons = launch.not_here(device)
     known = (torch.float16, torch.bfloat16, torch.float32)

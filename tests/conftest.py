@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import types
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # processes that tests start share the cores with other tests
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -13,6 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     broken = interpreting and _interpreter_is_broken()
+    if interpreting and not broken:
+        _quicken_the_interpreter()
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch finds none"))
@@ -33,6 +41,28 @@ def _interpreter_is_broken() -> bool:
     except PackageNotFoundError:
         return False
     return found[0] < (3, 7) and found[1] >= (2, 4)
+
+
+def _quicken_the_interpreter() -> None:
+    """Leave out what Triton's interpreter does in vain, which is most of its time.
+
+    It computes whether integers overflow and, unless it debugs, drops the answer. And in every call of a
+    function by a kernel it replaces the language again that it has replaced for the kernel.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    replace, nothing = interpreter._patch_lang, types.SimpleNamespace(restore=lambda: None)
+
+    def replace_once(function: Any) -> Any:
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        done = languages and not any(tl.core.is_builtin(language.load) for language in languages)
+        return nothing if done else replace(function)
+
+    interpreter._patch_lang = replace_once
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,16 @@ from bratune.tune.checkpoint_fidelity import CheckpointFidelity
 from bratune.tune.pictures import Pictures
 from bratune.tune.shared_run import SharedRun, draw, renorm
 from bratune.tune.short_training import Recipe, train_shared
-from bratune.tune.toy import SMOKE, Toy, canvas_digits, run_toy, toy_model, toy_space, train_toy
+from bratune.tune.toy import (
+    SMOKE,
+    TRAINING,
+    Toy,
+    canvas_digits,
+    run_toy,
+    toy_model,
+    toy_space,
+    train_toy,
+)
 
 
 def point(divergence: float, drop: float) -> Point:
@@ -166,11 +175,12 @@ def test_smoke_study_runs_and_keeps_the_agreement_bound(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_lower_topk_costs_fidelity_and_accuracy_of_trained_weights() -> None:
-    """The claim that a user relies on, on weights trained for a minute on real pixels."""
+    """The claim that a user relies on, on weights trained for half a minute on real pixels."""
     pytest.importorskip("sklearn.datasets", reason="the scans come with scikit-learn")
     space = toy_space()
     own = space.setting(4, (1, 4, 8, -2))
-    model, losses = train_toy(own, Toy())
+    toy = Toy(train=1024, recipe=dataclasses.replace(TRAINING, steps=110))
+    model, losses = train_toy(own, toy)
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     pictures = canvas_digits(256, part="test", seed=5)
     source = CheckpointFidelity(model, space, own, pictures)

@@ -191,9 +191,7 @@ def test_unknown_target_lists_the_targets() -> None:
 
 
 def test_a_budget_holds_what_it_was_made_from_and_tells_what_goes_beyond() -> None:
-    found = Resources(
-        registers=62, stack_bytes=8, shared_bytes=1025, num_warps=4, resident_warps=32, instructions=1
-    )
+    found = Resources(registers=62, stack_bytes=8, shared_bytes=1025, num_warps=4, resident_warps=32)
     budget = budget_of(found)
     assert budget == {"registers": 80, "stack_bytes": 64, "shared_bytes": 2048}
     assert not over_budget(found, budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bratune.kernels.api import route, routed_attention
-from bratune.kernels.constants import kept
+from bratune.kernels.constants import constant_in_graphs, kept
 
 BACKENDS = ("gather-sdpa", "dense")
 
@@ -74,3 +75,8 @@ def test_a_recorded_graph_shares_no_tensor_with_later_calls(monkeypatch: pytest.
     assert during is not before
     assert numbers(3) is before
     assert calls == [3, 3]
+
+
+def test_a_constant_of_graphs_is_marked_as_torch_marks_it() -> None:
+    official: Any = torch.compiler.assume_constant_result
+    assert vars(constant_in_graphs(lambda: 0)) == vars(official(lambda: 0)) != {}

@@ -274,6 +274,9 @@ def test_a_part_that_did_not_settle_is_marked() -> None:
     found = residual(rows, 1)
     assert found is not None
     assert found.unsettled == {"lepe"}
+    again = residual([row.replace(evidence="replayed") for row in rows], 1)
+    assert again is not None
+    assert again.unsettled == {"lepe"}
     text = profile_text(rows)
     assert " 15.500~ " in text
     assert text.count("15.500 ") == 3

@@ -59,6 +59,16 @@ def inverse_of(routes: Tensor, kv_regions: int) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(order.values, region).int(), (order.indices // routes.shape[2]).int()
 
 
+def assert_equals_sorting(q: Tensor, k: Tensor, topk: int) -> None:
+    found = rf.route_by_means(q, k, topk=topk)
+    expected = routes_of(q @ k.transpose(1, 2), topk)
+    assert torch.equal(found.routes, expected)
+    assert torch.equal(found.mask, mask_of(expected, k.shape[1]))
+    starts, entries = inverse_of(expected, k.shape[1])
+    assert torch.equal(found.starts, starts)
+    assert torch.equal(found.entries, entries)
+
+
 @on_devices
 @pytest.mark.parametrize(
     ("regions", "kv_regions", "channels", "topk"),
@@ -78,13 +88,7 @@ def test_routes_and_maps_equal_sorting(
 ) -> None:
     q, k = whole_numbers(2, regions, channels), whole_numbers(2, kv_regions, channels, seed=1)
     q, k = q.to(device), k.to(device)
-    found = rf.route_by_means(q, k, topk=topk)
-    expected = routes_of(q @ k.transpose(1, 2), topk)
-    assert torch.equal(found.routes, expected)
-    assert torch.equal(found.mask, mask_of(expected, kv_regions))
-    starts, entries = inverse_of(expected, kv_regions)
-    assert torch.equal(found.starts, starts)
-    assert torch.equal(found.entries, entries)
+    assert_equals_sorting(q, k, topk)
 
 
 @on_devices
@@ -93,13 +97,7 @@ def test_routes_and_maps_equal_sorting(
 )
 def test_many_regions_are_routed_in_blocks(regions: int, kv_regions: int, topk: int, device: str) -> None:
     q, k = whole_numbers(1, regions, 32).to(device), whole_numbers(1, kv_regions, 32, seed=1).to(device)
-    found = rf.route_by_means(q, k, topk=topk)
-    expected = routes_of(q @ k.transpose(1, 2), topk)
-    assert torch.equal(found.routes, expected)
-    assert torch.equal(found.mask, mask_of(expected, kv_regions))
-    starts, entries = inverse_of(expected, kv_regions)
-    assert torch.equal(found.starts, starts)
-    assert torch.equal(found.entries, entries)
+    assert_equals_sorting(q, k, topk)
 
 
 @on_devices

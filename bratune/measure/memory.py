@@ -54,15 +54,13 @@ def cpu_memory(call: Call, *, ignore_bytes: int = 0) -> Memory:
     # The tracing library behind the profiler logs its start and stop to stderr by default.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     live = _live_bytes() - ignore_bytes
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
+    # Not `torch.profiler`, which imports the compiler: that takes as long as importing torch.
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True, acc_events=True) as profile:
         result = call()
     del result
-    results = profile.profiler.kineto_results if profile.profiler is not None else None
-    if results is None:
+    if profile.kineto_results is None:
         return Memory()
-    events = [event for event in results.events() if event.name() == "[memory]"]
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     peak = peak_of(event.nbytes() for event in events)
     return Memory((live + peak) / MB, None, peak / MB)

@@ -47,7 +47,6 @@ class Resources:
         shared_bytes: Shared memory of a block.
         num_warps: Warps of a block.
         resident_warps: Warps that an SM holds at a time; 0 when not even one block fits.
-        instructions: Instructions of the machine code, every one counted once.
     """
 
     registers: int
@@ -55,7 +54,6 @@ class Resources:
     shared_bytes: int
     num_warps: int
     resident_warps: int
-    instructions: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +112,6 @@ class Launch:
             resident_warps=self.target.resident_warps(
                 registers=registers, shared_bytes=self.metadata_shared, num_warps=self.num_warps
             ),
-            instructions=len(self.listing.operations),
         )
 
 

@@ -123,4 +123,5 @@ def residual(records: Sequence[Record], stage: int) -> Residual | None:
 
 
 def _unsettled(row: Record) -> bool:
-    return row.evidence == "measured" and row.noise_pct is not None and row.noise_pct > UNSETTLED_PCT
+    seen = row.evidence in ("measured", "replayed")
+    return seen and row.noise_pct is not None and row.noise_pct > UNSETTLED_PCT

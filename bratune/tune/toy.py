@@ -25,7 +25,17 @@ from bratune.tune.setting import Setting
 from bratune.tune.short_training import Recipe, train_shared
 from bratune.tune.space import Space
 
-__all__ = ["SIDE", "SMOKE", "Toy", "canvas_digits", "run_toy", "toy_model", "toy_space", "train_toy"]
+__all__ = [
+    "SIDE",
+    "SMOKE",
+    "TRAINING",
+    "Toy",
+    "canvas_digits",
+    "run_toy",
+    "toy_model",
+    "toy_space",
+    "train_toy",
+]
 
 SIDE = 64
 # Grey noise on canvases from 0 to 1, and what they are divided by.
