@@ -213,6 +213,22 @@ def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_peers_are_planned_and_their_names_known_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, alone, _ = bratune("profile --device cpu --dry-run", capsys)
+    code, out, err = bratune("profile --device cpu --dry-run --peers published,runtime", capsys)
+    assert (code, err) == (0, "")
+    added = [line for line in out.splitlines() if line not in alone]
+    assert added[:2] == [f"biformer_tiny ({form}), batch 1, eager" for form in ("published", "runtime")]
+    assert len(added) == 3  # the number of cells is another one
+    code, out, err = bratune("profile --device cpu --peers runtime,nosuchnet", capsys)
+    assert code != 0
+    assert "nosuchnet" in err or "timm" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("what", ["backends", "models", "tasks", "suites", "gpus"])
 @pytest.mark.parametrize("style", ["table", "json", "csv", "md"])
 def test_lists_come_in_every_format(what: str, style: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from bratune.errors import UsageError
 from bratune.store import Store
 
 if TYPE_CHECKING:
+    from bratune.cell import Cell
     from bratune.cli.progress import Progress
     from bratune.cluster import Site
     from bratune.engine import Engine
@@ -88,16 +89,17 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     if asked["suite"]:
         asked = _with_suite(asked)
     jobs = _cluster_jobs(asked) if asked["cluster"] else _local_jobs(asked)
+    peers = [_peer_cells(job, asked["peers"]) for job in jobs]  # a name that is unknown costs no measurement
     if asked["dry_run"]:
-        for job in jobs:
-            _show_plan(job)
+        for job, cells in zip(jobs, peers, strict=True):
+            _show_plan(job, cells)
         return 0
     rows = _run(jobs, asked)
-    for job, found in zip(jobs, rows, strict=True):
+    for job, cells, found in zip(jobs, peers, rows, strict=True):
         _show(job.target, sorted(found, key=lambda row: row.stage or 0) if asked["budget"] else found, asked)
         _say_what_is_missing(found)
         _confirm(job, found, asked)
-        found += _run_peers(job, asked["peers"], [row for row in found if row.part == "model"])
+        found += _run_peers(job, cells, [row for row in found if row.part == "model"])
         click.echo(f"results: {job.path}   again: {_again(ctx)}", err=True)
     failed = any(row.outcome in FAILED for found in rows for row in found)
     return 4 if asked["strict"] and failed else 0
@@ -122,17 +124,25 @@ def _confirm(job: _Job, rows: Sequence[Record], asked: dict[str, Any]) -> None:
             click.echo(f"{final} against {default.backend}", err=asked["format"] != "table")
 
 
-def _run_peers(job: _Job, names: str | None, ours: Sequence[Record]) -> list[Record]:
-    """The rows of timm's models, shown one per line; none where nothing can be measured."""
+def _peer_cells(job: _Job, names: str | None) -> list[Cell]:
+    """The cells of whole models beside the plan's; none where nothing can be measured."""
     if not names:
         return []
     if job.target.absent or job.replayed or job.site:
         click.echo("peers are only ever measured, and here: left out", err=True)
         return []
-    from bratune.profile.peers import describe, measure_peers, pair_lines, peer_cells
+    from bratune.profile.peers import peer_cells
+
+    return peer_cells([name.strip() for name in names.split(",")], job.request)
+
+
+def _run_peers(job: _Job, cells: Sequence[Cell], ours: Sequence[Record]) -> list[Record]:
+    """Their rows, shown one per line."""
+    if not cells:
+        return []
+    from bratune.profile.peers import describe, measure_peers, pair_lines
     from bratune.store import Store
 
-    cells = peer_cells([name.strip() for name in names.split(",")], job.request)
     run_id = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     rows = []
     for row in measure_peers(cells, job.target.machine, job.settings, store=Store(job.path), run_id=run_id):
@@ -383,15 +393,16 @@ def _again(ctx: click.Context) -> str:
     return shlex.join(["bratune", *sys.argv[1:]]) if Path(sys.argv[0]).name != "pytest" else ctx.command_path
 
 
-def _show_plan(job: _Job) -> None:
-    planned, settings = job.planned, job.settings
-    click.echo(str(job.target.machine))
-    for step in planned:
-        click.echo(step.text)
-    least = len(planned) * (settings.warmup_s + settings.min_time_s)
-    most = len(planned) * (settings.warmup_s + settings.timeout_s)
+def _show_plan(job: _Job, peers: Sequence[Cell]) -> None:
+    settings = job.settings
+    texts = [step.text for step in job.planned]
+    texts += [f"{cell.model} ({cell.backend}), batch {cell.problem.batch}, {cell.regime}" for cell in peers]
+    for text in (str(job.target.machine), *texts):
+        click.echo(text)
+    least = len(texts) * (settings.warmup_s + settings.min_time_s)
+    most = len(texts) * (settings.warmup_s + settings.timeout_s)
     click.echo(
-        f"{len(planned)} cells; sampling takes {_minutes(least)} to {_minutes(most)}, "
+        f"{len(texts)} cells; sampling takes {_minutes(least)} to {_minutes(most)}, "
         "making inputs and checking results come on top"
     )
 
