@@ -351,7 +351,9 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_keeps_earlier_rows(
 
 
 def test_an_interrupt_keeps_the_rows_and_exits_130(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "bratune", "profile", *TINY.split(), "--no-isolate", "-o", str(tmp_path)]
+    longer = ["--min-time", "1s", "--timeout", "60s"]  # than it takes this process to see the second line
+    words = [sys.executable, "-m", "bratune", "profile", *TINY.split(), *longer, "--no-isolate"]
+    words += ["-o", str(tmp_path)]
     process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     for line in process.stderr:
