@@ -45,8 +45,9 @@ __all__ = [
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 # What the twin of a contender is called that `torch.compile` has made, and what a CUDA graph is called.
 COMPILED, GRAPH = ", compiled", ", graph"
-# On max|a - b| / max|b| of the outputs, by data type.
-AGREE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
+# On max|a - b| / max|b| of the outputs, by data type. Below float64 it is routes that decide: sums in another
+# order let one at a near tie fall the other way, which moved a gradient of biformer_tiny by 5e-4 in float32.
+AGREE = {"float64": 1e-9, "float32": 5e-3, "bfloat16": 0.1, "float16": 0.02}
 # The fewest rounds for which a 95 % interval of a median exists; they run whatever the budget.
 LEAST_ROUNDS = 6
 
