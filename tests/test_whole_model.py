@@ -239,6 +239,13 @@ def test_names_of_forms_that_are_not_there_are_refused() -> None:
     assert "published, gather, auto, runtime" in result.output
 
 
+def test_training_on_one_image_is_refused_with_a_batch_that_works() -> None:
+    result = CliRunner().invoke(whole_model.main, ["--direction", "fwd-bwd", "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "no gradient" in result.output
+    assert "-b 2 would work" in result.output
+
+
 def test_padded_maps_have_a_published_form_too() -> None:
     model = small_model()
     for module in model.modules():

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bratune.errors import BratuneError, UnknownNameError
+from bratune.errors import BratuneError, UnknownNameError, UsageError
 from bratune.measure.meter import Measurement
 from bratune.profile.contest import (
     AGREE,
@@ -154,6 +154,11 @@ def main(
         for scene in scenes(request):
             cell = scene.model_cell(("auto",))
             network, images = model_for(cell, machine.device).eval(), images_for(cell, machine.device)
+            if direction == "fwd-bwd" and scene.batch == 1 and not network.features_only:
+                raise UsageError(
+                    "one image gives a classifier in training no gradient: batch norm makes the mean of its last "
+                    "map a constant; -b 2 would work"
+                )
             forms = _chosen(contenders(network, images, direction=direction), only)
 
             def rival(name: str, image: tuple[int, int] = cell.image, images: Tensor = images) -> Any:
