@@ -156,8 +156,8 @@ def main(
             network, images = model_for(cell, machine.device).eval(), images_for(cell, machine.device)
             if direction == "fwd-bwd" and scene.batch == 1 and not network.features_only:
                 raise UsageError(
-                    "one image gives a classifier in training no gradient: batch norm makes the mean of its last "
-                    "map a constant; -b 2 would work"
+                    "one image gives a classifier in training no gradient: batch norm makes the mean of its "
+                    "last map a constant; -b 2 would work"
                 )
             forms = _chosen(contenders(network, images, direction=direction), only)
 
