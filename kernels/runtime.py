@@ -215,19 +215,19 @@ class _FastRouted(_Merged):
         )
 
     def pooled_region(self, x: Tensor) -> tuple[int, int] | None:
-        height, width = x.shape[1:3]
-        region = self.source.region_of(height, width)
-        tiled = height % region[0] == width % region[1] == 0
-        return region if self.source.pooled_routing and tiled else None
+        region = self.source.region_of(*x.shape[1:3])
+        return region if self.source.pooled_routing and self._tiles(x, region) else None
+
+    def _tiles(self, x: Tensor, region: tuple[int, int]) -> bool:
+        """Whether S regions per side are the map, without padding."""
+        return (region[0] * self.source.n_win, region[1] * self.source.n_win) == x.shape[1:3]
 
     def forward(self, y: Tensor, residual: Tensor, means: Tensor | None = None) -> Tensor:
         if isinstance(self.source, BiLevelRoutingAttention):
             y = self.source.pad(y)
-        height, width = y.shape[1:3]
-        region = self.source.region_of(height, width)
+        region = self.source.region_of(*y.shape[1:3])
         routes = self._pooled_routes(y, region, means)
-        tiled = (region[0] * self.source.n_win, region[1] * self.source.n_win) == (height, width)
-        if self.source.backend == "auto" and tiled and not y.is_cuda:
+        if self.source.backend == "auto" and self._tiles(y, region) and not y.is_cuda:
             masked = prefers_mask(self._problem(y, region))
             return self.merge(*self.packed(y, self.qkv, masked=masked, routes=routes), residual)
         qkv = self.qkv(y)
@@ -325,11 +325,10 @@ def _router(q: Tensor, k: Tensor, region: tuple[int, int]) -> str:
 def _fast_stage(stage: nn.Module, before: nn.Sequential, *, pack: bool) -> nn.Sequential:
     """The blocks of a stage; ``before`` makes the map that enters it."""
     blocks = [module for module in stage.modules() if isinstance(module, Residual)]
-    writer = before[-1]
+    writer, weight = before[-1], next(stage.parameters())
     can_lead = all(block.pre_norm for block in blocks) and (
         isinstance(writer, FrozenConv) or all(block.pos_embed is not None for block in blocks)
     )
-    weight = next(stage.parameters())
     lead = weight.new_zeros(()).double() if can_lead and pack and accumulates(weight) else None
     fast: list[nn.Module] = []
     for block in reversed(blocks):

@@ -312,6 +312,17 @@ def test_runtime_routes_by_the_means_of_the_input_where_the_layer_does() -> None
     assert apart(outputs(optimize(model), x)[0], outputs(model, x)[0]) <= TOLERANCE[torch.float64]
 
 
+def test_means_of_the_input_are_those_of_the_padded_map() -> None:
+    torch.manual_seed(0)
+    # The map of stage 3 is 6x6: four regions per side have two tokens and pad it to 8x8, three would tile it.
+    model = tiny(n_win=4, topks=(1, 3, 5, -2), auto_pad=True).double().eval()
+    x = torch.randn(1, 3, 96, 96, dtype=torch.float64)
+    for module in model.modules():
+        if isinstance(module, BiLevelRoutingAttention):
+            module.pooled_routing = True
+    assert apart(outputs(optimize(model), x)[0], outputs(model, x)[0]) <= TOLERANCE[torch.float64]
+
+
 def test_runtime_keeps_its_data_type_under_autocast_and_asks_for_it() -> None:
     torch.manual_seed(0)
     fast, x = optimize(tiny().eval()), torch.randn(1, 3, 64, 64)
