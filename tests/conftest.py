@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import types
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -63,6 +64,28 @@ def _quicken_the_interpreter() -> None:
         return nothing if done else replace(function)
 
     interpreter._patch_lang = replace_once
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.interpreter),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where Triton kernels run: on a GPU, or on a CPU in the interpreter."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What `torch.empty` returns is full of NaN or of the largest integer, so that a gap shows."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

@@ -354,7 +354,15 @@ def test_an_interrupt_keeps_the_rows_and_exits_130(tmp_path: Path) -> None:
     longer = ["--min-time", "1s", "--timeout", "60s"]  # than it takes this process to see the second line
     words = [sys.executable, "-m", "bratune", "profile", *TINY.split(), *longer, "--no-isolate"]
     words += ["-o", str(tmp_path)]
-    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # A shell starts what it puts into the background deaf to interrupts, and so are its descendants.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("[2/"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,24 +15,10 @@ from bratune.kernels.blocks import Block, NCHWBlockSTL
 from bratune.kernels.depthwise import DEPTHWISE, depthwise
 from bratune.kernels.nhwc import conv_nhwc
 
-on_devices = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=pytest.mark.interpreter),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ],
-)
+pytestmark = pytest.mark.usefixtures("poisoned")
 # Relative errors, as a fraction of the largest number of the reference: one rounding of the result and,
 # in float32, the order of the sum.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """Fill what `torch.empty` returns with NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -90,7 +75,6 @@ def run(
         check(value.grad, true, 2 * TOLERANCE[dtype])
 
 
-@on_devices
 @pytest.mark.parametrize(
     ("size", "kernel"),
     [((7, 7), 3), ((7, 7), 5), ((9, 10), 5), ((2, 3), 5), ((1, 8), 3), ((4, 4), 7)],
@@ -99,7 +83,6 @@ def test_strips_and_gradients_agree_with_float64(size: tuple[int, int], kernel: 
     run("triton", device, size=size, channels=32, kernel=kernel, dtype=torch.float32, batch=1 + (kernel == 3))
 
 
-@on_devices
 @pytest.mark.parametrize(
     ("channels", "bias", "add"), [(8, False, True), (72, True, False), (24, False, False)]
 )
@@ -109,7 +92,6 @@ def test_bias_and_sum_are_optional_and_channels_may_be_odd(
     run("triton", device, size=(3, 5), channels=channels, kernel=3, dtype=torch.float32, bias=bias, add=add)
 
 
-@on_devices
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_reduced_precision_rounds_once(dtype: torch.dtype, device: str) -> None:
     run("triton", device, size=(4, 4), channels=16, kernel=5, dtype=dtype)
@@ -120,7 +102,6 @@ def test_torch_convolution_agrees_with_float64(kernel: int) -> None:
     run("torch", "cpu", size=(7, 9), channels=16, kernel=kernel, dtype=torch.float32)
 
 
-@on_devices
 def test_channels_first_maps_and_weights_of_another_dtype_are_taken(device: str) -> None:
     x = normal(2, 16, 6, 5).to(device, torch.float16).permute(0, 2, 3, 1)
     weight = normal(16, 1, 3, 3, seed=1).to(device)
@@ -128,7 +109,6 @@ def test_channels_first_maps_and_weights_of_another_dtype_are_taken(device: str)
     check(depthwise(x, weight, backend="triton"), expected, TOLERANCE[torch.float16])
 
 
-@on_devices
 def test_only_the_gradients_that_are_asked_for_are_computed(device: str) -> None:
     x, weight = normal(1, 4, 4, 16).to(device), normal(16, 1, 3, 3).to(device).requires_grad_()
     torch.autograd.backward(depthwise(x, weight, backend="triton").sum())
@@ -138,7 +118,6 @@ def test_only_the_gradients_that_are_asked_for_are_computed(device: str) -> None
     torch.testing.assert_close(weight.grad, other.grad)
 
 
-@on_devices
 def test_a_gradient_that_is_expanded_from_one_number_is_taken(device: str) -> None:
     x = normal(1, 4, 4, 16).to(device).requires_grad_()
     weight = normal(16, 1, 3, 3).to(device)
@@ -148,7 +127,6 @@ def test_a_gradient_that_is_expanded_from_one_number_is_taken(device: str) -> No
     torch.testing.assert_close(x.grad, other.grad)
 
 
-@on_devices
 def test_operators_are_well_formed(device: str) -> None:
     x, weight = (
         normal(1, 4, 4, 16).to(device).requires_grad_(),
@@ -161,7 +139,6 @@ def test_operators_are_well_formed(device: str) -> None:
     )
 
 
-@on_devices
 def test_compiled_code_holds_one_graph(device: str) -> None:
     x, weight = normal(1, 4, 4, 16).to(device), normal(16, 1, 3, 3).to(device)
     compiled = torch.compile(depthwise, fullgraph=True, backend="aot_eager")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,24 +14,10 @@ from bratune.kernels import norm_fused
 from bratune.kernels.norm import MAX_CHANNELS, NORMS, layer_norm, why_not
 from bratune.kernels.routing import region_means
 
-on_devices = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=pytest.mark.interpreter),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ],
-)
+pytestmark = pytest.mark.usefixtures("poisoned")
 EPS = 1e-6
 # On max|a - b| / max|b|: one rounding of the result and, in float32, the order of the sums.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """Fill what `torch.empty` returns with NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
@@ -77,13 +62,11 @@ def check(backend: str, tensors: dict[str, Any], region: tuple[int, int] | None 
         assert apart(means, true_means) <= TOLERANCE[dtype]
 
 
-@on_devices
 @pytest.mark.parametrize("shape", [(2, 5, 3, 64), (1, 1, 1, 24), (1, 3, 7, 512), (1, 2, 1, 3000)])
 def test_any_number_of_tokens_and_channels(shape: tuple[int, ...], device: str) -> None:
     check("triton", given(*shape, device=device))
 
 
-@on_devices
 @pytest.mark.parametrize(
     ("size", "region"),
     [((14, 14), (2, 2)), ((8, 12), (4, 6)), ((7, 10), (3, 4)), ((5, 5), (1, 1)), ((16, 16), (16, 16))],
@@ -94,33 +77,28 @@ def test_means_of_regions_leave_padding_out(
     check("triton", given(2, *size, 40, device=device), region)
 
 
-@on_devices
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_reduced_precision_rounds_once(dtype: torch.dtype, device: str) -> None:
     check("triton", given(1, 4, 6, 64, dtype=dtype, device=device), (2, 3))
 
 
-@on_devices
 @pytest.mark.parametrize("missing", [("weight",), ("bias",), ("shift",), ("weight", "bias", "shift")])
 def test_every_vector_is_optional(missing: tuple[str, ...], device: str) -> None:
     check("triton", {**given(1, 4, 4, 32, device=device), **dict.fromkeys(missing)})
 
 
-@on_devices
 def test_a_map_of_other_strides_is_taken(device: str) -> None:
     tensors = given(2, 4, 6, 32, device=device)
     tensors["x"] = tensors["x"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     check("triton", tensors)
 
 
-@on_devices
 def test_operator_is_well_formed(device: str) -> None:
     tensors = given(1, 4, 4, 32, device=device)
     for region in ([], [2, 2]):
         library.opcheck(torch.ops.bratune.layer_norm.default, (*tensors.values(), EPS, region))
 
 
-@on_devices
 def test_compiled_code_holds_one_graph(device: str) -> None:
     tensors = given(1, 4, 4, 32, device=device)
     compiled = torch.compile(layer_norm, fullgraph=True, backend="aot_eager")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,21 +12,7 @@ from bratune.errors import ProblemError, UnsupportedError
 from bratune.kernels import route_fused as rf
 from bratune.kernels.routing import region_means, route
 
-on_devices = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", marks=pytest.mark.interpreter),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ],
-)
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """Fill what `torch.empty` returns with NaN or the largest integer, so that a gap shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -69,7 +54,6 @@ def assert_equals_sorting(q: Tensor, k: Tensor, topk: int) -> None:
     assert torch.equal(found.entries, entries)
 
 
-@on_devices
 @pytest.mark.parametrize(
     ("regions", "kv_regions", "channels", "topk"),
     [
@@ -91,7 +75,6 @@ def test_routes_and_maps_equal_sorting(
     assert_equals_sorting(q, k, topk)
 
 
-@on_devices
 @pytest.mark.parametrize(
     ("regions", "kv_regions", "topk"), [(65, 65, 16), (65, 65, 65), (256, 256, 8), (17, 289, 4)]
 )
@@ -100,14 +83,12 @@ def test_many_regions_are_routed_in_blocks(regions: int, kv_regions: int, topk: 
     assert_equals_sorting(q, k, topk)
 
 
-@on_devices
 def test_of_equal_affinities_the_lowest_region_comes_first(device: str) -> None:
     zeros = torch.zeros(1, 49, 32, device=device)
     found = rf.route_by_means(zeros, zeros, topk=4)
     assert torch.equal(found.routes, torch.arange(4, device=device).expand(1, 49, 4))
 
 
-@on_devices
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2.0**100, -0.0])
 def test_extreme_affinities_keep_the_order_of_torch_and_the_range(value: float, device: str) -> None:
     q, k = whole_numbers(1, 20, 16), whole_numbers(1, 20, 16, seed=1)
@@ -120,7 +101,6 @@ def test_extreme_affinities_keep_the_order_of_torch_and_the_range(value: float, 
     assert torch.equal(found.routes, routes_of(affinity, 20))
 
 
-@on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("size", "region"),
@@ -136,7 +116,6 @@ def test_region_means_count_real_tokens_only(
     assert empty.shape == (2, 0, 40)
 
 
-@on_devices
 def test_means_of_slices_of_a_packed_and_of_a_channels_first_map(device: str) -> None:
     packed = normal(2, 6, 6, 3 * 80).to(device)
     q, k = packed[..., :80], normal(2, 80, 4, 9, seed=1).to(device).permute(0, 2, 3, 1)
@@ -145,7 +124,6 @@ def test_means_of_slices_of_a_packed_and_of_a_channels_first_map(device: str) ->
         torch.testing.assert_close(means, region_means(x.double(), region).float(), rtol=1e-5, atol=1e-6)
 
 
-@on_devices
 @pytest.mark.parametrize(
     ("size", "region", "topk"), [((14, 14), (2, 2), 16), ((15, 13), (4, 3), 3), ((8, 8), (8, 8), 1)]
 )
@@ -160,14 +138,12 @@ def test_router_gives_the_routes_of_the_torch_router(
     assert torch.equal(found, expected)
 
 
-@on_devices
 def test_no_gradient_flows(device: str) -> None:
     q = normal(1, 8, 8, 16).to(device).requires_grad_()
     found = rf.route_fused(q, q, region=(4, 4), topk=2)
     assert not any(x.requires_grad for x in found)
 
 
-@on_devices
 def test_operators_are_well_formed(device: str) -> None:
     x = normal(1, 6, 6, 16).to(device)
     library.opcheck(torch.ops.bratune.region_means.default, (x, x, [2, 2], [3, 3]))
@@ -176,7 +152,6 @@ def test_operators_are_well_formed(device: str) -> None:
         library.opcheck(torch.ops.bratune.route.default, (*means, 2, maps))
 
 
-@on_devices
 def test_compiled_code_holds_one_graph(device: str) -> None:
     x = normal(1, 4, 4, 32).to(device)
     compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
