@@ -86,11 +86,11 @@ def depthwise(
             f"depthwise needs x [B, H, W, C] and weight [C, 1, K, K] with an odd K, "
             f"not {tuple(x.shape)} and {tuple(weight.shape)}"
         )
+    if backend == "triton" and (reasons := why_not(x, weight)):
+        raise UnsupportedError("triton", reasons, f"a {kernel}x{kernel} depthwise convolution")
     if backend == "auto" and x.is_cuda and not why_not(x, weight):
         backend = _measured_choice(tuple(x.shape), kernel, x.element_size(), x.device.index or 0)
     if backend == "triton":
-        if reasons := why_not(x, weight):
-            raise UnsupportedError("triton", reasons, f"a {kernel}x{kernel} depthwise convolution")
         from bratune.kernels.depthwise_fused import depthwise_op, launch_depthwise
 
         if torch.is_grad_enabled() or is_observed(x):

@@ -84,11 +84,11 @@ def layer_norm(
     if x.ndim != 4 or any(v is not None and v.shape != x.shape[-1:] for v in vectors.values()):
         shapes = {name: tuple(vector.shape) for name, vector in vectors.items() if vector is not None}
         raise ProblemError(f"layer_norm needs x [B, H, W, C] and vectors [C], not {tuple(x.shape)}, {shapes}")
+    if backend == "triton" and (reasons := why_not(x)):
+        raise UnsupportedError("triton", reasons, f"a LayerNorm of {tuple(x.shape)}")
+    alone = x.is_cuda and not torch.compiler.is_compiling()
     with torch.no_grad():
-        alone = x.is_cuda and not torch.compiler.is_compiling()
         if backend == "triton" or (backend == "auto" and alone and not why_not(x)):
-            if reasons := why_not(x):
-                raise UnsupportedError("triton", reasons, f"a LayerNorm of {tuple(x.shape)}")
             from bratune.kernels.norm_fused import launch_layer_norm, layer_norm_op
 
             run = layer_norm_op if is_observed(x) else launch_layer_norm

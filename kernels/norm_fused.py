@@ -111,23 +111,13 @@ def launch_layer_norm(
         if region:
             block_t = min(block_t, triton.next_power_of_2(region[0] * region[1]))
             layer_norm_means_kernel[(batch * means.shape[1],)](
-                x,
-                *vectors,
-                y,
-                means,
-                height,
-                width,
-                eps,
-                RH=region[0],
-                RW=region[1],
-                BLOCK_T=block_t,
-                **sizes,
-            )
+            x, *vectors, y, means, height, width, eps, RH=region[0], RW=region[1], BLOCK_T=block_t, **sizes,
+        )  # fmt: skip
         else:
             tokens = batch * height * width
             layer_norm_kernel[(ceil_div(tokens, block_t),)](
-                x, *vectors, y, tokens, eps, BLOCK_T=block_t, **sizes
-            )
+            x, *vectors, y, tokens, eps, BLOCK_T=block_t, **sizes,
+        )  # fmt: skip
     return y, means
 
 

@@ -88,6 +88,30 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A meter that times what it has ``made`` of a call, and a list of what the energy was asked of."""
+    from bratune.measure.meter import Measurement
+
+    class Compiling:
+        def __init__(self) -> None:
+            self.energy_of: list[Any] = []
+
+        def made(self) -> None: ...
+
+        def measure(self, call: Any, settings: Any, *, before: Any = None) -> Measurement:
+            return Measurement(samples_ms=(1.0,), run=self.made)
+
+        def energy_fields(self, call: Any, machine: Any, images: int) -> dict[str, Any]:
+            self.energy_of.append(call)
+            return {}
+
+    meter = Compiling()
+    for module in ("measure.energy", "profile.run_cell"):
+        monkeypatch.setattr(f"bratune.{module}.energy_fields", meter.energy_fields)
+    return meter
+
+
 @pytest.fixture(autouse=True)
 def _few_threads() -> None:
     import torch

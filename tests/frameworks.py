@@ -13,7 +13,7 @@ import types
 from typing import Any
 
 import pytest
-from torch import library
+from torch.library import Library
 
 __all__ = ["require", "require_mm"]
 
@@ -62,7 +62,7 @@ def _import_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except RuntimeError:  # its Python describes operators that its library did not bring
-        operators: Any = library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+        operators: Any = Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for name in ("nms", "qnms"):
             operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _OPERATORS.append(operators)

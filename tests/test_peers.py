@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from bratune.errors import BratuneError, MissingPackageError, UnknownNameError
-from bratune.machine import Machine, detect
-from bratune.measure.meter import Measurement
+from bratune.machine import detect
 from bratune.measure.settings import MeterSettings
 from bratune.profile import peers
 from bratune.profile.request import Request, make_request
@@ -69,24 +68,11 @@ def test_a_peer_is_measured_like_a_model_of_ours(timm: Any, tmp_path: Any) -> No
     assert row.tflops_s == pytest.approx(2 * macs / row.median_ms / 1e9)
 
 
-def test_energy_is_that_of_what_was_timed(timm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    def compiled() -> None: ...
-
-    class Compiling:
-        def measure(self, call: Any, settings: MeterSettings, *, before: Any = None) -> Measurement:
-            return Measurement(samples_ms=(1.0,), run=compiled)
-
-    def energy_fields(call: Any, machine: Machine, images: int) -> dict[str, Any]:
-        seen.append(call)
-        return {}
-
-    monkeypatch.setattr("bratune.measure.energy.energy_fields", energy_fields)
+def test_energy_is_that_of_what_was_timed(timm: Any, compiling: Any) -> None:
     cells = peers.peer_cells(["resnet50"], request(regimes=("compile",)))
-    (row,) = peers.measure_peers(cells, detect("cpu"), SETTINGS, meter=Compiling())
+    (row,) = peers.measure_peers(cells, detect("cpu"), SETTINGS, meter=compiling)
     assert row.ok
-    assert seen == [compiled]
+    assert compiling.energy_of == [compiling.made]
 
 
 def test_its_work_per_image_places_it_on_the_axis(timm: Any) -> None:

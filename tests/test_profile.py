@@ -12,7 +12,7 @@ import pytest
 from bratune.cell import Cell
 from bratune.errors import BratuneError, TargetError, UnknownNameError
 from bratune.machine import Machine, detect
-from bratune.measure.meter import Measurement, meter_for
+from bratune.measure.meter import meter_for
 from bratune.measure.settings import MeterSettings
 from bratune.profile import session
 from bratune.profile.cells import scenes
@@ -199,24 +199,11 @@ def test_what_fails_becomes_a_row_with_one_sentence(error: Exception, outcome: s
     assert row.median_ms is None
 
 
-def test_energy_is_that_of_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_is_that_of_what_was_timed(compiling: Any) -> None:
     """A row of a graph or of compiled code must not carry the joules of the eager call."""
-    seen: list[Any] = []
-
-    def compiled() -> None: ...
-
-    class Compiling:
-        def measure(self, call: Any, settings: MeterSettings, *, before: Any = None) -> Measurement:
-            return Measurement(samples_ms=(1.0,), run=compiled)
-
-    def energy_fields(call: Any, machine: Machine, images: int) -> dict[str, Any]:
-        seen.append(call)
-        return {}
-
-    monkeypatch.setattr("bratune.profile.run_cell.energy_fields", energy_fields)
     (scene,) = scenes(make_request(CPU, **SMALL, backends=("gather",), regimes=("compile",)))
-    assert run_cell(scene.model_cell(("gather",)), CPU, Compiling(), QUICK).record.ok
-    assert seen == [compiled]
+    assert run_cell(scene.model_cell(("gather",)), CPU, compiling, QUICK).record.ok
+    assert compiling.energy_of == [compiling.made]
 
 
 def test_an_interrupt_is_not_swallowed() -> None:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from bratune.measure.device import Call, Memory
 
-__all__ = ["cpu_memory", "cuda_memory", "peak_of"]
+__all__ = ["cpu_memory", "cuda_memory", "peak_of", "release"]
 
 MB = 1e6
 
@@ -89,3 +89,10 @@ def _live_bytes() -> int:
         except (NotImplementedError, RuntimeError):  # sparse tensors have none
             continue
     return sum(sizes.values())
+
+
+def release() -> None:
+    """Give back the memory of what is no longer used."""
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        torch.cuda.empty_cache()

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,7 +35,6 @@ __all__ = [
     "contenders",
     "contest",
     "difference_limit",
-    "release",
     "with_compiled",
 ]
 
@@ -307,6 +305,7 @@ def contest(
 @contextlib.contextmanager
 def _leaving(turn: _Turn) -> Iterator[None]:
     """Whatever a contender raises ends its part in the contest."""
+    from bratune.measure.memory import release
     from bratune.profile.run_cell import failure
 
     try:
@@ -315,15 +314,6 @@ def _leaving(turn: _Turn) -> Iterator[None]:
         turn.end(**failure(error))
     if turn.form is None:
         release()
-
-
-def release() -> None:
-    """Give back the memory of what is no longer used."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        torch.cuda.empty_cache()
 
 
 def difference_limit(

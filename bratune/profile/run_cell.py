@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from bratune.kernels import registry
 from bratune.machine import Machine
 from bratune.measure import gate
 from bratune.measure.energy import energy_fields
+from bratune.measure.memory import release
 from bratune.measure.meter import Meter
 from bratune.measure.settings import MeterSettings
 from bratune.predict.model import bound_cell
@@ -49,7 +49,8 @@ def run_cell(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings
     except Exception as error:  # a backend or a driver may raise anything; the row says what
         return Result(Record.of(cell, machine, **failure(error)))
     finally:
-        _release(machine)
+        if machine.is_cuda:
+            release()  # so that one cell does not take room from the next
 
 
 def failure(error: Exception) -> dict[str, str]:
@@ -180,12 +181,3 @@ def _sentence(error: Exception) -> str:
     """The first line of an error, with its type."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first}"[:500] if first else type(error).__name__
-
-
-def _release(machine: Machine) -> None:
-    """Give memory back, so that one cell does not take room from the next."""
-    if machine.is_cuda:
-        import torch
-
-        gc.collect()
-        torch.cuda.empty_cache()

@@ -31,7 +31,6 @@ from bratune.profile.contest import (
     Row,
     contenders,
     contest,
-    release,
     with_compiled,
 )
 from bratune.record import Record
@@ -125,6 +124,7 @@ def main(
     import torch
 
     from bratune.machine import detect
+    from bratune.measure.memory import release
     from bratune.profile.cells import scenes
     from bratune.profile.peers import timm_model
     from bratune.profile.request import make_request
