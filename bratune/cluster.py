@@ -2,7 +2,7 @@
 
 Ray schedules, watches nodes and runs a cell again elsewhere when its node is lost; rows come back to the
 store of the driver as they finish. On a node, a cell runs as it would at home: in a worker that may die
-(`bratune.profile.isolated`), after the same check against the reference. Every node needs the version of
+(`bratune.run.isolated`), after the same check against the reference. Every node needs the version of
 bratune that the driver has.
 
 Kinds of accelerator are Ray's: a node with an A100 has the resource ``accelerator_type:A100``.
@@ -26,10 +26,10 @@ from bratune.cell import Cell
 from bratune.errors import MissingPackageError, TargetError
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
-from bratune.profile.cache import NOT_FINISHED
-from bratune.profile.engine import ParallelEngine, Runner
-from bratune.profile.run_cell import Result
 from bratune.record import Record
+from bratune.run.engine import ParallelEngine, Runner
+from bratune.run.measure_cell import Result
+from bratune.run.reuse import NOT_FINISHED
 
 __all__ = ["ClusterEngine", "Site", "connect", "find_sites", "machine_of"]
 
@@ -191,7 +191,7 @@ class ClusterRunner:
         return machine
 
     def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
-        """See `bratune.profile.engine.Runner.run`; the limit counts on the node, from the cell's start."""
+        """See `bratune.run.engine.Runner.run`; the limit counts on the node, from the cell's start."""
         exceptions = self._ray.exceptions
         settings = self._settings.to_dict()
         same = {name: getattr(self.machine, name) for name in _SAME}
@@ -250,13 +250,13 @@ class ClusterRunner:
 
 
 class ClusterEngine(ParallelEngine):
-    """A `bratune.profile.engine.ParallelEngine` that measures on as many GPUs of a site as there are.
+    """A `bratune.run.engine.ParallelEngine` that measures on as many GPUs of a site as there are.
 
     Args:
         site: Which nodes.
         settings: How cells are sampled.
         make_runner: See `ClusterRunner`.
-        options: Those of `bratune.profile.engine.CellEngine`.
+        options: Those of `bratune.run.engine.CellEngine`.
     """
 
     def __init__(
@@ -316,7 +316,7 @@ def _runner_here(token: str, make: MakeRunner, settings: Mapping[str, Any]) -> R
 
 def _isolated(settings: MeterSettings) -> Runner:
     from bratune.machine import detect
-    from bratune.profile.isolated import IsolatedRunner
+    from bratune.run.isolated import IsolatedRunner
 
     return IsolatedRunner(detect(), settings)
 

@@ -164,6 +164,29 @@ class Record:
         """Whether the row holds a time."""
         return self.median_ms is not None and self.outcome in ("measured", "modelled")
 
+    @property
+    def machine(self) -> Machine:
+        """The machine that a row speaks of, as far as rows describe it."""
+        return Machine(
+            kind="cuda" if self.compute_capability else "cpu",
+            device="cuda:0" if self.compute_capability else "cpu",
+            gpu_key=self.gpu_key,
+            gpu_name=self.gpu_name,
+            gpu_uuid=self.gpu_uuid,
+            compute_capability=self.compute_capability,
+            sm_count=self.sm_count or 0,
+            memory_gib=self.memory_gib or 0.0,
+            threads=self.threads or 0,
+            driver=self.driver,
+            cuda=self.cuda,
+            torch=self.torch,
+            triton=self.triton,
+            python=self.python,
+            bratune=self.bratune,
+            git_sha=self.git_sha,
+            git_dirty=self.git_dirty,
+        )
+
     @classmethod
     def of(cls, cell: Cell, machine: Machine, **values: Any) -> Record:
         """The row of a cell on a machine; ``values`` are the outcome and the numbers."""

@@ -1,7 +1,7 @@
 """Depthwise convolution of a token map: LePE (5x5) and the position embedding (3x3), on NHWC tensors.
 
 Two ways to compute it stand behind one function: ``torch``, PyTorch's own convolution on the channels-last
-view of the map, and ``triton``, the strips of `bratune.kernels.depthwise_fused`. ``auto`` is ``torch``
+view of the map, and ``triton``, the strips of `bratune.kernels.fused.depthwise`. ``auto`` is ``torch``
 wherever no measured entry of the launch table says otherwise.
 """
 
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bratune.errors import ProblemError, UnknownNameError, UnsupportedError
-from bratune.kernels import launch
 from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.dispatch import is_observed
+from bratune.kernels.fused import launch
 
 __all__ = ["DEPTHWISE", "KERNEL_SIZES", "depthwise", "depthwise_class", "settings_of", "why_not"]
 
@@ -91,7 +91,7 @@ def depthwise(
     if backend == "auto" and x.is_cuda and not why_not(x, weight):
         backend = _measured_choice(tuple(x.shape), kernel, x.element_size(), x.device.index or 0)
     if backend == "triton":
-        from bratune.kernels.depthwise_fused import depthwise_op, launch_depthwise
+        from bratune.kernels.fused.depthwise import depthwise_op, launch_depthwise
 
         if torch.is_grad_enabled() or is_observed(x):
             out: Tensor = depthwise_op(x, weight, bias, add)
@@ -113,7 +113,7 @@ def depthwise(
 def depthwise_class(
     batch: int, height: int, width: int, channels: int, kernel: int, item_bytes: int
 ) -> dict[str, int]:
-    """What the best settings depend on; the counterpart of `bratune.kernels.launch.problem_class`."""
+    """What the best settings depend on; the counterpart of `bratune.kernels.fused.launch.problem_class`."""
     return {
         "kernel_size": kernel,
         "item_bytes": item_bytes,

@@ -1,7 +1,7 @@
 """LayerNorm over the channels of a token map for inference, with what stands beside it in a block.
 
 Two ways to compute it stand behind one function: ``torch``, PyTorch's own operations, and ``triton``, the
-kernel of `bratune.kernels.norm_fused`, which takes several tokens per program (PyTorch's takes one, of which
+kernel of `bratune.kernels.fused.norm`, which takes several tokens per program (PyTorch's takes one, of which
 a map of 64 channels fills a fraction), adds a shift per channel to what it reads and sums regions up
 while it has them. ``auto`` is ``triton`` on CUDA where it can run, else ``torch``; under `torch.compile` it
 is ``torch``, which the compiler makes one kernel with what stands before it.
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bratune.errors import ProblemError, UnknownNameError, UnsupportedError
-from bratune.kernels import launch
 from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.dispatch import is_observed
+from bratune.kernels.fused import launch
 from bratune.kernels.routing import region_means
 
 __all__ = ["MAX_CHANNELS", "NORMS", "layer_norm", "why_not"]
@@ -89,7 +89,7 @@ def layer_norm(
     alone = x.is_cuda and not torch.compiler.is_compiling()
     with torch.no_grad():
         if backend == "triton" or (backend == "auto" and alone and not why_not(x)):
-            from bratune.kernels.norm_fused import launch_layer_norm, layer_norm_op
+            from bratune.kernels.fused.norm import launch_layer_norm, layer_norm_op
 
             run = layer_norm_op if is_observed(x) else launch_layer_norm
             y, means = run(x.contiguous(), weight, bias, shift, eps, list(region or ()))

@@ -26,7 +26,7 @@ GROUP = "bratune.backends"
 
 # Most preferred first: where `choose` finds several that accept, the first one runs.
 _BUILT_IN = {
-    "triton": "bratune.kernels.fused:TritonBackend",
+    "triton": "bratune.kernels.fused.backend:TritonBackend",
     "gather-sdpa": "bratune.kernels.gather:GatherSDPABackend",
     "dense": "bratune.kernels.dense:DenseBackend",
     "sparse": "bratune.kernels.sparse:SparseBackend",

@@ -65,7 +65,7 @@ def route(
         topk: Key regions per query region.
         kv_region: Key region in tokens; by default that of the queries.
         backend: One of `ROUTERS`, or ``auto``. ``triton`` keeps means and affinities in float32, gives the
-            lowest region first on a tie, and runs where `bratune.kernels.route_fused.why_not` is empty.
+            lowest region first on a tie, and runs where `bratune.kernels.fused.route.why_not` is empty.
 
     Returns:
         ``[B, R, topk]`` int64 indices of key regions, numbered row by row.
@@ -85,7 +85,7 @@ def route(
             f"not {tuple(q.shape)} and {tuple(k.shape)}"
         )
     if backend == "triton":
-        from bratune.kernels.route_fused import route_fused
+        from bratune.kernels.fused.route import route_fused
 
         return route_fused(q, k, region=region, topk=topk, kv_region=kv_region, maps=False).routes
     with torch.no_grad():
@@ -137,7 +137,7 @@ def route_pooled(
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if backend == "triton":
-            from bratune.kernels import route_fused
+            from bratune.kernels.fused import route as route_fused
 
             route_fused.check(x, x, region=region)
             if means is None:

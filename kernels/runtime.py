@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from bratune.errors import ProblemError, TargetError
-from bratune.kernels import launch, layout
+from bratune.kernels import layout
 from bratune.kernels.api import routed_attention
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.blocks import ConvAttention, DWConv, Residual
 from bratune.kernels.epilogues import FrozenConv, FrozenLinear, FrozenNorm, accumulates
 from bratune.kernels.fold import conv_then_norm, norm_then_conv, norm_then_linear
 from bratune.kernels.full_attention import Attention, FullAttention, full_attention
+from bratune.kernels.fused import launch
 from bratune.kernels.layer import BiLevelRoutingAttention, RoutedLayer
 from bratune.kernels.nhwc import to_nchw, to_nhwc
 from bratune.kernels.packed_attention import PackedAttention, prefers_mask
@@ -317,7 +318,7 @@ def _router(q: Tensor, k: Tensor, region: tuple[int, int]) -> str:
     """On CUDA, the kernels that route in two launches, where they can."""
     if not q.is_cuda or launch.not_here(str(q.device)):
         return "auto"
-    from bratune.kernels import route_fused
+    from bratune.kernels.fused import route as route_fused
 
     return "auto" if route_fused.why_not(q, k, region=region, kv_region=region) else "triton"
 

@@ -107,7 +107,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Any:
             return {}
 
     meter = Compiling()
-    for module in ("measure.energy", "profile.run_cell"):
+    for module in ("measure.energy", "run.measure_cell"):
         monkeypatch.setattr(f"bratune.{module}.energy_fields", meter.energy_fields)
     return meter
 

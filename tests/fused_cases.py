@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bratune.kernels.fused import TritonBackend
-from bratune.kernels.fused_families import backward_families, forward_families
+from bratune.kernels.fused.backend import TritonBackend
+from bratune.kernels.fused.families import backward_families, forward_families
 from bratune.kernels.reference import ReferenceBackend
 from bratune.problem import Problem
 

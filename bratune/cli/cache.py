@@ -68,7 +68,7 @@ def why(cell: str, paths: tuple[Path, ...], device: str, effort: str | None) -> 
     """
     from bratune.machine import detect
     from bratune.measure.settings import EFFORTS, MeterSettings
-    from bratune.profile.cache import Cache
+    from bratune.run.reuse import Cache
 
     rows = _rows_of(cell, paths)
     efforts = [MeterSettings.for_effort(name) for name in ([effort] if effort else EFFORTS)]
@@ -83,7 +83,7 @@ def why(cell: str, paths: tuple[Path, ...], device: str, effort: str | None) -> 
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 def merge(into: Path, paths: tuple[Path, ...]) -> None:
     """Append the rows of PATHS that the file INTO does not hold yet."""
-    from bratune.profile.upkeep import merge as merged
+    from bratune.store.maintenance import merge as merged
 
     click.echo(f"{merged(into, paths)} rows added to {into}", err=True)
 
@@ -99,7 +99,7 @@ def merge(into: Path, paths: tuple[Path, ...]) -> None:
 )
 def import_(paths: tuple[Path, ...], into: Path) -> None:
     """Take in records of other machines, each kind of machine in a folder of its own."""
-    from bratune.profile.upkeep import import_records
+    from bratune.store.maintenance import import_records
 
     for path, number in import_records(into, paths).items():
         click.echo(f"{number} rows added to {path}", err=True)
@@ -111,12 +111,13 @@ def import_(paths: tuple[Path, ...], into: Path) -> None:
 @click.option("--yes", is_flag=True, help="Rewrite the files; without it, only say what would go.")
 def prune(paths: tuple[Path, ...], keep: int, yes: bool) -> None:
     """Drop "started" lines that have an outcome, and rows that a later one of the same key replaces."""
-    from bratune.profile.upkeep import prune as pruned
+    from bratune.run.reuse import key_of
     from bratune.store import record_files
+    from bratune.store.maintenance import prune as pruned
 
     verb = "dropped from" if yes else "would be dropped from"
     for path in record_files(paths or DEFAULT):
-        gone, kept = pruned(path, keep=keep, rewrite=yes)
+        gone, kept = pruned(path, key_of=key_of, keep=keep, rewrite=yes)
         click.echo(f"{gone} rows {verb} {path}, {kept} stay", err=True)
 
 
@@ -127,7 +128,7 @@ def prune(paths: tuple[Path, ...], keep: int, yes: bool) -> None:
 )
 def compact(paths: tuple[Path, ...], output: Path) -> None:
     """Write records as one Parquet file, which pandas reads many times faster; needs pyarrow."""
-    from bratune.profile.upkeep import compact as compacted
+    from bratune.store.maintenance import compact as compacted
 
     if output.suffix != ".parquet":
         raise UsageError(f"--output must be a .parquet file, not {output}")

@@ -13,8 +13,8 @@ import click
 from bratune.cli import options
 
 if TYPE_CHECKING:
-    from bratune.profile.explain import StageFacts
-    from bratune.profile.request import Request
+    from bratune.work.explain import StageFacts
+    from bratune.work.request import Request
 
 
 @click.command("explain", context_settings=options.CONTEXT)
@@ -61,11 +61,11 @@ def command(
     if asked.pop("dump_config"):
         click.echo(options.dump_config(ctx))
         return
-    from bratune.profile.explain import explain_fit, explain_stages
-    from bratune.profile.fit import parse_memory
-    from bratune.profile.measured_n_win import stored_blocks
-    from bratune.profile.request import make_request
-    from bratune.profile.target import find_target
+    from bratune.run.target import find_target
+    from bratune.work.capacity import parse_memory
+    from bratune.work.explain import explain_fit, explain_stages
+    from bratune.work.measured_n_win import stored_blocks
+    from bratune.work.request import make_request
 
     target = find_target(gpu, device, asked.pop("gpu_spec"))
     if measured:

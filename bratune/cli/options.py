@@ -417,7 +417,7 @@ def meter_changes(asked: Mapping[str, Any]) -> dict[str, float]:
 
 
 def request_values(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What `what_options` and `work_options` gave, as arguments of `bratune.profile.request.make_request`."""
+    """What `what_options` and `work_options` gave, as arguments of `bratune.work.request.make_request`."""
     return {
         "models": asked["model"],
         "task": asked["task"],

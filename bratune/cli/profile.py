@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from bratune.engine import Engine
     from bratune.machine import Machine
     from bratune.measure.settings import MeterSettings
-    from bratune.profile.engine import CellEngine
-    from bratune.profile.replay import ReplayRunner
-    from bratune.profile.request import Request
-    from bratune.profile.session import Planned
-    from bratune.profile.target import Target
     from bratune.record import Record
+    from bratune.run.engine import CellEngine
+    from bratune.run.replay import ReplayRunner
+    from bratune.run.session import Planned
+    from bratune.run.target import Target
+    from bratune.work.request import Request
 
 FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
 
@@ -111,7 +111,7 @@ def _confirm(job: _Job, rows: Sequence[Record], asked: dict[str, Any]) -> None:
     if not wanted or job.target.absent or job.replayed or job.site:
         return
     from bratune.profile.finalists import confirm, whole_models
-    from bratune.profile.isolated import IsolatedEngine
+    from bratune.run.isolated import IsolatedEngine
 
     def fresh() -> IsolatedEngine:
         run_id = time.strftime("%Y%m%dT%H%M%SZ-confirm", time.gmtime())
@@ -168,14 +168,14 @@ class _Job:
 
     @property
     def planned(self) -> Sequence[Planned]:
-        from bratune.profile import session
+        from bratune.run import session
 
         return session.plan(self.request, self.stages)
 
 
 def _local_jobs(asked: dict[str, Any]) -> list[_Job]:
     """The options as jobs, one per device; with several devices, each has a folder of its own."""
-    from bratune.profile.target import Target, device_names, find_target
+    from bratune.run.target import Target, device_names, find_target
 
     names = device_names(asked["device"])
     jobs = []
@@ -192,7 +192,7 @@ def _local_jobs(asked: dict[str, Any]) -> list[_Job]:
 def _cluster_jobs(asked: dict[str, Any]) -> list[_Job]:
     """The options as jobs, one per kind of accelerator of a cluster, each with a folder of its own."""
     from bratune import cluster
-    from bratune.profile.target import Target
+    from bratune.run.target import Target
 
     for flag, off in (("device", "auto"), ("gpu_spec", None), ("replay", None), ("isolate", True)):
         if asked[flag] != off:
@@ -210,7 +210,7 @@ def _cluster_jobs(asked: dict[str, Any]) -> list[_Job]:
 
 def _job(asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunner | None) -> _Job:
     """The options as a job on one target."""
-    from bratune.profile.request import make_request
+    from bratune.work.request import make_request
 
     values = options.request_values(asked)
     whole = not asked["stage"] if asked["whole_model"] is None else asked["whole_model"]
@@ -229,7 +229,7 @@ def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
         return None
     if asked["measured"]:
         raise UsageError("--replay answers from records and --measured forbids that; leave one of them out")
-    from bratune.profile.replay import ReplayRunner
+    from bratune.run.replay import ReplayRunner
 
     gpu = "" if asked["gpu"] == "auto" else asked["gpu"]
     runner = ReplayRunner.of([asked["replay"]], gpu=gpu)
@@ -240,7 +240,7 @@ def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
 def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
     """The rows of every job; several jobs run side by side."""
     from bratune.cli.progress import Progress
-    from bratune.profile import fleet, session
+    from bratune.run import fleet, session
 
     progress = Progress(sum(len(job.planned) for job in jobs), budget_s=asked["budget"])
     rows: list[list[Record]] = [[] for _ in jobs]
@@ -295,8 +295,8 @@ def _model_engine(job: _Job, asked: dict[str, Any]) -> Engine:
 
 def _engine(job: _Job, asked: dict[str, Any], progress: Progress) -> CellEngine:
     """Whoever turns cells into rows by measuring or from records."""
-    from bratune.profile.engine import CellEngine, LocalEngine
-    from bratune.profile.isolated import IsolatedEngine
+    from bratune.run.engine import CellEngine, LocalEngine
+    from bratune.run.isolated import IsolatedEngine
 
     given: dict[str, Any] = {
         "store": Store(job.path),
@@ -334,7 +334,7 @@ def _say_what_was_reused(job: _Job, engine: CellEngine) -> None:
 
 def _say_what_is_missing(rows: Sequence[Record]) -> None:
     """An answer that the budget cut short is marked as such."""
-    from bratune.profile.cache import NO_TURN
+    from bratune.run.reuse import NO_TURN
 
     missing = sum(row.reason.startswith(NO_TURN) for row in rows)
     if missing:

@@ -17,8 +17,8 @@ from bratune.errors import UsageError
 if TYPE_CHECKING:
     from bratune.cluster import Site
     from bratune.machine import Machine
-    from bratune.profile.engine import CellEngine
-    from bratune.profile.replay import ReplayRunner
+    from bratune.run.engine import CellEngine
+    from bratune.run.replay import ReplayRunner
     from bratune.tune.fidelity_source import FidelitySource
     from bratune.tune.guard import Fresh
     from bratune.tune.request import Request
@@ -241,8 +241,8 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
 def _engines(asked: dict[str, Any], request: Request, folder: Path) -> tuple[CellEngine, Fresh]:
     """The engine of the search, and what makes one for the closing comparison."""
     from bratune.measure.settings import MeterSettings
-    from bratune.profile.engine import CellEngine, LocalEngine
-    from bratune.profile.isolated import IsolatedEngine
+    from bratune.run.engine import CellEngine, LocalEngine
+    from bratune.run.isolated import IsolatedEngine
     from bratune.store import Store
 
     settings = MeterSettings.for_effort(request.effort, **options.meter_changes(asked))
@@ -270,7 +270,7 @@ def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
     """The records that ``--replay`` answers from."""
     if asked["replay"] is None:
         return None
-    from bratune.profile.replay import ReplayRunner
+    from bratune.run.replay import ReplayRunner
 
     return ReplayRunner.of([asked["replay"]], gpu="" if asked["gpu"] == "auto" else asked["gpu"])
 
@@ -299,7 +299,7 @@ def _machine(asked: dict[str, Any]) -> Machine:
     Raises:
         TargetError: the board that was asked for is not here: a plan needs measurements.
     """
-    from bratune.profile.target import find_target
+    from bratune.run.target import find_target
 
     site = _site(asked)
     if site is not None:

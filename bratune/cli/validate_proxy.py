@@ -82,8 +82,8 @@ def command(**asked: Any) -> int:
 
 
 def _study(asked: dict[str, Any]) -> int:
-    from bratune.tune import toy
-    from bratune.tune.toy_figure import study_figure
+    from bratune.studies import toy
+    from bratune.studies.toy_figure import study_figure
 
     found = toy.run_toy(toy.SMOKE if asked["smoke"] else toy.Toy(), seed=asked["seed"], say=_say)
     folder: Path = asked["output"]

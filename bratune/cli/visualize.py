@@ -42,9 +42,9 @@ def command(
 
     from bratune import variant as variants
     from bratune.kernels.biformer import build
-    from bratune.profile.inputs import DEVIATION, MEAN
     from bratune.report.attention_map import look
     from bratune.report.attention_page import attention_html, describe, draw, open_image
+    from bratune.work.inputs import DEVIATION, MEAN
 
     variant = variants.get_variant(name)
     height, width = variants.parse_resolution(resolution)

@@ -54,7 +54,7 @@ def compiled_time(problem: Problem, board: GPU) -> CompiledTime | None:
     """
     if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    from bratune.kernels.launch import KINDS
+    from bratune.kernels.fused.launch import KINDS
     from bratune.predict.cost import cost_of, work_of
     from bratune.predict.offline import attention_launches
     from bratune.predict.targets import TARGETS

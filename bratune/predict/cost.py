@@ -113,7 +113,7 @@ def work_of(kind: str, problem: Problem, settings: Mapping[str, int]) -> Work:
     """The counted work of an attention kernel.
 
     Args:
-        kind: One of `bratune.kernels.launch.KINDS`.
+        kind: One of `bratune.kernels.fused.launch.KINDS`.
         problem: The attention call.
         settings: What is compiled into the kernel: ``BLOCK_M``, ``BLOCK_N`` and, where it has them,
             ``TAIL`` (keys of a last, shorter tile), ``GROUP`` and ``REGIONS_PER_PROGRAM``.

@@ -35,7 +35,8 @@ def attention_launches(
 ) -> dict[str, Launch]:
     """The launches of the ``triton`` backend, by the kind of the kernel.
 
-    Kinds are those of `bratune.kernels.launch.KINDS`; kernels that have nothing to set go by their name.
+    Kinds are those of `bratune.kernels.fused.launch.KINDS`; kernels that have nothing to
+    set go by their name.
 
     Args:
         problem: The call; its backward kernels are compiled where its direction has them.
@@ -47,8 +48,8 @@ def attention_launches(
     """
     import torch
 
-    from bratune.kernels import fused_run
-    from bratune.kernels.fused_call import as_text, call_for
+    from bratune.kernels.fused import run as fused_run
+    from bratune.kernels.fused.call import as_text, call_for
 
     call = call_for(problem, as_text(config), machine_of(target))
     q, k, v = _packed(problem)
@@ -64,7 +65,7 @@ def attention_launches(
     return {_kind_of(found): found for found in compile_for(target, launch)}
 
 
-# Kernels whose names are not those of their kind in `bratune.kernels.launch.KINDS`.
+# Kernels whose names are not those of their kind in `bratune.kernels.fused.launch.KINDS`.
 _KINDS = {
     "stationary_fwd": "kv_stationary_fwd",
     "gather_bwd_dq": "gather_dq",
@@ -101,7 +102,7 @@ def _packed(problem: Problem) -> tuple[Any, Any, Any]:
 
 def routing_launches(problem: Problem, target: str | Target, *, maps: bool = True) -> dict[str, Launch]:
     """The launches of the ``triton`` router for the routes of a problem."""
-    from bratune.kernels.route_fused import launch_region_means, launch_route
+    from bratune.kernels.fused.route import launch_region_means, launch_route
 
     q, k, _ = _packed(problem)
 
@@ -125,7 +126,7 @@ def depthwise_launches(
     """
     import torch
 
-    from bratune.kernels.depthwise_fused import launch_depthwise, launch_wgrad
+    from bratune.kernels.fused.depthwise import launch_depthwise, launch_wgrad
 
     channels = shape[-1]
     x = torch.empty(*shape[:-1], 3 * channels, dtype=getattr(torch, dtype), device="meta")[..., channels:]
@@ -156,7 +157,7 @@ def norm_launches(
     """
     import torch
 
-    from bratune.kernels.norm_fused import launch_layer_norm
+    from bratune.kernels.fused.norm import launch_layer_norm
 
     x = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     weight, shift = x.new_empty(shape[-1]), x.new_empty(shape[-1], dtype=torch.float32)

@@ -1,1 +1,1 @@
-"""Profiling: cells of a model at a resolution, run through an engine."""
+"""Contests of whole models and of the attention of stages, until one engine measures everything in turn."""

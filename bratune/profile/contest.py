@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bratune.measure.statistics import median, paired_ratio
-from bratune.profile.cache import NOT_STARTED
+from bratune.run.reuse import NOT_STARTED
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -306,7 +306,7 @@ def contest(
 def _leaving(turn: _Turn) -> Iterator[None]:
     """Whatever a contender raises ends its part in the contest."""
     from bratune.measure.memory import release
-    from bratune.profile.run_cell import failure
+    from bratune.run.measure_cell import failure
 
     try:
         yield

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from bratune.measure.meter import Meter
     from bratune.measure.settings import MeterSettings
-    from bratune.profile.request import Request
     from bratune.store import Store
+    from bratune.work.request import Request
 
 __all__ = [
     "BACKEND",
@@ -92,7 +92,7 @@ def peer_cells(names: Sequence[str], request: Request) -> list[Cell]:
         UnknownNameError: timm has no such model.
         MissingPackageError: timm is not installed.
     """
-    from bratune.profile.cells import scenes
+    from bratune.work.cells import scenes
 
     found = []
     for name in names:
@@ -171,7 +171,7 @@ def build_peer(cell: Cell, device: str) -> Peer:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from bratune.profile.scenery import images_for
+    from bratune.work.modules import images_for
 
     torch.manual_seed(cell.seed)
     images = images_for(cell, device)
@@ -191,11 +191,11 @@ def _own(cell: Cell, device: str) -> Peer:
     from bratune.kernels.biformer import BiFormer
     from bratune.kernels.published import as_published
     from bratune.kernels.runtime import FastModel
-    from bratune.profile.cells import model_stages
     from bratune.profile.contest import difference_limit
-    from bratune.profile.count import model_macs
-    from bratune.profile.scenery import images_for, model_for
     from bratune.variant import get_variant
+    from bratune.work.cells import model_stages
+    from bratune.work.count import model_macs
+    from bratune.work.modules import images_for, model_for
 
     plain = model_for(cell.replace(backend="auto"), device)
     images = images_for(cell, device)
@@ -264,7 +264,7 @@ def _measured(
     cell: Cell, machine: Machine, settings: MeterSettings, meter: Meter
 ) -> tuple[Record, tuple[float, ...]]:
     from bratune.measure.energy import energy_fields
-    from bratune.profile.run_cell import failure
+    from bratune.run.measure_cell import failure
 
     try:
         peer = build_peer(cell, machine.device)
@@ -372,9 +372,9 @@ def main(
     from bratune.errors import BratuneError
     from bratune.machine import detect
     from bratune.measure.settings import MeterSettings
-    from bratune.profile.request import make_request
     from bratune.store import Store
     from bratune.variant import parse_resolution
+    from bratune.work.request import make_request
 
     try:
         machine = detect(device)

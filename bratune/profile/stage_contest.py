@@ -4,7 +4,7 @@
 
 `bratune profile` measures one backend after the other, seconds apart; what happens to the machine in between
 is in their ratio. Here every round runs every backend once, on the same data and with the rest of the block
-before it (`bratune.profile.work.Work`), and a ratio is the median over rounds of the ratio within a round.
+before it (`bratune.work.call.Work`), and a ratio is the median over rounds of the ratio within a round.
 Each is first compared with the reference, as everywhere.
 """
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from bratune.cell import Cell
     from bratune.machine import Machine
     from bratune.measure.device import Device
-    from bratune.profile.request import Request
-    from bratune.profile.work import Work
+    from bratune.work.call import Work
+    from bratune.work.request import Request
 
 __all__ = ["StageRow", "contest", "stage_rows", "table"]
 
@@ -76,9 +76,9 @@ def stage_rows(
     Raises:
         UsageError: the baseline is not among the backends or cannot run.
     """
-    from bratune.profile.run_cell import check, refusals
-    from bratune.profile.session import plan
-    from bratune.profile.work import build
+    from bratune.run.measure_cell import check, refusals
+    from bratune.run.session import plan
+    from bratune.work.call import build
 
     found: list[StageRow] = []
     cells = [p.cell for p in plan(request, tuple(stages)) if p.cell is not None]
@@ -182,8 +182,8 @@ def main(
     """Time the backends of every stage in turn; ratios within rounds."""
     from bratune.machine import detect
     from bratune.measure.meter import device_for
-    from bratune.profile.request import make_request
     from bratune.variant import parse_resolution
+    from bratune.work.request import make_request
 
     machine = detect(device)
     request = make_request(

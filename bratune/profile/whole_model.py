@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from bratune.machine import Machine
-    from bratune.profile.cells import Scene
+    from bratune.work.cells import Scene
 
 __all__ = ["to_records"]
 
@@ -125,12 +125,12 @@ def main(
 
     from bratune.machine import detect
     from bratune.measure.memory import release
-    from bratune.profile.cells import scenes
     from bratune.profile.peers import timm_model
-    from bratune.profile.request import make_request
-    from bratune.profile.scenery import images_for, model_for
     from bratune.store import Store
     from bratune.variant import parse_resolution
+    from bratune.work.cells import scenes
+    from bratune.work.modules import images_for, model_for
+    from bratune.work.request import make_request
 
     if threads:
         torch.set_num_threads(threads)

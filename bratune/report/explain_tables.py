@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bratune.profile.explain import StageFacts
-from bratune.profile.fit import Fit
 from bratune.report.tables import Note, Row, Table
+from bratune.work.capacity import Fit
+from bratune.work.explain import StageFacts
 
 __all__ = ["backends_table", "fit_table", "n_win_table", "stages_table"]
 

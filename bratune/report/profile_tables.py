@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 
 from bratune.cell import PARTS
-from bratune.profile.summary import UNSETTLED_PCT, best_attention, differ, group, residual
 from bratune.record import Record
 from bratune.report.tables import Note, Row, Table, to_markdown, to_text
+from bratune.run.summary import UNSETTLED_PCT, best_attention, differ, group, residual
 
 __all__ = ["profile_markdown", "profile_text", "scene_tables", "scene_title"]
 

@@ -6,7 +6,7 @@ hierarchical bootstrap: processes are drawn with replacement, then samples insid
 standard error of the log ratio of medians is widened by Student's t with Welch's degrees of freedom, because
 three processes are few. A side of one process cannot show its own effect and is given an assumed one.
 
-How often this is wrong is measured on data with known truth: `bratune.report.verdict_study`.
+How often this is wrong is measured on data with known truth: `bratune.studies.verdict`.
 """
 
 from __future__ import annotations

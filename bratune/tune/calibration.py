@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from bratune.errors import StoreError
+from bratune.measure.ranks import bootstrap_interval, spearman
 from bratune.record import utc_now
 from bratune.tune.checkpoint_fidelity import CheckpointFidelity
 from bratune.tune.progress import Say
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
-from bratune.tune.stats import bootstrap_interval, spearman
 
 __all__ = ["ALLOWED_DROP", "Calibration", "Point", "calibrate", "isotonic", "stratified_settings"]
 

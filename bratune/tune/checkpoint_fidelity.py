@@ -13,6 +13,7 @@ from torch import Tensor
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.biformer import build
 from bratune.kernels.checkpoint import load_weights, read_weights
+from bratune.measure.ranks import clopper_pearson
 from bratune.tune import evidence as labels_of
 from bratune.tune.evidence import Evidence
 from bratune.tune.fidelity import (
@@ -30,7 +31,6 @@ from bratune.tune.recall import model_recall
 from bratune.tune.rerouting import reroute
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
-from bratune.tune.stats import clopper_pearson
 
 __all__ = ["CheckpointFidelity", "load_checkpoint", "outputs"]
 

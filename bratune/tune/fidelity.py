@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bratune.errors import ProblemError
-from bratune.tune.stats import bootstrap_interval
+from bratune.measure.ranks import bootstrap_interval
 
 __all__ = [
     "agreement",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bratune.errors import MissingPackageError, UsageError
-from bratune.profile.inputs import DEVIATION, MEAN, SUFFIXES
+from bratune.work.inputs import DEVIATION, MEAN, SUFFIXES
 
 __all__ = ["Pictures", "load_pictures"]
 

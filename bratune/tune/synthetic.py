@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from bratune.cell import Cell
 from bratune.machine import Machine
+from bratune.measure.ranks import clopper_pearson
 from bratune.problem import Problem
 from bratune.record import Record
 from bratune.tune.evidence import agreement
@@ -24,7 +25,6 @@ from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.pick import KL_LIMITS
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
-from bratune.tune.stats import clopper_pearson
 from bratune.variant import get_variant
 
 __all__ = ["BACKENDS", "SyntheticFidelity", "SyntheticWorld", "offers"]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from bratune.measure import ranks as stats
 from bratune.measure.statistics import quantile
-from bratune.tune import stats
 from bratune.tune.front import Point, combine, layers
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space

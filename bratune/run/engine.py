@@ -1,0 +1,332 @@
+"""Engines: cells in, rows out, and everything that a long run needs around the measurement of one cell.
+
+Who measures is a `Runner`: this process (`LocalEngine`), a worker that may die
+(`bratune.run.isolated.IsolatedEngine`) or stored records (`bratune.run.replay.ReplayEngine`). What
+surrounds it is the same for all: rows that are there already are not measured again, a line "started" is
+on disk before a cell is launched and its outcome right after, the budget is kept, speedups are filled in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from bratune.cell import Cell
+from bratune.machine import Machine
+from bratune.measure.meter import Meter, meter_for
+from bratune.measure.settings import MeterSettings
+from bratune.record import Record
+from bratune.run.measure_cell import Result, run_cell
+from bratune.run.repro import command_for
+from bratune.run.reuse import NOT_FINISHED, NOT_STARTED, Cache, source_hash
+from bratune.store import Store
+from bratune.work.cells import BASELINE
+from bratune.work.contents import contents_of
+
+__all__ = ["Baselines", "CellEngine", "LocalEngine", "LocalRunner", "ParallelEngine", "Runner"]
+
+# Making inputs and checking them against the reference come on top of sampling; compiling can take minutes.
+_OVERHEAD_S, _COMPILE_S = 180.0, 600.0
+# What cells on other machines may take to notice that the budget is spent, before they are stopped.
+_GRACE_S = 15.0
+# A backend that is this many times slower than the fastest one so far is not worth a precise time.
+_CLEARLY_WORSE = 3.0
+
+
+class Runner(Protocol):
+    """Whoever takes the measurement of one cell."""
+
+    @property
+    def evidence(self) -> str:
+        """What its rows are: ``measured`` or ``replayed``."""
+        ...
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that rows speak of."""
+        ...
+
+    def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
+        """The row of a cell and its raw samples; a failure is a row too.
+
+        Args:
+            cell: What is measured.
+            limit_s: Most wall time in seconds, where it can be enforced.
+            give_up_ms: Time above which it is not worth measuring well.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """End the cell that another thread is running here, where that is possible."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds."""
+        ...
+
+
+class LocalRunner:
+    """Measures in this process: for debugging, because a cell that crashes ends the run.
+
+    Args:
+        machine: Where.
+        settings: How long to measure; regime and cache state come from each cell.
+        meter: Takes the times; by default the machine's.
+    """
+
+    evidence = "measured"
+
+    def __init__(self, machine: Machine, settings: MeterSettings, meter: Meter | None = None) -> None:
+        self.machine, self.settings = machine, settings
+        self._meter = meter
+
+    def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
+        """See `Runner.run`; no limit can be enforced from inside."""
+        if self._meter is None:
+            self._meter = meter_for(self.machine)
+        return run_cell(cell, self.machine, self._meter, self.settings.replace(give_up_ms=give_up_ms))
+
+    def interrupt(self) -> None:
+        """A cell in this process ends when it ends."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Baselines:
+    """Remembers the times of cells that differ in their backend only, to compare each with the others."""
+
+    def __init__(self) -> None:
+        self._medians: dict[str, float] = {}
+        self._fastest: dict[str, float] = {}
+
+    def compared(self, cell: Cell, record: Record) -> Record:
+        """The record with its speedup, where the baseline of its cell is known."""
+        if record.median_ms is None or not cell.backend:
+            return record
+        key = _contest(cell)
+        self._fastest[key] = min(record.median_ms, self._fastest.get(key, record.median_ms))
+        if _is_baseline(cell):
+            self._medians[key] = record.median_ms
+        if key not in self._medians:
+            return record
+        return record.replace(speedup=self._medians[key] / record.median_ms, baseline=BASELINE)
+
+    def give_up_ms(self, cell: Cell) -> float | None:
+        """Time above which a cell is clearly worse than what is known; None for the baseline itself."""
+        fastest = self._fastest.get(_contest(cell))
+        return None if fastest is None or _is_baseline(cell) else _CLEARLY_WORSE * fastest
+
+
+def _contest(cell: Cell) -> str:
+    return cell.replace(backend="", config="{}").cell_id if cell.backend else ""
+
+
+def _is_baseline(cell: Cell) -> bool:
+    return set(cell.backend.split(",")) == {BASELINE} and cell.config == "{}"
+
+
+class CellEngine:
+    """An `bratune.engine.Engine` around a runner; use it in a ``with`` block, so that the runner is closed.
+
+    Args:
+        runner: Measures one cell.
+        settings: How cells are sampled; part of what a stored row must match to be reused.
+        store: Where rows go; None keeps them in memory only. Rows that it holds already may answer a cell.
+        fresh: Measure again what the store holds.
+        run_id: Name of this run in its rows.
+        flags: Flags that the ``repro`` command of a row shall repeat.
+        budget_s: Seconds after which cells are no longer started, and a running one is stopped.
+        cell_limit_s: Most wall time of a cell; by default, sampling time and a margin.
+        on_start: Told of every cell before its turn.
+        clock: Seconds that only grow.
+
+    Attributes:
+        reused: Cells that were answered by stored rows so far.
+        slots: Cells that are measured at a time.
+    """
+
+    slots = 1
+
+    def __init__(
+        self,
+        runner: Runner,
+        settings: MeterSettings,
+        *,
+        store: Store | None = None,
+        fresh: bool = False,
+        run_id: str = "",
+        flags: Sequence[str] = (),
+        budget_s: float | None = None,
+        cell_limit_s: float | None = None,
+        on_start: Callable[[Cell], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner = runner
+        self._settings = settings
+        self._store = store
+        index = store.index() if store and not fresh else None
+        self._cache = Cache(runner.machine, settings, index=index, evidence=runner.evidence)
+        self._run_id = run_id
+        self._flags = tuple(flags)
+        self._cell_limit_s = cell_limit_s
+        self._on_start = on_start
+        self._clock = clock
+        self._budget_s = budget_s
+        self._deadline = None if budget_s is None else clock() + budget_s
+        self._baselines = Baselines()
+        self._cancelled = threading.Event()
+        self.reused = 0
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that the records speak of."""
+        return self._runner.machine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runner.close()
+
+    def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
+        """One finished record per cell, in the order of the cells; see `bratune.engine.Engine`."""
+        for cell in cells:
+            if self._cancelled.is_set():
+                return
+            if self._on_start:
+                self._on_start(cell)
+            stored = self._cache.find(cell)
+            if stored is not None:
+                self.reused += 1
+                yield self._baselines.compared(cell, stored)
+                continue
+            result = self._turn(cell)
+            if self._cancelled.is_set():
+                return
+            record = self._baselines.compared(cell, self._signed(cell, result.record))
+            self._cache.add(record)
+            if self._store:
+                self._store.append(record, result.samples_ms)
+            yield record
+
+    def cancel(self) -> None:
+        """End `run` in another thread: the cell in flight is killed and leaves no outcome."""
+        self._cancelled.set()
+        self._runner.interrupt()
+
+    def _turn(self, cell: Cell) -> Result:
+        left = None if self._deadline is None else self._deadline - self._clock()
+        if left is not None and left <= 0:
+            return self._out_of_budget(cell, NOT_STARTED)
+        if self._store:
+            started = Record.of(cell, self.machine, outcome="started", evidence=self._runner.evidence)
+            self._store.append(self._signed(cell, started))
+        limit = self._limit_of(cell)
+        result = self._runner.run(
+            cell,
+            limit_s=limit if left is None else min(limit, left),
+            give_up_ms=self._baselines.give_up_ms(cell),
+        )
+        cut_short = result.record.outcome == "timeout" and left is not None and left < limit
+        overdue = self._deadline is not None and self._clock() >= self._deadline
+        interrupted = result.record.outcome == "crashed" and overdue
+        if cut_short or interrupted:
+            return self._out_of_budget(cell, NOT_FINISHED)
+        return result
+
+    def _out_of_budget(self, cell: Cell, what: str) -> Result:
+        reason = f"{what}the budget of {self._budget_s:g} s was spent"
+        return Result(Record.of(cell, self.machine, outcome="timeout", reason=reason))
+
+    def _limit_of(self, cell: Cell) -> float:
+        if self._cell_limit_s is not None:
+            return self._cell_limit_s
+        limit = self._settings.warmup_s + self._settings.timeout_s + _OVERHEAD_S
+        return limit + (_COMPILE_S if cell.regime == "compile" else 0)
+
+    def _signed(self, cell: Cell, record: Record) -> Record:
+        return record.replace(
+            run_id=self._run_id,
+            repro=command_for(cell, extra=self._flags),
+            source_hash=source_hash(cell),
+            **contents_of(cell),
+            sampling=self._settings.sampling,
+        )
+
+
+class ParallelEngine(CellEngine):
+    """A `CellEngine` whose runner measures several cells at a time, each on a device of its own.
+
+    Args:
+        runner: Measures a cell in the thread that asks; several threads do.
+        settings: How cells are sampled.
+        slots: Cells at a time.
+        options: Those of `CellEngine`.
+    """
+
+    def __init__(self, runner: Runner, settings: MeterSettings, *, slots: int, **options: Any) -> None:
+        super().__init__(runner, settings, **options)
+        self.slots = slots
+
+    def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
+        """One finished record per cell, as each is known, baselines first; see `bratune.engine.Engine`."""
+        waves: tuple[list[Cell], list[Cell]] = [], []
+        for cell in cells:
+            waves[0 if set(cell.backend.split(",")) == {BASELINE} else 1].append(cell)
+        for wave in waves:
+            yield from self._together(wave)
+
+    def _together(self, cells: Sequence[Cell]) -> Iterator[Record]:
+        """Rows of cells that run side by side, each written down where it is known.
+
+        No more cells are under way than can run, so that what a sweep of a hundred thousand holds in memory
+        does not grow with it.
+        """
+        waiting, running = iter(cells), set[Future[list[Record]]]()
+        with ThreadPoolExecutor(self.slots) as pool:
+            try:
+                running = {pool.submit(self._one, cell) for cell in itertools.islice(waiting, self.slots)}
+                while running:
+                    done, running = wait(running, self._patience_s(), return_when=FIRST_COMPLETED)
+                    if not done:  # the budget is spent, and cells still wait for a device
+                        self._runner.interrupt()
+                    for cell in itertools.islice(waiting, len(done)):
+                        running.add(pool.submit(self._one, cell))
+                    for turn in done:
+                        yield from turn.result()
+            finally:
+                if running:
+                    self.cancel()
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for the next cell: none may be under way shortly after the budget is spent."""
+        if self._deadline is None:
+            return None
+        return max(1.0, self._deadline + _GRACE_S - self._clock())
+
+    def _one(self, cell: Cell) -> list[Record]:
+        return list(super().run([cell]))
+
+
+class LocalEngine(CellEngine):
+    """A `CellEngine` that measures in this process.
+
+    Args:
+        machine: Where.
+        settings: How cells are sampled.
+        meter: Takes the times; by default the machine's.
+        options: Those of `CellEngine`.
+    """
+
+    def __init__(
+        self, machine: Machine, settings: MeterSettings, *, meter: Meter | None = None, **options: Any
+    ) -> None:
+        super().__init__(LocalRunner(machine, settings, meter), settings, **options)

@@ -1,0 +1,183 @@
+"""From a cell to a record: refuse, check, then time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bratune import gpus
+from bratune.cell import Cell
+from bratune.errors import BratuneError, UnsupportedError
+from bratune.kernels import registry
+from bratune.machine import Machine
+from bratune.measure import gate
+from bratune.measure.energy import energy_fields
+from bratune.measure.memory import release
+from bratune.measure.meter import Meter
+from bratune.measure.settings import MeterSettings
+from bratune.predict.model import bound_cell
+from bratune.record import Record
+from bratune.variant import Stage, get_variant
+from bratune.work import call as work
+from bratune.work.cells import model_stages
+from bratune.work.count import model_macs, part_macs
+
+__all__ = ["Result", "check", "failure", "refusals", "run_cell"]
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of a cell after its turn: the row, and the raw samples if it was timed."""
+
+    record: Record
+    samples_ms: tuple[float, ...] = ()
+
+
+def run_cell(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings) -> Result:
+    """Measure a cell, or say why not: a failure is a row with its reason.
+
+    The gate comes first: the same call on the same data must give the result of the reference, or the row
+    is ``incorrect`` and has no time.
+    """
+    reasons = refusals(cell, machine)
+    if reasons:
+        return Result(Record.of(cell, machine, outcome="unsupported", reason="; ".join(reasons)))
+    try:
+        return _measure(cell, machine, meter, settings)
+    except Exception as error:  # a backend or a driver may raise anything; the row says what
+        return Result(Record.of(cell, machine, **failure(error)))
+    finally:
+        if machine.is_cuda:
+            release()  # so that one cell does not take room from the next
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """Outcome and reason, one sentence, of the row of what raised an error."""
+    if isinstance(error, UnsupportedError):
+        return {"outcome": "unsupported", "reason": "; ".join(error.reasons)}
+    if isinstance(error, BratuneError):
+        return {"outcome": "error", "reason": str(error)}
+    return {"outcome": _outcome_of(error), "reason": _sentence(error)}
+
+
+def refusals(cell: Cell, machine: Machine) -> tuple[str, ...]:
+    """Every reason of the cell's backends against it; empty: they accept."""
+    if cell.regime == "graph" and not machine.is_cuda:
+        return ("a CUDA graph needs a CUDA device, this is a CPU",)
+    if not cell.backend or (cell.part != "model" and _is_full(cell)):
+        return ()
+    if cell.part != "model":
+        return registry.get(cell.backend).why_not(cell.problem, machine)
+    found: list[str] = []
+    parts = model_stages(cell)
+    names = cell.backend.split(",")
+    for stage, name in zip(parts, names * len(parts) if len(names) == 1 else names, strict=False):
+        if stage.kind == "routed" and stage.problem:
+            reasons = registry.get(name).why_not(stage.problem, machine)
+            found += [f"stage {stage.index}: {reason}" for reason in reasons]
+    return tuple(found)
+
+
+def _is_full(cell: Cell) -> bool:
+    """Full attention is computed by the module itself: a backend only says whether scores are written."""
+    return bool(cell.topk) and int(cell.topk) < 0
+
+
+def _measure(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings) -> Result:
+    made = work.build(cell, machine)
+    checked = check(made)
+    if "reason" in checked:
+        return Result(Record.of(cell, machine, outcome="incorrect", **checked))
+    settings = settings.replace(l2=cell.l2, regime=cell.regime)
+    measured = meter.measure(made.call, settings, before=made.before)
+    values = {**checked, **measured.to_record_fields()}
+    values |= derived(cell, measured.median_ms, made.images) | _floor(cell, machine, measured.median_ms)
+    if cell.part == "model":
+        values |= energy_fields(measured.run or made.call, machine, made.images)
+    return Result(Record.of(cell, machine, outcome="measured", **values), measured.samples_ms)
+
+
+def check(made: work.Work) -> dict[str, Any]:
+    """Errors against the reference, the worst of all attention calls; a reason where one is too large."""
+    worst: dict[str, Any] = {}
+    for call in made.attentions():
+        found = gate.check(
+            call.backend, call.problem, call.q, call.k, call.v, call.routes, config=call.config
+        )
+        worst["tolerance"] = found.tolerance
+        for name in ("max_rel_err", "grad_rel_err"):
+            values = [v for v in (worst.get(name), getattr(found, name)) if v is not None]
+            worst[name] = max(values, default=None)
+        if not found.ok:
+            return worst | {"reason": found.reason}
+    return worst
+
+
+def derived(cell: Cell, median_ms: float, images: int) -> dict[str, Any]:
+    """Rates that follow from a time: images, useful multiply-adds and least bytes per second."""
+    seconds = median_ms / 1e3
+    values: dict[str, Any] = {"images_per_s": images / seconds}
+    macs = cell_macs(cell)
+    if macs and not cell.problem.backward:
+        values["tflops_s"] = 2 * macs / seconds / 1e12
+    if cell.part == "attention" and not cell.problem.backward:
+        values["gb_s"] = cell.problem.io_bytes / seconds / 1e9
+    return values
+
+
+def _floor(cell: Cell, machine: Machine, median_ms: float) -> dict[str, Any]:
+    """How near a time is to what the board's published peaks allow; nothing where they are unknown."""
+    board = gpus.from_machine(machine)
+    if board is None:
+        return {}
+    try:
+        least = bound_cell(cell, board)
+    except BratuneError:  # a peak of this dtype is not published
+        return {}
+    if least.median_ms is None:
+        return {}
+    return {"roofline_pct": 100 * least.median_ms / median_ms, "bound": least.bound}
+
+
+def cell_macs(cell: Cell) -> int:
+    """Multiply-adds of the forward pass of a cell; 0 where none are counted."""
+    if cell.part == "attention":
+        return cell.problem.attention_macs
+    if not cell.model:
+        return 0
+    variant, batch = get_variant(cell.model), cell.problem.batch
+    if cell.part == "model":
+        return model_macs(variant, model_stages(cell), batch)
+    counts = part_macs(variant, _stage_of(cell), batch)
+    return sum(counts.values()) if cell.part == "block" else counts.get(cell.part, 0)
+
+
+def _stage_of(cell: Cell) -> Stage:
+    variant = get_variant(cell.model)
+    height, width = variant.maps(*cell.image)[cell.stage - 1]
+    topk = int(cell.topk)
+    return Stage(
+        index=cell.stage,
+        blocks=cell.block_count,
+        dim=variant.dims[cell.stage - 1],
+        height=height,
+        width=width,
+        kind="routed" if topk > 0 else "full" if topk < 0 else "conv",
+        n_win=int(cell.n_win or 0),
+        topk=topk,
+        problem=cell.problem,
+    )
+
+
+def _outcome_of(error: Exception) -> str:
+    text = str(error).lower()
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return "oom" if memory or any(phrase in text for phrase in OUT_OF_MEMORY) else "error"
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of an error, with its type."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:500] if first else type(error).__name__

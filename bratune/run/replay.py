@@ -1,0 +1,99 @@
+"""Replay: cells answered from stored records, so that everything above measuring runs without the machine.
+
+What is replayed is labelled so in every row (``evidence``), and a cell that was never measured is an
+error with that reason, never a guess.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from bratune.cell import Cell
+from bratune.errors import TargetError
+from bratune.measure.settings import MeterSettings
+from bratune.record import Record
+from bratune.run.engine import CellEngine
+from bratune.run.measure_cell import Result
+from bratune.store import read_records
+
+__all__ = ["ReplayEngine", "ReplayRunner"]
+
+
+class ReplayRunner:
+    """Answers cells from records; see `bratune.run.engine.Runner`.
+
+    Args:
+        records: Rows of one or several machines.
+        gpu: Key of the machine to replay; needed only where the records hold several.
+        source: Where the records come from, for messages.
+
+    Raises:
+        TargetError: the records hold nothing of that machine, or several and none was chosen.
+    """
+
+    evidence = "replayed"
+
+    def __init__(self, records: Iterable[Record], *, gpu: str = "", source: str = "the records") -> None:
+        measured = [row for row in records if row.evidence == "measured" and row.outcome != "started"]
+        keys = sorted({row.gpu_key for row in measured})
+        if not keys:
+            raise TargetError(f"{source} cannot be replayed: nothing in them was measured")
+        if gpu and gpu not in keys:
+            raise TargetError(f"{source} cannot be replayed as {gpu}: they hold {', '.join(keys)}")
+        if not gpu and len(keys) > 1:
+            raise TargetError(f"{source} hold {', '.join(keys)}; --gpu says which of them to replay")
+        self._source = source
+        self._rows: dict[str, Record] = {}
+        for row in measured:
+            if row.gpu_key == (gpu or keys[0]) and _better(row, self._rows.get(row.cell_id)):
+                self._rows[row.cell_id] = row
+        self.machine = next(iter(self._rows.values())).machine
+
+    @classmethod
+    def of(cls, paths: Iterable[str | os.PathLike[str]], *, gpu: str = "") -> ReplayRunner:
+        """A replay of record files and folders; see `bratune.store.read_records`."""
+        several = list(paths)
+        return cls(read_records(several), gpu=gpu, source=", ".join(map(str, several)))
+
+    def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
+        """See `bratune.run.engine.Runner.run`; takes no time."""
+        row = self._rows.get(cell.cell_id)
+        if row is None:
+            reason = f"not replayed: {self._source} holds no row of this cell on {self.machine.gpu_key}"
+            return Result(Record.of(cell, self.machine, outcome="error", evidence="replayed", reason=reason))
+        asked = Record.of(cell, self.machine)  # the same cell, whatever the row made of its description
+        return Result(row.replace(evidence="replayed", cell=asked.cell))
+
+    def interrupt(self) -> None:
+        """A replayed cell takes no time."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class ReplayEngine(CellEngine):
+    """A `bratune.run.engine.CellEngine` that answers from stored records.
+
+    Args:
+        paths: Record files and folders.
+        settings: How cells would be sampled; replayed rows keep what their own run had.
+        gpu: See `ReplayRunner`.
+        options: Those of `bratune.run.engine.CellEngine`.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str | os.PathLike[str]],
+        settings: MeterSettings,
+        *,
+        gpu: str = "",
+        **options: Any,
+    ) -> None:
+        super().__init__(ReplayRunner.of(paths, gpu=gpu), settings, **options)
+
+
+def _better(row: Record, other: Record | None) -> bool:
+    """Whether a later row replaces an earlier one: not where it failed and the other has a time."""
+    return other is None or row.ok or not other.ok

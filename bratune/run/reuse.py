@@ -1,0 +1,244 @@
+"""Cache: which stored row answers a cell, and why or why not, field by field.
+
+A row answers a cell when everything that can change its time is the same: the cell itself, the sources that
+compute it, what is in the files that it reads, the versions of torch, triton and the driver, the GPU, and how
+it is sampled. The board's serial number is not among them: a row of one H100 answers for another.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bratune.cell import Cell
+from bratune.errors import StoreError, UnknownNameError
+from bratune.kernels import registry
+from bratune.machine import Machine
+from bratune.measure.settings import MeterSettings
+from bratune.record import Record
+from bratune.store.index import Index
+from bratune.work.contents import contents_of
+
+__all__ = [
+    "NOT_FINISHED",
+    "NOT_STARTED",
+    "NO_TURN",
+    "Cache",
+    "Why",
+    "key_fields",
+    "key_fields_of",
+    "key_of",
+    "source_hash",
+]
+
+# Outcomes that say something about the cell and not about the run that was interrupted.
+_NO_ANSWER = ("started",)
+# How the reason of a row begins that the budget of its run left without a time.
+NOT_STARTED, NOT_FINISHED = "not started: ", "not finished: "
+NO_TURN = (NOT_STARTED, NOT_FINISHED)
+_MACHINE_FIELDS = ("gpu_key", "torch", "triton", "driver", "threads")
+# What runs around the attention of a block, whichever backend computes it.
+_LAYERS = "bratune.kernels.biformer"
+_PACKAGE = "bratune.kernels"
+
+
+@dataclass(frozen=True)
+class Why:
+    """Whether a row answers a cell, and what stands against it.
+
+    Attributes:
+        hit: A stored row answers.
+        record: The row that answers, or the nearest one; None when there is none of any kind.
+        differences: Field, what is stored, what is asked; of the nearest row.
+    """
+
+    hit: bool
+    record: Record | None
+    differences: tuple[tuple[str, str, str], ...] = ()
+
+    def __str__(self) -> str:
+        if self.record is None:
+            return "miss: nothing is stored"
+        where = f"run {self.record.run_id or '?'} of {self.record.timestamp_utc}"
+        if self.hit:
+            return f"hit: {self.record.outcome} in {where}"
+        lines = [f"miss: the nearest row is from {where} and differs in"]
+        lines += [
+            f"  {name}: stored {stored or '(nothing)'}, asked {asked or '(nothing)'}"
+            for name, stored, asked in self.differences
+        ]
+        return "\n".join(lines)
+
+
+class Cache:
+    """Stored rows by everything that can change them.
+
+    Args:
+        machine: Where a cell would be measured now.
+        settings: How it would be sampled.
+        records: Rows that are there already; of several for one key the last one counts.
+        index: More of them, in a file; those of a cell are read when it is asked for.
+        evidence: Kind of rows that may answer: a replayed or modelled one never stands for a measured one.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        settings: MeterSettings,
+        records: Iterable[Record] = (),
+        *,
+        index: Index | None = None,
+        evidence: str = "measured",
+    ) -> None:
+        self._machine, self._settings, self._evidence = machine, settings, evidence
+        self._index = index
+        self._rows: dict[str, list[Record]] = {}
+        for record in records:
+            self.add(record)
+
+    def add(self, record: Record) -> None:
+        """Take a row in, if it can answer anything."""
+        if self._answers(record):
+            self._rows.setdefault(record.cell_id, []).append(record)
+
+    def find(self, cell: Cell) -> Record | None:
+        """The row that answers a cell; None when it has to be measured."""
+        rows = self._rows.get(cell.cell_id, [])
+        if self._index is not None and not rows:
+            rows = [row for row in self._index.rows(cell.cell_id) if self._answers(row)]
+        if not rows:
+            return None
+        asked = _circumstances(self._machine, cell, self._settings)
+        return next((row for row in reversed(rows) if _circumstances_of(row) == asked), None)
+
+    def why(self, cell: Cell) -> Why:
+        """Why a cell hits or misses, compared with the nearest row."""
+        found = self.find(cell)
+        if found is not None:
+            return Why(True, found)
+        asked = key_fields(cell, self._machine, self._settings)
+        nearest: tuple[tuple[str, str, str], ...] = ()
+        for record in (row for rows in self._rows.values() for row in rows):
+            differences = _differences(key_fields_of(record), asked)
+            if found is None or len(differences) <= len(nearest):
+                found, nearest = record, differences
+        return Why(False, found, nearest)
+
+    def _answers(self, record: Record) -> bool:
+        """Whether a row can answer anything."""
+        silent = record.outcome in _NO_ANSWER or record.reason.startswith(NO_TURN)
+        return bool(record.cell) and record.evidence == self._evidence and not silent
+
+
+def key_fields(cell: Cell, machine: Machine, settings: MeterSettings) -> dict[str, str]:
+    """Everything that can change the time of a cell, by name, as text."""
+    return _flat(cell.to_dict()) | _circumstances(machine, cell, settings)
+
+
+def key_fields_of(record: Record) -> dict[str, str]:
+    """The same of a stored row; raises `StoreError` where it does not describe its cell."""
+    try:
+        return _flat(dict(json.loads(record.cell))) | _circumstances_of(record)
+    except (ValueError, TypeError):
+        raise StoreError(f"row {record.cell_id} holds no description of its cell") from None
+
+
+def _circumstances(machine: Machine, cell: Cell, settings: MeterSettings) -> dict[str, str]:
+    """What is no part of a cell and can change its time."""
+    values = {name: getattr(machine, name) for name in _MACHINE_FIELDS}
+    values |= {"source_hash": source_hash(cell), **contents_of(cell), "sampling": settings.sampling}
+    return {name: str(value or "") for name, value in values.items()}
+
+
+def _circumstances_of(record: Record) -> dict[str, str]:
+    names = (*_MACHINE_FIELDS, "source_hash", "checkpoint_hash", "images_hash", "sampling")
+    return {name: str(getattr(record, name) or "") for name in names}
+
+
+def key_of(record: Record) -> str:
+    """A name for everything that can change a row's time; rows of one key replace each other."""
+    return _key(key_fields_of(record))
+
+
+def source_hash(cell: Cell) -> str:
+    """Twelve hexadecimal digits that name the sources that compute a cell.
+
+    These are the modules of its backends and, for anything but a bare attention call, those of the layers,
+    with every module of this package that they import, and the tables that lie beside them. Empty for a
+    backend that nobody has.
+    """
+    names = [name for name in cell.backend.split(",") if name]
+    try:
+        roots = {type(registry.get(name)).__module__ for name in names}
+    except UnknownNameError:
+        return ""
+    if cell.part != "attention" or not roots:
+        roots.add(_LAYERS)
+    return _hash_of(tuple(sorted(roots)))
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_of(roots: tuple[str, ...]) -> str:
+    found: dict[str, Path] = {}
+    todo = [(root, _file_of(root)) for root in roots]
+    while todo:
+        name, path = todo.pop()
+        if name not in found and path is not None:
+            found[name] = path
+            todo += _imports(path)
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        path = found[name]
+        for file in (path, *sorted(path.parent.glob(f"{path.stem}*.json"))):
+            digest.update(f"{name} {file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _file_of(module: str) -> Path | None:
+    spec = importlib.util.find_spec(module)
+    origin = spec.origin if spec is not None else None
+    return Path(origin) if origin is not None and origin.endswith(".py") else None
+
+
+def _imports(path: Path) -> list[tuple[str, Path]]:
+    """Modules of `bratune.kernels` that a file imports anywhere, found without importing them."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    folder = Path(registry.__file__).parent
+    below = {name: name.removeprefix(_PACKAGE + ".") for name in names if name.startswith(_PACKAGE)}
+    files = {name: folder / f"{path.replace('.', '/')}.py" for name, path in below.items()}
+    return [(name, file) for name, file in files.items() if file.is_file()]
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[prefix + name] = str(value)
+    return flat
+
+
+def _key(fields: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(stored: Mapping[str, str], asked: Mapping[str, str]) -> tuple[tuple[str, str, str], ...]:
+    names = sorted(stored.keys() | asked.keys())
+    return tuple(
+        (name, stored.get(name, ""), asked.get(name, ""))
+        for name in names
+        if stored.get(name, "") != asked.get(name, "")
+    )

@@ -1,0 +1,183 @@
+"""Session: a request from its first cell to its last.
+
+Attention by every backend comes first, then the other parts of a block; the fastest backend of each stage is
+then put into a whole block, and the fastest of all stages together into the whole model, beside the baseline.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from bratune.cell import Cell
+from bratune.engine import Engine
+from bratune.record import Record
+from bratune.run.engine import Baselines
+from bratune.run.summary import best_attention
+from bratune.variant import Stage
+from bratune.work.cells import BASELINE, Scene, scenes
+from bratune.work.request import Request
+
+__all__ = ["Planned", "plan", "run"]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell that a session will run, as far as it is known before.
+
+    Attributes:
+        cell: The cell; None where it depends on what turns out to be fastest.
+        text: What it is, in words.
+    """
+
+    cell: Cell | None
+    text: str
+
+
+def plan(request: Request, stages: tuple[int, ...] = ()) -> list[Planned]:
+    """What `run` will measure, in its order."""
+    found: list[Planned] = []
+    for scene in scenes(request):
+        for stage in scene.stages:
+            if stages and stage.index not in stages:
+                continue
+            cells = [*scene.attention_cells(stage), *scene.part_cells(stage)]
+            found += [Planned(cell, _words(scene, cell)) for cell in cells]
+            if cells:
+                found.append(Planned(None, f"{scene.model} stage {stage.index} block by the fastest backend"))
+        if request.whole_model:
+            found.append(Planned(None, f"{scene.model} batch {scene.batch}, {_baseline(request)} everywhere"))
+            found.append(Planned(None, f"{scene.model} batch {scene.batch}, fastest backend of each stage"))
+    return found
+
+
+def run(
+    request: Request, engine: Engine, stages: tuple[int, ...] = (), *, answer_first: bool = False
+) -> Iterator[Record]:
+    """Measure what a request asks for; every row as soon as it is known.
+
+    Args:
+        request: What is asked.
+        engine: Turns cells into rows.
+        stages: Only these stages (1 is the first); all without any.
+        answer_first: For a run that may be cut off: the backends of the stages where most can be gained,
+            then the whole model, then the parts of blocks, which explain and do not decide.
+    """
+    if getattr(engine, "slots", 1) > 1:
+        yield from _together(request, engine, stages)
+        return
+    for scene in scenes(request):
+        rows: list[Record] = []
+        baselines = Baselines()
+        for record in _scene_rows(scene, engine, rows, stages, answer_first):
+            cell = Cell.from_dict(json.loads(record.cell))
+            rows.append(baselines.compared(cell, record))
+            yield rows[-1]
+
+
+def _together(request: Request, engine: Engine, stages: tuple[int, ...]) -> Iterator[Record]:
+    """Rows of all scenes at once, for an engine that measures many cells at a time.
+
+    First everything that is known before, the backends of the stages where most can be gained ahead of the
+    parts of blocks; then the blocks and models that depend on what was fastest.
+    """
+    found = scenes(request)
+    rows: list[list[Record]] = [[] for _ in found]
+    baselines = [Baselines() for _ in found]
+
+    def measure(cells_of: Callable[[int, Scene], list[Cell]]) -> Iterator[Record]:
+        owners = {cell: number for number, scene in enumerate(found) for cell in cells_of(number, scene)}
+        for record in engine.run(owners):
+            cell = Cell.from_dict(json.loads(record.cell))
+            number = owners[cell]
+            rows[number].append(baselines[number].compared(cell, record))
+            yield rows[number][-1]
+
+    def chosen(scene: Scene) -> list[Stage]:
+        return [stage for stage in scene.stages if not stages or stage.index in stages]
+
+    def known_before(number: int, scene: Scene) -> list[Cell]:
+        order = sorted(chosen(scene), key=_possible_gain, reverse=True)
+        attention = [cell for stage in order for cell in scene.attention_cells(stage)]
+        return attention + [cell for stage in order for cell in scene.part_cells(stage)]
+
+    def known_after(number: int, scene: Scene) -> list[Cell]:
+        cells = [_best_block(scene, rows[number], stage) for stage in chosen(scene)]
+        cells += _model_cells(scene, rows[number]) if request.whole_model else []
+        return [cell for cell in cells if cell is not None]
+
+    yield from measure(known_before)
+    yield from measure(known_after)
+
+
+def _scene_rows(
+    scene: Scene, engine: Engine, rows: list[Record], stages: tuple[int, ...], answer_first: bool
+) -> Iterator[Record]:
+    """Rows of one scene; ``rows`` holds those that were yielded so far."""
+    chosen = [stage for stage in scene.stages if not stages or stage.index in stages]
+    if answer_first:
+        chosen.sort(key=_possible_gain, reverse=True)
+        for stage in chosen:
+            yield from engine.run(scene.attention_cells(stage))
+        yield from _model_rows(scene, engine, rows)
+        for stage in chosen:
+            yield from _block_rows(scene, engine, rows, stage)
+        return
+    for stage in chosen:
+        yield from engine.run(scene.attention_cells(stage))
+        yield from _block_rows(scene, engine, rows, stage)
+    yield from _model_rows(scene, engine, rows)
+
+
+def _possible_gain(stage: Stage) -> int:
+    """Bytes that a model's blocks of a stage move beyond the fewest, by the published method.
+
+    It stands for the time that the best backend can save there: a stage with 18 of 30 blocks comes first.
+    """
+    if stage.problem is None:
+        return 0
+    return stage.blocks * (stage.problem.gathered_bytes + 3 * stage.problem.score_bytes)
+
+
+def _block_rows(scene: Scene, engine: Engine, rows: list[Record], stage: Stage) -> Iterator[Record]:
+    """The parts of a block that no backend computes, and the block with the fastest backend."""
+    yield from engine.run(scene.part_cells(stage))
+    cell = _best_block(scene, rows, stage)
+    if cell is not None:
+        yield from engine.run([cell])
+
+
+def _best_block(scene: Scene, rows: list[Record], stage: Stage) -> Cell | None:
+    """The block of a stage with its fastest backend; None where no backend has a time."""
+    best = best_attention(rows, stage.index)
+    return scene.block_cell(stage, best.backend) if best is not None else None
+
+
+def _model_rows(scene: Scene, engine: Engine, rows: list[Record]) -> Iterator[Record]:
+    if scene.request.whole_model:
+        yield from engine.run(_model_cells(scene, rows))
+
+
+def _model_cells(scene: Scene, rows: list[Record]) -> list[Cell]:
+    """The baseline everywhere, then the fastest backend of each stage, if that is something else."""
+    baseline = _baseline(scene.request)
+    cells = [scene.model_cell((baseline,))]
+    fastest = []
+    for stage in scene.stages:
+        best = best_attention(rows, stage.index)
+        fastest.append(best.backend if best else baseline)
+    if set(fastest) != {baseline}:
+        cells.append(scene.model_cell(fastest))
+    return cells
+
+
+def _baseline(request: Request) -> str:
+    """What speedups are relative to; the first backend where the baseline is not asked for."""
+    return BASELINE if BASELINE in request.backends else request.backends[0]
+
+
+def _words(scene: Scene, cell: Cell) -> str:
+    by = f" by {cell.backend}" if cell.backend else ""
+    routes = f" on {cell.route_distribution} routes" if cell.route_distribution != "recorded" else ""
+    return f"{scene.model} stage {cell.stage} {cell.part}{by}{routes}"

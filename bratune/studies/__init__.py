@@ -1,0 +1,1 @@
+"""Studies: experiments about the tool itself, each with its figures: ``python -m bratune.studies NAME``."""

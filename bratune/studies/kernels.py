@@ -1,0 +1,328 @@
+"""Proof of the fused kernels: ``python -m bratune.studies.kernels -o runs/gpu/kernels``.
+
+Four parts, each on stdout; every attention call is also a row of ``records.jsonl`` in the output folder.
+
+1. Side by side in one run: the ``triton`` backend against the composed ones and against full attention over
+   all tokens, which is what a user would take instead, at the published sizes; forward, and forward with
+   backward. The floor of a call is its fewest bytes over the rate at which this machine copies, measured
+   first.
+2. The choices that counting instructions could not settle: which family, how many warps, how many rows of a
+   tile, what a hub costs.
+3. The rank correlation of the offline cost model with the times of the fused kernels.
+4. Which implementation of full attention is the one to beat; LayerNorm of several tokens per program and
+   depthwise convolution in strips against PyTorch's. These are no cells and only printed, first, in a quarter
+   of the budget at most.
+
+What is wanted most comes first and every row is on disk as soon as it is known, so that ``--budget 480``
+makes the most of ten minutes. Everything runs in worker processes: a kernel that loses the device costs its
+row. Rows that the folder holds are not measured again: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bratune import gpus
+from bratune import machine as machines
+from bratune.cell import Cell
+from bratune.errors import BratuneError
+from bratune.machine import Machine
+from bratune.measure.meter import meter_for
+from bratune.measure.settings import EFFORTS, MeterSettings
+from bratune.measure.worker import JobOutcome, Worker
+from bratune.predict.validate import rank_correlation
+from bratune.problem import Problem
+from bratune.record import Record
+from bratune.run.isolated import IsolatedEngine
+from bratune.store import Store
+from bratune.variant import get_variant, stages
+
+__all__ = [
+    "Trial",
+    "beside",
+    "copy_gb_s",
+    "copy_rates",
+    "floor_ms",
+    "main",
+    "questions",
+    "side_by_side",
+    "single_images",
+    "trials",
+]
+
+# Height, width, images and regions per side.
+SCENES = ((224, 224, 128, 7), (512, 512, 16, 8), (800, 1333, 2, 16))
+BACKENDS = ("gather", "triton", "gather-sdpa", "flex", "dense")
+FULL = "full SDPA"
+
+_COPY_BYTES = 2**30
+# A cell that takes longer than this, compilation included, is killed and its row says so.
+_CELL_LIMIT_S = 60.0
+# What the questions that cells do not express may take: of the budget, or where there is none.
+_BESIDE_SHARE, _BESIDE_S = 0.25, 300.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A cell, what it is compared within, and what it is called there."""
+
+    group: str
+    name: str
+    cell: Cell
+
+
+def _stage_problems(height: int, width: int, batch: int, n_win: int) -> Iterator[tuple[str, Problem]]:
+    small = get_variant("biformer_small")
+    for stage in stages(small, height, width, batch=batch, n_win=n_win, dtype="bfloat16"):
+        if stage.kind == "routed" and stage.problem:
+            yield f"{height}x{width} s{stage.index} b{batch}", stage.problem
+
+
+def _trial(group: str, name: str, problem: Problem, backend: str, **more: Any) -> Trial:
+    config = json.dumps(more.pop("config", {}))
+    how: dict[str, Any] = {"route_distribution": "random", "regime": "graph"} | more
+    cell = Cell(part="attention", problem=problem, backend=backend, config=config, **how)
+    return Trial(group, name, cell)
+
+
+def _everyone(group: str, problem: Problem, regime: str) -> Iterator[Trial]:
+    for backend in BACKENDS:
+        yield _trial(group, backend, problem, backend, regime=regime)
+    # One region is the whole map: what runs is PyTorch's fused attention over all tokens.
+    whole = problem.replace(
+        region=(problem.height, problem.width), kv_region=(problem.height, problem.width), topk=1
+    )
+    yield _trial(group, FULL, whole, "gather-sdpa", regime=regime)
+
+
+def side_by_side(scenes: Sequence[tuple[int, int, int, int]] = SCENES) -> Iterator[Trial]:
+    """Every backend at every published size and a large batch, as CUDA graphs, in both directions."""
+    for height, width, batch, n_win in scenes:
+        for name, problem in _stage_problems(height, width, batch, n_win):
+            for direction in ("fwd", "fwd-bwd"):
+                yield from _everyone(f"{name} {direction}", problem.replace(direction=direction), "graph")
+
+
+def single_images() -> Iterator[Trial]:
+    """Every backend at every published size for one image, eagerly."""
+    for height, width, _, n_win in SCENES:
+        for name, problem in _stage_problems(height, width, 1, n_win):
+            yield from _everyone(f"{name} fwd, eager", problem, "eager")
+
+
+def trials() -> tuple[Trial, ...]:
+    """All of them, what is wanted most first: a budget may end before they do."""
+    return (*side_by_side(SCENES[:2]), *questions(), *side_by_side(SCENES[2:]), *single_images())
+
+
+def questions() -> Iterator[Trial]:
+    """Pairs of settings of the fused kernels between which only a measurement decides."""
+    first, second, third = (p for _, p in _stage_problems(*SCENES[0]))
+    last = [p for _, p in _stage_problems(*SCENES[1])][2]
+    for where, problem in (("224 s2", second), ("512 s3", last)):
+        for family in ("stationary", "gather"):
+            name = f"family {family}"
+            yield _trial(f"keys kept in L1, {where}", name, problem, "triton", config={"forward": family})
+    for warps in (4, 2):
+        config = {"forward": "gather", "fwd_block_m": 64, "fwd_block_n": 64, "fwd_num_warps": warps}
+        yield _trial("warps of a 64x64 tile, 224 s1", f"{warps} warps", first, "triton", config=config)
+    for rows in (16, 4):
+        config = {"forward": "stationary", "fwd_block_m": rows}
+        yield _trial("rows of a product, 224 s3", f"{rows} rows", third, "triton", config=config)
+    for family in ("image", "stationary", "gather"):
+        yield _trial("family, 224 s3", f"family {family}", third, "triton", config={"forward": family})
+    train = third.replace(direction="fwd-bwd")
+    group = "backward in one kernel, 224 s3"
+    for keys in (32, 64):
+        choice = {"backward": "image", "dkv_block_n": keys}
+        yield _trial(group, f"image, {keys} keys", train, "triton", config=choice)
+    yield _trial(group, "gather", train, "triton", config={"backward": "gather"})
+    large = next(p for _, p in _stage_problems(*SCENES[1])).replace(direction="fwd-bwd")
+    train = first.replace(direction="fwd-bwd")
+    for routes in ("random", "same"):
+        for where, problem, family in (
+            ("224 s1", train, "key"),
+            ("224 s1", train, "gather"),
+            ("512 s1", large, "gather"),
+        ):
+            for chunk in (0, 8):
+                yield _trial(
+                    f"backward with {routes} routes, {where}",
+                    f"{family}, " + (f"hubs cut at {chunk}" if chunk else "hubs whole"),
+                    problem,
+                    "triton",
+                    config={"backward": family, "dkv_chunk": chunk},
+                    route_distribution=routes,
+                )
+
+
+def copy_gb_s(machine: Machine, settings: MeterSettings, size: int = _COPY_BYTES) -> float:
+    """The rate at which this machine copies, in 10^9 bytes per second, read and written bytes counted."""
+    import torch
+
+    source = torch.ones(size // 2, dtype=torch.bfloat16, device=machine.device)
+    target = torch.empty_like(source)
+    measured = meter_for(machine).measure(lambda: target.copy_(source), settings)
+    return 2 * size / measured.median_ms / 1e6
+
+
+def floor_ms(problem: Problem, gb_s: float) -> float:
+    """The least time of a call at a copy rate.
+
+    Forward reads q, k and v and writes the output; backward reads these and the gradient of the output and
+    writes three gradients, twice as much.
+    """
+    return problem.io_bytes * (3 if problem.backward else 1) / gb_s / 1e6
+
+
+def _lines(trials: Sequence[Trial], rows: Iterable[Record], gb_s: float) -> Iterator[str]:
+    """The table: a heading when a group begins, a line per row as soon as it is known."""
+    group, baseline = "", None
+    for trial, row in zip(trials, rows, strict=False):
+        if trial.group != group:
+            group, baseline = trial.group, None
+            yield f"\n{group}: floor {1e3 * floor_ms(trial.cell.problem, gb_s):.1f} us"
+        if row.median_ms is None:
+            yield f"  {trial.name:20} {row.outcome}: {row.reason}"
+            continue
+        baseline = baseline or (trial.name, row.median_ms)
+        interval = (
+            "" if row.ci_lo_ms is None else f"[{1e3 * row.ci_lo_ms:.1f}, {1e3 * (row.ci_hi_ms or 0):.1f}]"
+        )
+        share = 100 * floor_ms(trial.cell.problem, gb_s) / row.median_ms
+        memory = "" if row.workspace_mb is None else f"{row.workspace_mb:9.1f} MB with its results"
+        yield (
+            f"  {trial.name:20} {1e3 * row.median_ms:9.1f} us {interval:20} "
+            f"{baseline[1] / row.median_ms:6.2f}x {baseline[0]:12} {share:5.1f} % of floor {memory}"
+        )
+
+
+def _modelled_ms(problem: Problem, config: dict[str, Any], machine: Machine) -> float | None:
+    """The offline estimate of the forward kernel; None where the board or its target is unknown."""
+    from bratune.predict.cost import cost_of
+    from bratune.predict.offline import attention_launches
+    from bratune.predict.targets import target_of
+
+    board, target = gpus.from_machine(machine), target_of(machine)
+    if board is None or target is None:
+        return None
+    try:
+        for kind, launch in attention_launches(problem, target, config).items():
+            if kind.endswith("_fwd"):
+                return cost_of(launch, kind, problem, board).us / 1e3
+    except BratuneError:  # a peak of the board is not published
+        pass
+    return None
+
+
+def _correlation(trials: Iterable[Trial], rows: Iterable[Record], machine: Machine) -> str:
+    pairs = []
+    for trial, row in zip(trials, rows, strict=True):
+        cell = trial.cell
+        if cell.backend != "triton" or cell.problem.backward or cell.regime != "graph" or not row.median_ms:
+            continue
+        modelled = _modelled_ms(cell.problem, cell.settings, machine)
+        if modelled:
+            pairs.append((row.median_ms, modelled))
+    rank = rank_correlation([a for a, _ in pairs], [b for _, b in pairs])
+    found = "unknown" if rank is None else f"{rank:.2f}"
+    return f"rank correlation of the cost model with {len(pairs)} measured forward passes: {found}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, store; 1 where the machine has no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m bratune.studies.kernels", description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for records.jsonl")
+    parser.add_argument("--effort", choices=EFFORTS, default="quick", help="how long each row is sampled")
+    parser.add_argument("--only", default="", help="regular expression: groups that match it, e.g. '224.*s1'")
+    parser.add_argument("--budget", type=float, default=None, help="seconds after which no row is started")
+    options = parser.parse_args(arguments)
+    try:
+        machine = machines.detect("cuda")
+    except BratuneError as error:
+        print(error, file=sys.stderr)
+        return 1
+    started = time.monotonic()
+    settings = MeterSettings.for_effort(options.effort)
+    rates = _apart("copy_rates", machine, settings)
+    if not rates.ok:
+        print(f"this device cannot copy: {rates.reason}", file=sys.stderr)
+        return 1
+    gb_s, cached = rates.value
+    print(
+        f"{machine}\ncopies {gb_s:.0f} GB/s from memory, {cached:.0f} GB/s of 8 MiB in the cache", flush=True
+    )
+    wanted = [t for t in trials() if re.search(options.only, t.group)]
+    if not options.only:
+        seconds = _BESIDE_S if options.budget is None else _BESIDE_SHARE * options.budget
+        found = _apart("beside", machine, settings, seconds)
+        print("\n".join(found.value) if found.ok else f"not measured: {found.reason}", flush=True)
+    left = None if options.budget is None else options.budget - (time.monotonic() - started)
+    rows: list[Record] = []
+    with IsolatedEngine(
+        machine,
+        settings,
+        store=Store(options.output / "records.jsonl"),
+        run_id="kernel-proof",
+        budget_s=left,
+        cell_limit_s=_CELL_LIMIT_S,
+    ) as engine:
+        for line in _lines(wanted, _kept(engine.run(t.cell for t in wanted), rows), gb_s):
+            print(line, flush=True)
+    print(f"\n{_correlation(wanted, rows, machine)}\nrecords: {options.output / 'records.jsonl'}")
+    return 0
+
+
+def _apart(job: str, machine: Machine, settings: MeterSettings, seconds: float = 0.0) -> JobOutcome:
+    """A function of this module in a process of its own: this one never touches the device."""
+    payload = {"machine": machine.to_dict(), "settings": settings.to_dict(), "seconds": seconds}
+    with Worker(preload=("bratune.run.measure_cell",)) as worker:
+        return worker.run(f"bratune.studies.kernels:{job}", payload, limit_s=seconds + _CELL_LIMIT_S)
+
+
+def copy_rates(payload: Mapping[str, Any]) -> tuple[float, float]:
+    """See `copy_gb_s`: from memory, and of 8 MiB in the cache."""
+    machine = Machine.from_dict(payload["machine"])
+    settings = MeterSettings.from_dict(payload["settings"])
+    return copy_gb_s(machine, settings), copy_gb_s(machine, settings.replace(l2="warm"), 2**23)
+
+
+def beside(payload: Mapping[str, Any]) -> list[str]:
+    """The questions that cells do not express, as many as fit into ``seconds`` of the payload."""
+    end = time.monotonic() + payload["seconds"]
+    lines = []
+    for line in _beside(Machine.from_dict(payload["machine"]), MeterSettings.from_dict(payload["settings"])):
+        lines.append(line)
+        if time.monotonic() >= end:
+            return [*lines, "the rest was not started: its time was spent"]
+    return lines
+
+
+def _beside(machine: Machine, settings: MeterSettings) -> Iterator[str]:
+    import torch
+
+    from bratune.studies.rivals import depthwise_lines, norm_lines, sdpa_lines
+
+    problems = [p for _, p in _stage_problems(*SCENES[0])]
+    maps = [(p.batch, p.height, p.width, p.channels) for p in problems]
+    yield from sdpa_lines(machine, settings, problems)
+    yield from norm_lines(machine, settings, maps, SCENES[0][-1], torch.bfloat16)
+    yield from depthwise_lines(machine, settings, maps, torch.bfloat16)
+
+
+def _kept(rows: Iterable[Record], into: list[Record]) -> Iterator[Record]:
+    for row in rows:
+        into.append(row)
+        yield row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""Make the table of launch settings without a GPU: ``python -m bratune.studies.launch_table``.
+
+For every architecture and every problem class of the suites, candidate settings of each kernel are
+compiled; what spills or leaves too few warps on an SM is dropped (unless nothing else is left), the rest is
+ranked by the offline cost model, and the best is written to ``kernels/fused/launch_table.json``. An entry
+whose evidence is ``measured`` is never replaced.
+
+The whole table takes about an hour of one core. It is written entry by entry, so a run that was cut short
+goes on with ``--missing``; Triton keeps what it compiled, which makes repeating a run cheap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from bratune.errors import UnsupportedError
+from bratune.kernels.fused.call import as_text, call_for, from_text
+from bratune.kernels.fused.families import BACKWARD, FORWARD, backward_families, forward_families
+from bratune.kernels.fused.launch import ARCHITECTURES, KINDS, hub_chunk, next_power_of_2, problem_class
+from bratune.predict.compile import Launch, Resources
+from bratune.predict.cost import Cost, board_of, cost_of, hub_us
+from bratune.predict.offline import attention_launches, machine_of
+from bratune.problem import Problem
+from bratune.suites.load import load, names
+from bratune.variant import get_variant, stages
+
+__all__ = ["best_settings", "candidates", "chunk_for", "kinds_of", "main", "problems"]
+
+# A kernel with more local memory than this per thread, or fewer warps on an SM, hides no latency. Below,
+# spilled registers cost the instructions that they are.
+_MOST_STACK = 128
+_FEWEST_WARPS = 8
+# Scores of the largest tile that is tried.
+_LARGEST_TILE = 64 * 256
+# Estimates closer than this are ties; more warps than this on an SM decide none.
+_TIE = 1.02
+_ENOUGH_WARPS = 16
+# Where one architecture has the matrix units of another, or the same kind of them, what is best there and the
+# rules are all that is tried.
+_LIKE = {"sm86": "sm80", "sm89": "sm80", "sm120": "sm80", "sm100": "sm90"}
+# One more launch must be a small share of the time, so that balanced routes do not pay for hubs.
+_LAUNCH_US = 2.0
+_LAUNCH_SHARE = 0.05
+
+
+def problems(suites: Sequence[str] = ()) -> tuple[Problem, ...]:
+    """The routed attention calls of suites in bfloat16, one for every problem class.
+
+    Calls that differ in the number of images and heads alone follow each other.
+
+    Args:
+        suites: Names of suites; by default all of them.
+    """
+    found: dict[tuple[int, ...], Problem] = {}
+    for name in suites or names():
+        suite = load(name)
+        calls = [
+            stage.problem
+            for model in suite.models
+            for batch in suite.batch_sizes
+            for stage in stages(
+                get_variant(model),
+                *suite.image,
+                batch=batch,
+                n_win=suite.n_win,
+                topks=suite.topks,
+                dtype="bfloat16",
+                direction="fwd-bwd",
+            )
+            if stage.kind == "routed" and stage.problem
+        ]
+        for problem in sorted(calls, key=lambda p: (p.height, p.heads, p.batch)):
+            found.setdefault(tuple(problem_class(problem).values()), problem)
+    return tuple(found.values())
+
+
+def candidates(kind: str, problem: Problem) -> Iterator[dict[str, int]]:
+    """Settings of a kernel that are worth compiling for a problem; the rules come first."""
+    rules = KINDS[kind](problem)
+    yield rules
+    seen = {tuple(sorted(rules.items()))}
+    if kind == "kv_stationary_fwd":
+        # Regions of a group are computed at the same time, each by warps of its own.
+        for group in (1, 2, 4):
+            found = rules | {"group": group, "num_warps": group * max(1, rules["block_n"] // 128)}
+            if found != rules:
+                yield found
+        return
+    if kind == "image_bwd":
+        # Four tiles of queries are in registers whatever the tile of keys.
+        for block_n in (16, 32, 64):
+            for num_warps in (4, 8):
+                found = rules | {"block_n": block_n, "num_warps": num_warps}
+                if found != rules:
+                    yield found
+        return
+    for block_m, block_n in _tiles(kind, problem):
+        for num_warps in (1, 2, 4, 8):
+            # Fewer scores per warp leave lanes idle, more spill.
+            if not 1024 <= block_m * block_n // num_warps <= 2048:
+                continue
+            for more in _variants(kind, problem, block_n):
+                found = rules | {"block_m": block_m, "block_n": block_n, "num_warps": num_warps} | more
+                if (key := tuple(sorted(found.items()))) not in seen:
+                    seen.add(key)
+                    yield found
+
+
+def _tiles(kind: str, problem: Problem) -> list[tuple[int, int]]:
+    """Tiles up to the size of what there is to put into them."""
+    queries = max(16, next_power_of_2(problem.region_tokens))
+    keys = max(16, next_power_of_2(problem.keys_per_query))
+    own_keys = max(16, next_power_of_2(problem.kv_region_tokens))
+    if kind == "image_fwd":
+        return [(64, 64), (128, 64)]
+    if kind in ("k1_bwd", "gather_dkv"):  # queries are densified: their tile is full whatever the region
+        return [(64, min(64, own_keys) if kind == "gather_dkv" else own_keys)]
+    heights = sorted({min(queries, 64), min(queries, 128)})
+    widths = sorted({min(keys, 64), min(keys, 256 if kind == "gather_fwd" else 64)})
+    return [(m, n) for m in heights for n in widths if m * n <= _LARGEST_TILE]
+
+
+def _variants(kind: str, problem: Problem, block_n: int) -> Iterable[dict[str, int]]:
+    """Settings beside the tile: a pipeline where there is a loop, heads that share a program elsewhere."""
+    if kind not in ("gather_fwd", "gather_dq"):
+        return [{}]
+    if problem.keys_per_query > block_n:
+        return [{"num_stages": 2}]
+    heads = (1, 2) if kind == "gather_fwd" and problem.heads % 2 == 0 else (1,)
+    return [{"num_stages": 1} | ({"heads_per_program": n} if n > 1 else {}) for n in heads]
+
+
+def _two(rules: dict[str, int], known: Mapping[str, int]) -> list[dict[str, int]]:
+    other = rules | {key: known[key] for key in known if key != "chunk"}
+    return [rules] if other == rules else [rules, other]
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """A candidate that compiled, with what it is ranked by."""
+
+    settings: dict[str, int]
+    launch: Launch
+    cost: Cost
+    taken: Resources
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it may hide latency."""
+        return self.taken.stack_bytes <= _MOST_STACK and self.taken.resident_warps >= _FEWEST_WARPS
+
+    @property
+    def tie_break(self) -> tuple[int, int, float]:
+        """Least local memory, then warps that keep loads in flight, then fewer instructions."""
+        return (
+            self.taken.stack_bytes,
+            -min(self.taken.resident_warps, _ENOUGH_WARPS),
+            self.cost.issue_us,
+        )
+
+
+def best_settings(
+    kind: str, problem: Problem, architecture: str, *, known: Mapping[str, int] | None = None
+) -> dict[str, Any] | None:
+    """The table's entry of one kernel for one problem; None where no candidate compiles.
+
+    Args:
+        kind: One of `bratune.kernels.fused.launch.KINDS`.
+        problem: The attention call.
+        architecture: One of `bratune.kernels.fused.launch.ARCHITECTURES`.
+        known: The best settings of an architecture like this one: only these and the rules are tried.
+    """
+    compiled = []
+    for settings in candidates(kind, problem) if known is None else _two(KINDS[kind](problem), known):
+        try:
+            launch = _compiled(kind, problem, settings, architecture)
+        except UnsupportedError:
+            continue
+        cost = cost_of(launch, kind, problem, board_of(architecture))
+        compiled.append(_Ranked(settings, launch, cost, launch.resources))
+    if not compiled:
+        return None
+    least = min(x.taken.stack_bytes for x in compiled)
+    good = [x for x in compiled if x.is_good]
+    ranked = good or [x for x in compiled if x.taken.stack_bytes == least]
+    limit = _TIE * min(x.cost.us for x in ranked)
+    best = min((x for x in ranked if x.cost.us <= limit), key=lambda x: x.tie_break)
+    settings = dict(best.settings)
+    if "chunk" in settings:
+        alone_us = hub_us(best.launch, kind, problem, board_of(architecture))
+        settings["chunk"] = chunk_for(problem, best.cost.us, alone_us)
+    return {
+        "kind": kind,
+        "architecture": architecture,
+        "class": problem_class(problem),
+        "settings": settings,
+        "evidence": "modelled",
+        "us": round(best.cost.us, 2),
+    }
+
+
+def chunk_for(problem: Problem, us: float, alone_us: float) -> int:
+    """Query regions that one program of a hub takes; 0 where hubs are better left whole.
+
+    Args:
+        problem: The attention call.
+        us: The estimate of the kernel that walks over them, with balanced routes.
+        alone_us: How long the program of a region works that everybody was routed to.
+    """
+    pays = alone_us > us and _LAUNCH_SHARE * us >= _LAUNCH_US
+    return hub_chunk(problem) if pays else 0
+
+
+def _compiled(kind: str, problem: Problem, settings: Mapping[str, int], architecture: str) -> Launch:
+    """The kernel alone: a forward kernel without, a backward kernel after the default forward pass.
+
+    How many images and heads there are decides its grid and hardly an instruction: those of one image of two
+    heads stand for all.
+    """
+    config: dict[str, int | str] = {}
+    for direction, families in (("forward", FORWARD), ("backward", BACKWARD)):
+        for family, kernels in families.items():
+            for prefix, name in kernels.items():
+                if name == kind:
+                    config = {direction: family} | {f"{prefix}_{k}": v for k, v in settings.items()}
+    text = as_text(config)
+    (programs,) = call_for(problem, text, machine_of(architecture)).grids[kind]
+    code = _machine_code(kind, problem.replace(batch=1, heads=2, scale=0.0), text, architecture)
+    return code.on_grid((programs, 1, 1))
+
+
+@functools.lru_cache(maxsize=64)
+def _machine_code(kind: str, problem: Problem, config: str, architecture: str) -> Launch:
+    return attention_launches(problem, architecture, from_text(config))[kind]
+
+
+def kinds_of(problem: Problem) -> tuple[str, ...]:
+    """The kernels of the families that a problem prefers, with and without a backward pass."""
+    training, inference = (problem.replace(direction=name) for name in ("fwd-bwd", "fwd"))
+    forward = {kind: None for p in (training, inference) for kind in FORWARD[forward_families(p)[0]].values()}
+    return (*forward, *BACKWARD[backward_families(training)[0]].values())
+
+
+_Job = tuple[str, Problem, str, Mapping[str, int] | None]
+
+
+def _job(job: _Job) -> dict[str, Any] | None:
+    kind, problem, architecture, known = job
+    return best_settings(kind, problem, architecture, known=known)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the table; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bratune.studies.launch_table", description=main.__doc__)
+    parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="default: all of them")
+    parser.add_argument("--kind", action="append", choices=tuple(KINDS), help="default: all of them")
+    parser.add_argument("--suite", action="append", choices=names(), help="default: all of them")
+    parser.add_argument("--missing", action="store_true", help="only what the table has no entry for")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default 2)")
+    default = Path(__file__).resolve().parents[1] / "kernels" / "fused" / "launch_table.json"
+    parser.add_argument(
+        "-o", "--output", type=Path, default=default, help="default: the table of this package"
+    )
+    given = parser.parse_args(arguments)
+    written = 0
+    with contextlib.ExitStack() as pools:
+        each: Callable[..., Iterable[dict[str, Any] | None]] = map
+        if given.jobs > 1:
+            pool = ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"))
+            each = pools.enter_context(pool).map
+        for architecture in given.architecture or ARCHITECTURES:
+            jobs = _jobs(architecture, given)
+            for (kind, problem, *_), entry in zip(jobs, each(_job, jobs), strict=True):
+                if entry:
+                    written = _write(given.output, [entry])
+                print(f"{architecture} {kind}: {problem}", file=sys.stderr, flush=True)
+    print(f"{written} entries in {given.output}", file=sys.stderr)
+    return 0
+
+
+def _jobs(architecture: str, given: argparse.Namespace) -> list[_Job]:
+    """What is asked of one architecture, kernel by kernel."""
+    there = {_key(entry): entry["settings"] for entry in _entries(given.output)}
+    like = _LIKE.get(architecture, "")
+    return [
+        (kind, problem, architecture, there.get(_key_of(kind, problem, like)))
+        for kind in given.kind or KINDS
+        for problem in problems(given.suite or ())
+        if kind in kinds_of(problem) and not (given.missing and _key_of(kind, problem, architecture) in there)
+    ]
+
+
+def _write(path: Path, new: list[dict[str, Any]]) -> int:
+    """Put entries into a table, save where it holds a measured one of their class; returns its size."""
+    old = _entries(path)
+    measured = [entry for entry in old if entry["evidence"] == "measured"]
+    entries = _merged(old, new, measured)
+    lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
+    path.write_text(f'{{"schema": 1, "entries": [\n{lines}\n]}}\n', "utf-8")
+    return len(entries)
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text("utf-8"))["entries"] if path.exists() else []
+
+
+def _key_of(kind: str, problem: Problem, architecture: str) -> tuple[str, str, str]:
+    return _key({"kind": kind, "architecture": architecture, "class": problem_class(problem)})
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    return entry["kind"], entry["architecture"], json.dumps(entry["class"], sort_keys=True)
+
+
+def _merged(*parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per kind, architecture and class, in a fixed order; later parts win."""
+    found = {_key(entry): entry for part in parts for entry in part}
+    return [found[name] for name in sorted(found)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""Work: the call that a cell stands for, on real modules and real data.
+
+>>> work = build(cell, machine)
+>>> work.call()         # once, without waiting for the device
+>>> work.attentions()   # what its attention received and gave, for the gate
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bratune.backend import Backend
+from bratune.cell import Cell
+from bratune.errors import UsageError
+from bratune.kernels import registry
+from bratune.kernels.api import route, routed_attention
+from bratune.kernels.blocks import Residual
+from bratune.machine import Machine
+from bratune.problem import Problem
+from bratune.work.cells import model_stages
+from bratune.work.inputs import make_routes
+from bratune.work.modules import block_for, images_for, model_for, scenery_for
+from bratune.work.parts import State, Step, steps_of
+
+__all__ = ["Attention", "Work", "build"]
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention call of a cell, with the very data that the cell runs on, as the gate takes it."""
+
+    backend: Backend
+    problem: Problem
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    routes: Tensor
+    config: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is timed.
+
+    Attributes:
+        call: Runs the cell once: forward, or forward and backward.
+        before: For a part with warm caches: the rest of its block, which leaves the caches as the part
+            finds them in the network. Repeated alone, a part would find its own weights in the nearest
+            cache, and the parts of a block would add up to 10 to 30 % less than the block. Forward and
+            eager, it ends with what precedes the part, whose results the part then takes: inputs that
+            were made long ago would lie farther away than in the network, and add up to more.
+        images: Images per call.
+        attentions: The attention calls in it; of a model, those of the first block of every stage.
+    """
+
+    call: Call
+    before: Call | None
+    images: int
+    attentions: Callable[[], tuple[Attention, ...]]
+
+
+def build(cell: Cell, machine: Machine) -> Work:
+    """The work of a cell on a machine, its inputs made and on the device.
+
+    Raises:
+        UsageError: the cell names a part that its stage does not have.
+        UnsupportedError: its backend cannot do this here.
+    """
+    device = machine.device
+    if cell.part == "model":
+        return _model(cell, device)
+    if not cell.model:
+        return _bare(cell, device)
+    block = block_for(cell, device)
+    x = scenery_for(cell, device).maps[cell.stage - 1].to(device)
+    with _context(cell, device, gradients=False):
+        states = _states(cell, block, {"x": x})
+
+    def attentions() -> tuple[Attention, ...]:
+        return tuple(_seen(block.attn, s, cell.problem) for step, s in states if step.part == "attention")
+
+    if cell.part == "block":
+        call = _timed(cell, device, [(Step("block", lambda s: {"x": block(s["x"])}), {"x": x})], block)
+        return Work(call, None, cell.problem.batch, attentions)
+    wanted = [(step, state) for step, state in states if step.part == cell.part]
+    if not wanted:
+        raise UsageError(f"stage {cell.stage} of {cell.model} has no part called {cell.part}")
+    before: Call | None
+    if cell.l2 == "warm" and cell.regime == "eager" and not cell.problem.backward:
+        call, before = _in_its_place(cell, device, states)
+    else:
+        call = _timed(cell, device, wanted, block)
+        before = _rest_of_block(cell, device, states, block) if cell.l2 == "warm" else None
+    return Work(call, before, cell.problem.batch, attentions if cell.part == "attention" else tuple)
+
+
+def _states(cell: Cell, block: Residual, state: State) -> list[tuple[Step, State]]:
+    """Every step of a block with the state that it starts from; routes are those that the cell asks for."""
+    found = []
+    for step in steps_of(block):
+        found.append((step, dict(state)))
+        state = state | step.run(state)
+        if step.part == "routing" and cell.route_distribution != "recorded":
+            made = make_routes(cell.route_distribution, cell.problem, seed=cell.seed)
+            state["routes"] = made.to(state["routes"])
+    return found
+
+
+class _FullAttention:
+    """The full attention of a module where the gate expects a backend."""
+
+    def __init__(self, attn: Any) -> None:
+        self.attn, self.name = attn, "full"
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, config: Any = None
+    ) -> Tensor:
+        out: Tensor = self.attn.attend(q, k, v)
+        return out
+
+
+def _seen(attn: Any, state: State, problem: Problem) -> Attention:
+    """The attention call of a module, as a state has it; full attention is one region."""
+    q, k, v = state["q"], state["k"], state["v"]
+    problem = problem.replace(dtype=str(q.dtype).removeprefix("torch."))
+    if "routes" not in state:
+        routes = torch.zeros(q.shape[0], 1, 1, dtype=torch.int64, device=q.device)
+        shim = cast(Backend, _FullAttention(attn))
+        return Attention(shim, problem, q, k, v, routes, None)
+    backend = registry.get(attn.backend)
+    return Attention(backend, problem, q, k, v, state["routes"], attn.config)
+
+
+def _timed(cell: Cell, device: str, steps: list[tuple[Step, State]], module: nn.Module | None) -> Call:
+    """A call that runs steps on their states, with their gradients where the cell asks for them."""
+    if not cell.problem.backward or cell.part == "routing":
+
+        def forward() -> Any:
+            with _context(cell, device, gradients=False):
+                return [step.run(state) for step, state in steps]
+
+        return forward
+    parameters = [p for p in module.parameters() if p.requires_grad] if module else []
+    leaves = [(step, {k: _leaf(t) for k, t in state.items()}) for step, state in steps]
+    with _context(cell, device, gradients=True):
+        ups = [{k: torch.ones_like(t) for k, t in step.run(state).items()} for step, state in leaves]
+
+    def forward_backward() -> Any:
+        grads = []
+        for (step, state), up in zip(leaves, ups, strict=True):
+            with _context(cell, device, gradients=True):
+                made = step.run(state)
+            inputs = [t for t in state.values() if t.requires_grad] + parameters
+            outs = {k: t for k, t in made.items() if t.requires_grad}
+            if outs:  # level one has no gradient
+                ups_of_outs = [up[k] for k in outs]
+                grads.append(torch.autograd.grad(list(outs.values()), inputs, ups_of_outs, allow_unused=True))
+        return grads
+
+    return forward_backward
+
+
+def _rest_of_block(cell: Cell, device: str, states: list[tuple[Step, State]], block: nn.Module) -> Call:
+    """A call that runs the other parts of the block, from the one that follows to the one that precedes."""
+    last = max(i for i, (step, _) in enumerate(states) if step.part == cell.part)
+    around = [*states[last + 1 :], *states[:last]]
+    rest = _timed(cell, device, [(s, state) for s, state in around if s.part != cell.part], block)
+
+    def run_and_wait() -> None:
+        rest()
+        _wait(device)
+
+    return run_and_wait
+
+
+def _in_its_place(cell: Cell, device: str, states: list[tuple[Step, State]]) -> tuple[Call, Call]:
+    """A part, and the rest of the block that hands it its inputs: `Work.call` and `Work.before`."""
+    places = [i for i, (step, _) in enumerate(states) if step.part == cell.part]
+    live = {i: states[i][1] for i in places}
+
+    def run() -> list[State]:
+        with _context(cell, device, gradients=False):
+            return [states[i][0].run(state) for i, state in live.items()]
+
+    def rest() -> None:
+        with _context(cell, device, gradients=False):
+            for step, state in states[places[-1] + 1 :]:
+                step.run(state)
+            # The block before it has just written the input.
+            state = {name: t.clone() for name, t in states[0][1].items()}
+            for i, (step, _) in enumerate(states[: places[-1]]):
+                if i in live:
+                    live[i] = dict(state)
+                state |= step.run(state)
+                if step.part == "routing":  # those that the cell asks for, not those just found
+                    state["routes"] = states[i + 1][1]["routes"]
+            live[places[-1]] = state
+        _wait(device)
+
+    return run, rest
+
+
+def _wait(device: str) -> None:
+    """A sample starts on a device that has nothing left to do."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_(t.is_floating_point())
+
+
+def _bare(cell: Cell, device: str) -> Work:
+    """An attention call without a model: normal q, k and v as slices of one tensor."""
+    p = cell.problem
+    if cell.part != "attention":
+        raise UsageError(f"the part {cell.part} needs a model; attention does not")
+    generator = torch.Generator().manual_seed(cell.seed)
+    dtype = getattr(torch, p.dtype)
+    if not p.same_regions:
+        raise UsageError("a bare attention call is measured with keys on the map of the queries")
+    packed = torch.randn(p.batch, p.height, p.width, 2 * p.channels + p.v_channels, generator=generator)
+    packed = packed.to(device=device, dtype=dtype)
+    q, k, v = torch.split(packed, [p.channels, p.channels, p.v_channels], dim=-1)
+    if cell.route_distribution == "recorded":
+        routes = route(q, k, region=p.region, topk=p.topk)
+    else:
+        routes = make_routes(cell.route_distribution, p, seed=cell.seed).to(device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return routed_attention(
+            q,
+            k,
+            v,
+            routes,
+            heads=p.heads,
+            region=p.region,
+            scale=p.scale,
+            padding=p.padding,
+            backend=cell.backend,
+            config=cell.settings or None,
+        )
+
+    seen = Attention(registry.get(cell.backend), p, q, k, v, routes, cell.settings or None)
+    step = Step("attention", lambda s: {"out": attend(s["q"], s["k"], s["v"])})
+    call = _timed(cell, device, [(step, {"q": q, "k": k, "v": v})], None)
+    return Work(call, None, p.batch, lambda: (seen,))
+
+
+def _model(cell: Cell, device: str) -> Work:
+    model, images = model_for(cell, device), images_for(cell, device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    problems = [stage.problem for stage in model_stages(cell)]
+
+    def forward() -> Any:
+        with _context(cell, device, gradients=False):
+            return model(images)
+
+    def forward_backward() -> Any:
+        with _context(cell, device, gradients=True):
+            made = model(images)
+        outs = made if isinstance(made, tuple) else (made,)
+        return torch.autograd.grad(outs, parameters, [torch.ones_like(o) for o in outs], allow_unused=True)
+
+    def attentions() -> tuple[Attention, ...]:
+        caught: list[Attention] = []
+        with _context(cell, device, gradients=False), _listening(model, problems, caught):
+            model(images)
+        return tuple(caught)
+
+    call = forward_backward if cell.problem.backward else forward
+    return Work(call, None, cell.problem.batch, attentions)
+
+
+@contextlib.contextmanager
+def _listening(model: Any, problems: Sequence[Problem | None], caught: list[Attention]) -> Iterator[None]:
+    """Note the attention call of the first block of every stage while the model runs."""
+    handles = []
+    for stage, problem in zip(model.stages, problems, strict=True):
+        if problem is None:
+            continue
+        block = getattr(stage, "blocks", stage)[0]
+
+        def keep(block: Any, inputs: tuple[Tensor, ...], problem: Problem = problem) -> None:
+            state: State = {"x": inputs[0]}
+            for step in steps_of(block):
+                if step.part == "attention":
+                    caught.append(_seen(block.attn, state, problem))
+                    return
+                state |= step.run(state)
+
+        handles.append(block.register_forward_pre_hook(keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _context(cell: Cell, device: str, *, gradients: bool) -> Iterator[None]:
+    """Gradients on or off, and autocast where the cell asks for it."""
+    with torch.set_grad_enabled(gradients):
+        if not cell.amp:
+            yield
+            return
+        with torch.autocast(device.partition(":")[0], dtype=getattr(torch, cell.problem.dtype)):
+            yield

@@ -1,0 +1,212 @@
+"""Request: what a profiling run is asked to measure, checked and with every default filled in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bratune.cell import L2_STATES, REGIMES, ROUTE_KINDS
+from bratune.errors import ProblemError, UsageError
+from bratune.machine import Machine
+from bratune.variant import TASKS, Stage, Task, get_task, get_variant, stages
+
+__all__ = ["Request", "auto_batch", "make_request"]
+
+DEFAULT_MODEL = "biformer_tiny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is measured. Every combination of models, batches, regimes, L2 states and routes is.
+
+    Attributes:
+        models: Names of variants.
+        task: The task.
+        image: Size in pixels before the task's padding, ``(height, width)``.
+        batches: Images per call.
+        n_win: S, one for all stages or one per stage.
+        topks: Top-k per stage; None for the published ones of each model.
+        dtype: Long name of the dtype.
+        amp: Autocast to ``dtype`` and keep float32 weights.
+        layout: ``nchw`` or ``nhwc`` memory order of images and maps.
+        direction: ``fwd`` or ``fwd-bwd``.
+        backends: Names of backends, in the order in which they are shown.
+        routes: Kinds of routes.
+        regimes: ``eager``, ``graph``, ``compile``.
+        l2: ``cold``, ``warm`` or both.
+        whole_model: Time whole models too.
+        seed: Seed of weights, images and routes.
+        images: Folder of pictures to feed; empty for synthetic images.
+        checkpoint: Weights file of the model; empty for seeded random weights.
+    """
+
+    models: tuple[str, ...]
+    task: Task
+    image: tuple[int, int]
+    batches: tuple[int, ...]
+    n_win: tuple[int, ...]
+    topks: tuple[int, ...] | None
+    dtype: str
+    amp: bool
+    layout: str
+    direction: str
+    backends: tuple[str, ...]
+    routes: tuple[str, ...]
+    regimes: tuple[str, ...]
+    l2: tuple[str, ...]
+    whole_model: bool = True
+    seed: int = 0
+    images: str = ""
+    checkpoint: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.backends:
+            raise UsageError("no backend is left to measure: --skip leaves none of those asked for")
+        for name, values, known in (
+            ("regime", self.regimes, REGIMES),
+            ("cache state", self.l2, L2_STATES),
+            ("kind of routes", self.routes, ROUTE_KINDS),
+        ):
+            if not values or any(value not in known for value in values):
+                raise UsageError(f"{name} {', '.join(values)!r} is not known; these are: {', '.join(known)}")
+        for model in self.models:
+            if not any(stage.problem for stage in self.stages(model, self.batches[0])):
+                raise UsageError(f"no stage has attention with top-k {self.topks}; 1,4,16,-2 would")
+
+    def stages(self, model: str, batch: int) -> tuple[Stage, ...]:
+        """The stages of one of the models, each with the attention call that it makes.
+
+        Raises:
+            ProblemError: S or a top-k does not fit a stage; the message names it.
+        """
+        return stages(
+            get_variant(model),
+            *self.task.padded(*self.image),
+            batch=batch,
+            n_win=self.n_win[0] if len(self.n_win) == 1 else self.n_win,
+            topks=self.topks,
+            dtype=self.dtype,
+            direction=self.direction,
+        )
+
+    def padding_notes(self) -> tuple[str, ...]:
+        """A sentence per model whose maps are padded for S, where another task's S would divide them."""
+        notes = []
+        for model in self.models:
+            worst = max(self.stages(model, self.batches[0]), key=lambda stage: stage.padding_waste)
+            better = next((task for task in TASKS.values() if self._tiles(model, task)), None)
+            if worst.problem and worst.padding_waste and better:
+                height, width = worst.problem.padded
+                notes.append(
+                    f"{model}: S = {worst.n_win} of {self.task.name} pads the {worst.height}x{worst.width} "
+                    f"map of stage {worst.index} to {height}x{width}; "
+                    f"--task {better.name} has S = {better.n_win}, which divides every map"
+                )
+        return tuple(notes)
+
+    def _tiles(self, model: str, task: Task) -> bool:
+        """Whether the S of a task divides every map of a model at this resolution."""
+        other = dataclasses.replace(self, task=task, n_win=(task.n_win,))
+        try:
+            return not any(stage.padding_waste for stage in other.stages(model, self.batches[0]))
+        except ProblemError:
+            return False
+
+
+def make_request(
+    machine: Machine,
+    *,
+    models: Sequence[str] = (),
+    task: str | None = None,
+    image: tuple[int, int] | None = None,
+    batches: Sequence[int | str] = (),
+    n_win: Sequence[int] = (),
+    topks: Sequence[int] | None = None,
+    dtype: str | None = None,
+    amp: bool = False,
+    channels_last: bool = False,
+    direction: str = "fwd",
+    backends: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    routes: Sequence[str] = (),
+    regimes: Sequence[str] = (),
+    l2: str | None = None,
+    whole_model: bool = True,
+    seed: int = 0,
+    images: str = "",
+    checkpoint: str = "",
+) -> Request:
+    """A request with the defaults that suit a machine.
+
+    Defaults: ``biformer_tiny``, classification at the task's size and S, batch 1, every backend, bfloat16 on
+    a GPU (float16 where it has none) and float32 on a CPU, eager, cold L2 on a GPU and warm on a CPU (where
+    flushing 32 MB would take longer than most cells), recorded routes.
+
+    Raises:
+        UsageError: a value does not fit; ProblemError for S and top-k.
+        CheckpointError: the weights file cannot be read, or does not fit a model.
+    """
+    from bratune.kernels import registry
+    from bratune.work.inputs import picture_files
+    from bratune.work.modules import check_checkpoint
+
+    if images:
+        picture_files(Path(images))
+    chosen = get_task(task or "classification")
+    names = tuple(models) or (DEFAULT_MODEL,)
+    dtype = dtype or _default_dtype(machine)
+    states = {"both": ("cold", "warm"), None: ("cold",) if machine.is_cuda else ("warm",)}
+    request = Request(
+        models=names,
+        task=chosen,
+        image=image or (chosen.height, chosen.width),
+        batches=(1,),
+        n_win=tuple(n_win) or (chosen.n_win,),
+        topks=None if topks is None else tuple(topks),
+        dtype=dtype,
+        amp=amp,
+        layout="nhwc" if channels_last else "nchw",
+        direction=direction,
+        backends=tuple(b for b in tuple(backends) or registry.names() if b not in set(skip)),
+        routes=tuple(routes) or ("recorded",),
+        regimes=tuple(regimes) or ("eager",),
+        l2=states.get(l2, (l2 or "",)),
+        whole_model=whole_model,
+        seed=seed,
+        images=images,
+        checkpoint=checkpoint,
+    )
+    for name in names if checkpoint else ():
+        check_checkpoint(name, chosen.name, checkpoint)
+    numbers = {auto_batch(request, machine) if b == "auto" else int(b) for b in batches}
+    return dataclasses.replace(request, batches=tuple(sorted(numbers)) or (1,))
+
+
+def _default_dtype(machine: Machine) -> str:
+    if not machine.is_cuda:
+        return "float32"
+    return "float16" if (0, 0) < machine.capability < (8, 0) else "bfloat16"
+
+
+def auto_batch(request: Request, machine: Machine) -> int:
+    """The largest power of two up to 256 at which gather-then-dense should fit the memory.
+
+    Counted per image: what `gather` copies out plus three copies of its score matrix in the worst stage,
+    and the widest map of the MLP; gradients keep every block's share. Half the memory is left free.
+    """
+    worst = 0
+    for model in request.models:
+        variant, found = get_variant(model), request.stages(model, 1)
+        shares = []
+        for stage in found:
+            wide = (4 + 2 * variant.mlp_ratio) * stage.dim * stage.height * stage.width
+            p = stage.problem
+            share = wide * (p.item_bytes if p else 4)
+            if p is not None:
+                share += p.gathered_bytes + 3 * p.score_bytes
+            shares.append(share * (stage.blocks if request.direction == "fwd-bwd" else 1))
+        worst = max(worst, sum(shares) if request.direction == "fwd-bwd" else max(shares))
+    fitting = machine.memory_bytes // 2 // max(worst, 1)
+    return 1 << max(0, min(8, fitting.bit_length() - 1))

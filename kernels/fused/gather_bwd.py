@@ -1,0 +1,355 @@
+"""Backward pass of routed gather: queries along the routes, keys and values along the inverse routes.
+
+`gather_bwd_dq` mirrors the forward pass and leaves ``delta``, the row sums of output times its gradient.
+`gather_bwd_dkv` owns a tile of keys and walks over the queries that were routed to it, densified: 64 rows may
+be one region of 64 or sixteen of four. Every element is written once, by one program, in a fixed order: no
+atomics, the same bits every time, and zeros for regions that nobody chose.
+
+Where a query region attends to a single key region, the walk over its keys is the whole row: the second
+kernel then also writes the gradient of the queries (``FUSE_DQ``) and reads everything once.
+
+A hub, a key region that very many queries were routed to, would keep its one program busy long after the
+others. With ``CHUNK`` the list of all entries is cut after every so many: the program of a region stops at
+the second cut that it meets, each further stretch between two cuts has a program of its own, and a third
+kernel adds up their float32 sums in order. How many stretches there are at most is known beforehand, and with
+it the grid; a program whose stretch belongs to no hub returns at once.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
+from bratune.kernels.fused.tiles import channels, load_rows, position, product, routed_keys
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "gather_bwd_dkv",
+    "gather_bwd_dkv_kernel",
+    "gather_bwd_dq",
+    "gather_bwd_dq_kernel",
+    "gather_bwd_hub_kernel",
+]
+
+
+@triton.jit
+def gather_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, routes_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_b, q_y, q_x, q_c, k_b, k_y, k_x, k_c, v_b, v_y, v_x, v_c, r_b, r_h, r_r, r_s, o_b, o_y, o_x,
+    g_b, g_y, g_x, g_c, dq_b, dq_y, dq_x,
+    height, width, kv_height, kv_width, logit_scale, scale,
+    REGIONS: tl.constexpr, HEADS: tl.constexpr, TOPK: tl.constexpr,
+    RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr,
+    KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, KV_EVEN: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SAME_KV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid: images x regions x tiles of a region x heads, all on the first axis."""
+    TOKENS: tl.constexpr = RH * RW
+    KEYS: tl.constexpr = TOPK * KRH * KRW
+    TILES: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
+    FULL: tl.constexpr = KEYS % BLOCK_N == 0
+    PADS_OFF: tl.constexpr = MASKED and not KV_EVEN
+    GUARD_Q: tl.constexpr = (not EVEN) or D != BLOCK_D or TOKENS % BLOCK_M != 0
+    GUARD_K: tl.constexpr = (not KV_EVEN) or D != BLOCK_D or not FULL
+
+    pid = tl.program_id(0)
+    head = (pid % HEADS).to(tl.int64)
+    pid = pid // HEADS
+    token = (pid % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    region = (pid // TILES) % REGIONS
+    b = (pid // (TILES * REGIONS)).to(tl.int64)
+
+    c = channels(BLOCK_D, WIDE)
+    lane = c < D
+    y, x = position(region, token, GRID_W, RH, RW, WIDE)
+    query_ok = token < TOKENS
+    if not EVEN:
+        query_ok = query_ok & (y < height) & (x < width)
+    q_mask = query_ok[:, None] & lane[None, :]
+    q_base = q_ptr + b * q_b + head * D * q_c
+    g_base = grad_ptr + b * g_b + head * D * g_c
+    o_base = out_ptr + b * o_b + head * D
+    q = load_rows(q_base + (y * q_y + x * q_x)[:, None] + (c * q_c)[None, :], q_mask, GUARD_Q)  # [M, D]
+    g = load_rows(g_base + (y * g_y + x * g_x)[:, None] + (c * g_c)[None, :], q_mask, GUARD_Q)  # [M, D]
+    o = load_rows(o_base + (y * o_y + x * o_x)[:, None] + c[None, :], q_mask, GUARD_Q)  # [M, D]
+    delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+    rows = (b * HEADS + head) * (REGIONS * TOKENS) + region * TOKENS
+    lse = tl.load(lse_ptr + rows + token, mask=query_ok, other=float("inf"))  # [M]
+    tl.store(delta_ptr + rows + token, delta, mask=query_ok)  # [M]
+
+    k_base = k_ptr + b * k_b + head * D * k_c
+    v_base = v_ptr + b * v_b + head * D * v_c
+    routes = routes_ptr + b * r_b + head * r_h + region * r_r
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in range(0, KEYS, BLOCK_N):
+        k_offsets, v_offsets, listed, on_map = routed_keys(
+            routes, r_s, first, c, k_y, k_x, k_c, v_y, v_x, v_c, kv_height, kv_width,
+            KEYS, KRH, KRW, KV_GRID_W, BLOCK_N, KV_EVEN, SAME_KV, WIDE,
+        )  # fmt: skip
+        k_mask = on_map[:, None] & lane[None, :]
+        k = load_rows(k_base + k_offsets, k_mask, GUARD_K)  # [N, D]
+        v = load_rows(v_base + v_offsets, k_mask, GUARD_K)  # [N, D]
+        s = product(q, tl.trans(k), PRECISION, UPCAST)  # [M, N]
+        p = tl.exp2(s * logit_scale - lse[:, None])
+        if PADS_OFF:
+            p = tl.where(on_map[None, :], p, 0.0)
+        elif not FULL:
+            p = tl.where(listed[None, :], p, 0.0)
+        dp = product(g, tl.trans(v), PRECISION, UPCAST)  # [M, N]
+        ds = p * (dp - delta[:, None])
+        dq += product(ds.to(k.dtype), k, PRECISION, UPCAST)
+    dq_base = dq_ptr + b * dq_b + head * D
+    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_base + (y * dq_y + x * dq_x)[:, None] + c[None, :], dq, mask=q_mask)  # [M, D]
+
+
+def gather_bwd_dq(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, grad: Tensor, lse: Tensor, delta: Tensor,
+    dq: Tensor, call: Call,
+) -> None:  # fmt: skip
+    """Write the gradient of the queries and ``delta``."""
+    gather_bwd_dq_kernel[call.grids["gather_dq"]](
+        q, k, v, routes, out, grad, lse, delta, dq,
+        *q.stride(), *k.stride(), *v.stride(), *route_strides(routes), *out.stride()[:3],
+        *grad.stride(), *dq.stride()[:3],
+        *call.sizes, call.logit_scale, call.scale,
+        SAME_KV=k.stride() == v.stride(), WIDE=is_wide(q, k, v, out, grad, dq),
+        **precision(q.dtype), **call.kernels["gather_dq"],
+    )  # fmt: skip
+
+
+@triton.jit
+def _region_at(starts, place, KV_REGIONS: tl.constexpr):
+    """The key region whose entries hold a place of the list of all entries."""
+    BLOCK: tl.constexpr = 128
+    region = 0
+    for first in range(0, KV_REGIONS, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        ends = tl.load(starts + 1 + j, mask=j < KV_REGIONS, other=0x7FFFFFFF)
+        region += tl.sum((ends <= place).to(tl.int32), 0)
+    return region
+
+
+@triton.jit
+def gather_bwd_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, starts_ptr, entries_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dk_sums_ptr, dv_sums_ptr,
+    q_b, q_y, q_x, q_c, k_b, k_y, k_x, k_c, v_b, v_y, v_x, v_c, o_b, o_y, o_x, g_b, g_y, g_x, g_c,
+    dq_b, dq_y, dq_x, dk_b, dk_y, dk_x, dv_b, dv_y, dv_x,
+    height, width, kv_height, kv_width, logit_scale, scale,
+    REGIONS: tl.constexpr, KV_REGIONS: tl.constexpr, HEADS: tl.constexpr, TOPK: tl.constexpr,
+    RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr,
+    KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, KV_EVEN: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_HEAD: tl.constexpr, FUSE_DQ: tl.constexpr,
+    CHUNK: tl.constexpr, STRETCHES: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid: images x (stretches, then key regions) x tiles of a key region x heads, on the first axis."""
+    TOKENS: tl.constexpr = RH * RW
+    KV_TOKENS: tl.constexpr = KRH * KRW
+    TILES: tl.constexpr = (KV_TOKENS + BLOCK_N - 1) // BLOCK_N
+    MAPS: tl.constexpr = HEADS if PER_HEAD else 1  # inverse maps of an image
+    GUARD_K: tl.constexpr = (not KV_EVEN) or D != BLOCK_D or KV_TOKENS % BLOCK_N != 0
+
+    pid = tl.program_id(0)
+    head = (pid % HEADS).to(tl.int64)
+    pid = pid // HEADS
+    token = (pid % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    region = (pid // TILES) % (STRETCHES + KV_REGIONS) - STRETCHES
+    b = (pid // (TILES * (STRETCHES + KV_REGIONS))).to(tl.int64)
+    inverse = b * MAPS
+    if PER_HEAD:
+        inverse += head
+    starts = starts_ptr + inverse * (KV_REGIONS + 1)
+    cut = 0
+    if CHUNK > 0:  # noqa: SIM102  (one condition is known to the compiler, the other is not)
+        if region < 0:  # the stretch from this cut to the next, unless a region's own program has it
+            cut = region + STRETCHES + 1
+            region = _region_at(starts, cut * CHUNK, KV_REGIONS)
+            if tl.load(starts + region) > (cut - 1) * CHUNK:
+                return
+    begin = tl.load(starts + region)
+    end = tl.load(starts + region + 1)
+    in_parts = False
+    if CHUNK > 0:
+        first_cut = (begin + CHUNK - 1) // CHUNK
+        in_parts = end > (first_cut + 1) * CHUNK
+        if cut == 0:
+            cut = first_cut
+        else:
+            begin = cut * CHUNK
+        end = tl.minimum(end, (cut + 1) * CHUNK)
+
+    c = channels(BLOCK_D, WIDE)
+    lane = c < D
+    y, x = position(region, token, KV_GRID_W, KRH, KRW, WIDE)
+    exists = token < KV_TOKENS
+    on_map = exists
+    if not KV_EVEN:
+        on_map = exists & (y < kv_height) & (x < kv_width)
+    k_mask = on_map[:, None] & lane[None, :]
+    k_base = k_ptr + b * k_b + head * D * k_c
+    v_base = v_ptr + b * v_b + head * D * v_c
+    k = load_rows(k_base + (y * k_y + x * k_x)[:, None] + (c * k_c)[None, :], k_mask, GUARD_K)  # [N, D]
+    v = load_rows(v_base + (y * v_y + x * v_x)[:, None] + (c * v_c)[None, :], k_mask, GUARD_K)  # [N, D]
+
+    total = (end - begin) * TOKENS
+    entries = entries_ptr + inverse * (REGIONS * TOPK) + begin
+    rows = (b * HEADS + head) * (REGIONS * TOKENS)
+    q_base = q_ptr + b * q_b + head * D * q_c
+    g_base = grad_ptr + b * g_b + head * D * g_c
+    o_base = out_ptr + b * o_b + head * D
+    dq_base = dq_ptr + b * dq_b + head * D
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(0, total, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        query_ok = m < total
+        q_region = tl.load(entries + m // TOKENS, mask=query_ok, other=0)
+        q_token = m % TOKENS
+        qy, qx = position(q_region, q_token, GRID_W, RH, RW, WIDE)
+        if not EVEN:
+            query_ok = query_ok & (qy < height) & (qx < width)
+        q_mask = query_ok[:, None] & lane[None, :]
+        q_offsets = (qy * q_y + qx * q_x)[:, None] + (c * q_c)[None, :]
+        g_offsets = (qy * g_y + qx * g_x)[:, None] + (c * g_c)[None, :]
+        q = tl.load(q_base + q_offsets, mask=q_mask, other=0.0)  # [M, D]
+        g = tl.load(g_base + g_offsets, mask=q_mask, other=0.0)  # [M, D]
+        q_rows = rows + q_region * TOKENS + q_token
+        lse = tl.load(lse_ptr + q_rows, mask=query_ok, other=float("inf"))  # [M]
+        if FUSE_DQ:
+            o_offsets = (qy * o_y + qx * o_x)[:, None] + c[None, :]
+            o = tl.load(o_base + o_offsets, mask=q_mask, other=0.0)  # [M, D]
+            delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
+        else:
+            delta = tl.load(delta_ptr + q_rows, mask=query_ok, other=0.0)  # [M]
+        s = product(k, tl.trans(q), PRECISION, UPCAST)  # [N, M]
+        p = tl.exp2(s * logit_scale - lse[None, :])
+        if MASKED and not KV_EVEN:
+            p = tl.where(on_map[:, None], p, 0.0)
+        elif KV_TOKENS % BLOCK_N != 0:
+            p = tl.where(exists[:, None], p, 0.0)
+        dv += product(p.to(g.dtype), g, PRECISION, UPCAST)
+        dp = product(v, tl.trans(g), PRECISION, UPCAST)  # [N, M]
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk += product(ds, q, PRECISION, UPCAST)
+        if FUSE_DQ:
+            dq = product(tl.trans(ds), k, PRECISION, UPCAST) * scale  # [M, D]
+            dq_offsets = (qy * dq_y + qx * dq_x)[:, None] + c[None, :]
+            tl.store(dq_base + dq_offsets, dq.to(dq_ptr.dtype.element_ty), mask=q_mask)
+    if in_parts:
+        sums = ((b * HEADS + head) * (STRETCHES + 1) + cut) * (KV_TOKENS * D)
+        offsets = sums + token[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+        tl.store(dk_sums_ptr + offsets, dk, mask=k_mask)  # [N, D]
+        tl.store(dv_sums_ptr + offsets, dv, mask=k_mask)  # [N, D]
+    else:
+        dk_base = dk_ptr + b * dk_b + head * D
+        dv_base = dv_ptr + b * dv_b + head * D
+        dk_rows = dk_base + (y * dk_y + x * dk_x)[:, None] + c[None, :]
+        dv_rows = dv_base + (y * dv_y + x * dv_x)[:, None] + c[None, :]
+        tl.store(dk_rows, (dk * scale).to(dk_ptr.dtype.element_ty), mask=k_mask)  # [N, D]
+        tl.store(dv_rows, dv.to(dv_ptr.dtype.element_ty), mask=k_mask)  # [N, D]
+
+
+@triton.jit
+def gather_bwd_hub_kernel(
+    starts_ptr, dk_sums_ptr, dv_sums_ptr, dk_ptr, dv_ptr,
+    dk_b, dk_y, dk_x, dv_b, dv_y, dv_x, kv_height, kv_width, scale,
+    KV_REGIONS: tl.constexpr, HEADS: tl.constexpr,
+    KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PER_HEAD: tl.constexpr,
+    CHUNK: tl.constexpr, STRETCHES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid: images x stretches x tiles of a key region x heads, all on the first axis.
+
+    The sums of a region lie one after the other: its own program's first, at the first cut that it meets.
+    The program of the stretch that follows adds them up.
+    """
+    KV_TOKENS: tl.constexpr = KRH * KRW
+    TILES: tl.constexpr = (KV_TOKENS + BLOCK_N - 1) // BLOCK_N
+    MAPS: tl.constexpr = HEADS if PER_HEAD else 1  # inverse maps of an image
+    pid = tl.program_id(0)
+    head = (pid % HEADS).to(tl.int64)
+    pid = pid // HEADS
+    token = (pid % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cut = (pid // TILES) % STRETCHES
+    b = (pid // (TILES * STRETCHES)).to(tl.int64)
+    inverse = b * MAPS
+    if PER_HEAD:
+        inverse += head
+    starts = starts_ptr + inverse * (KV_REGIONS + 1)
+    region = _region_at(starts, (cut + 1) * CHUNK, KV_REGIONS)
+    if (tl.load(starts + region) + CHUNK - 1) // CHUNK != cut:
+        return
+    end_cut = (tl.load(starts + region + 1) + CHUNK - 1) // CHUNK
+
+    c = channels(BLOCK_D, WIDE)
+    y, x = position(region, token, KV_GRID_W, KRH, KRW, WIDE)
+    mask = ((token < KV_TOKENS) & (y < kv_height) & (x < kv_width))[:, None] & (c < D)[None, :]
+    offsets = token[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for part in range(cut, end_cut):
+        sums = ((b * HEADS + head) * (STRETCHES + 1) + part) * (KV_TOKENS * D)
+        dk += tl.load(dk_sums_ptr + sums + offsets, mask=mask, other=0.0)  # [N, D]
+        dv += tl.load(dv_sums_ptr + sums + offsets, mask=mask, other=0.0)  # [N, D]
+    dk_rows = dk_ptr + b * dk_b + head * D + (y * dk_y + x * dk_x)[:, None] + c[None, :]
+    dv_rows = dv_ptr + b * dv_b + head * D + (y * dv_y + x * dv_x)[:, None] + c[None, :]
+    tl.store(dk_rows, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)  # [N, D]
+    tl.store(dv_rows, dv.to(dv_ptr.dtype.element_ty), mask=mask)  # [N, D]
+
+
+_HUB_CONSTANTS = (
+    "KV_REGIONS",
+    "HEADS",
+    "KRH",
+    "KRW",
+    "KV_GRID_W",
+    "D",
+    "BLOCK_D",
+    "BLOCK_N",
+    "PER_HEAD",
+    "CHUNK",
+    "STRETCHES",
+)
+
+
+def gather_bwd_dkv(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, entries: Tensor, out: Tensor, grad: Tensor, lse: Tensor,
+    delta: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, call: Call,
+) -> None:  # fmt: skip
+    """Write the gradients of keys and values; in the family ``key`` that of the queries too.
+
+    That family does not read ``delta``; the other does not write ``dq``.
+    """
+    kernel = "k1_bwd" if call.backward == "key" else "gather_dkv"
+    constants = call.kernels[kernel]
+    wide = is_wide(q, k, v, out, grad, dq, dk, dv)
+    dk_sums = dv_sums = lse  # not touched
+    if constants["CHUNK"]:
+        parts = q.shape[0] * constants["HEADS"] * (constants["STRETCHES"] + 1)
+        tokens = constants["KRH"] * constants["KRW"]
+        dk_sums, dv_sums = q.new_empty((2, parts, tokens, constants["D"]), dtype=torch.float32)
+    gather_bwd_dkv_kernel[call.grids[kernel]](
+        q, k, v, starts, entries, out, grad, lse, delta, dq, dk, dv, dk_sums, dv_sums,
+        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride(),
+        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+        *call.sizes, call.logit_scale, call.scale,
+        WIDE=wide, **precision(q.dtype), **constants,
+    )  # fmt: skip
+    if constants["CHUNK"]:
+        gather_bwd_hub_kernel[call.grids["hub"]](
+            starts, dk_sums, dv_sums, dk, dv, *dk.stride()[:3], *dv.stride()[:3],
+            *call.sizes[2:], call.scale,
+            WIDE=wide, num_warps=4, **{name: constants[name] for name in _HUB_CONSTANTS},
+        )  # fmt: skip

@@ -1,0 +1,153 @@
+"""Forward pass by routed gather.
+
+A program owns a tile of queries of one region and reads the keys and values of the regions that it was routed
+to from where they lie.
+
+Nothing is gathered in memory: the keys of a region are a flat list of ``topk * tokens`` addresses. Where that
+list fits one tile the whole softmax row is in registers and is computed in one go; otherwise tile by tile
+with a running maximum.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
+from bratune.kernels.fused.tiles import channels, load_rows, position, product, routed_keys
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["gather_fwd", "gather_fwd_kernel"]
+
+
+@triton.jit
+def _scores(
+    q, k, listed, on_map,
+    PADS_OFF: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    s = product(q, tl.trans(k), PRECISION, UPCAST)  # [M, N]
+    if PADS_OFF:
+        s = tl.where(on_map[None, :], s, float("-inf"))
+    elif not FULL:
+        s = tl.where(listed[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit
+def gather_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, routes_ptr, out_ptr, lse_ptr,
+    q_b, q_y, q_x, q_c, k_b, k_y, k_x, k_c, v_b, v_y, v_x, v_c, r_b, r_h, r_r, r_s, o_b, o_y, o_x,
+    height, width, kv_height, kv_width, logit_scale,
+    REGIONS: tl.constexpr, HEADS: tl.constexpr, TOPK: tl.constexpr,
+    RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr,
+    KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, KV_EVEN: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
+    PER_HEAD: tl.constexpr, SAME_KV: tl.constexpr, KEEP_LSE: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Grid: images x regions x tiles of a region x groups of heads, all on the first axis."""
+    TOKENS: tl.constexpr = RH * RW
+    KV_TOKENS: tl.constexpr = KRH * KRW
+    KEYS: tl.constexpr = TOPK * KV_TOKENS
+    TILES: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
+    GROUPS: tl.constexpr = HEADS // HEADS_PER_PROGRAM
+    FULL: tl.constexpr = KEYS % BLOCK_N == 0
+    PADS_OFF: tl.constexpr = MASKED and not KV_EVEN  # a row may end up without any key
+    GUARD_Q: tl.constexpr = (not EVEN) or D != BLOCK_D or TOKENS % BLOCK_M != 0
+    GUARD_K: tl.constexpr = (not KV_EVEN) or D != BLOCK_D or not FULL
+
+    pid = tl.program_id(0)
+    first_head = ((pid % GROUPS) * HEADS_PER_PROGRAM).to(tl.int64)
+    pid = pid // GROUPS
+    token = (pid % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    region = (pid // TILES) % REGIONS
+    b = (pid // (TILES * REGIONS)).to(tl.int64)
+
+    c = channels(BLOCK_D, WIDE)
+    lane = c < D
+    y, x = position(region, token, GRID_W, RH, RW, WIDE)
+    query_ok = token < TOKENS
+    if not EVEN:
+        query_ok = query_ok & (y < height) & (x < width)
+    q_offsets = (y * q_y + x * q_x)[:, None] + (c * q_c)[None, :]
+    o_offsets = (y * o_y + x * o_x)[:, None] + c[None, :]
+    q_mask = query_ok[:, None] & lane[None, :]
+    routes = routes_ptr + b * r_b + region * r_r
+
+    for i in tl.static_range(HEADS_PER_PROGRAM):
+        head = first_head + i
+        q_base = q_ptr + b * q_b + head * D * q_c
+        k_base = k_ptr + b * k_b + head * D * k_c
+        v_base = v_ptr + b * v_b + head * D * v_c
+        q = load_rows(q_base + q_offsets, q_mask, GUARD_Q)  # [M, D]
+        if KEYS <= BLOCK_N:
+            if i == 0 or PER_HEAD:
+                k_offsets, v_offsets, listed, on_map = routed_keys(
+                    routes + head * r_h, r_s, 0, c, k_y, k_x, k_c, v_y, v_x, v_c, kv_height, kv_width,
+                    KEYS, KRH, KRW, KV_GRID_W, BLOCK_N, KV_EVEN, SAME_KV, WIDE,
+                )  # fmt: skip
+            k_mask = on_map[:, None] & lane[None, :]
+            k = load_rows(k_base + k_offsets, k_mask, GUARD_K)  # [N, D]
+            v = load_rows(v_base + v_offsets, k_mask, GUARD_K)  # [N, D]
+            s = _scores(q, k, listed, on_map, PADS_OFF, FULL, PRECISION, UPCAST)
+            # The scale is positive, so that the maximum may be taken first: one multiply-add per exponential.
+            top = tl.max(s, 1) * logit_scale
+            if PADS_OFF:
+                top = tl.where(top == float("-inf"), 0.0, top)
+            p = tl.exp2(s * logit_scale - top[:, None])
+            total = tl.sum(p, 1)
+            acc = product(p.to(v.dtype), v, PRECISION, UPCAST)  # [M, D]
+        else:
+            top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            for first in range(0, KEYS, BLOCK_N):
+                k_offsets, v_offsets, listed, on_map = routed_keys(
+                    routes + head * r_h, r_s, first, c, k_y, k_x, k_c, v_y, v_x, v_c, kv_height, kv_width,
+                    KEYS, KRH, KRW, KV_GRID_W, BLOCK_N, KV_EVEN, SAME_KV, WIDE,
+                )  # fmt: skip
+                k_mask = on_map[:, None] & lane[None, :]
+                k = load_rows(k_base + k_offsets, k_mask, GUARD_K)  # [N, D]
+                v = load_rows(v_base + v_offsets, k_mask, GUARD_K)  # [N, D]
+                s = _scores(q, k, listed, on_map, PADS_OFF, FULL, PRECISION, UPCAST)
+                new_top = tl.maximum(top, tl.max(s, 1) * logit_scale)
+                shift = new_top
+                if PADS_OFF:
+                    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+                p = tl.exp2(s * logit_scale - shift[:, None])
+                keep = tl.exp2(top - shift)
+                total = total * keep + tl.sum(p, 1)
+                acc = acc * keep[:, None] + product(p.to(v.dtype), v, PRECISION, UPCAST)
+                top = new_top
+        weight = total
+        if PADS_OFF:
+            weight = tl.where(total == 0.0, 1.0, total)
+        acc = acc * (1.0 / weight)[:, None]
+        o_base = out_ptr + b * o_b + head * D
+        if GUARD_Q:
+            tl.store(o_base + o_offsets, acc.to(out_ptr.dtype.element_ty), mask=q_mask)  # [M, D]
+        else:
+            tl.store(o_base + o_offsets, acc.to(out_ptr.dtype.element_ty))  # [M, D]
+        if KEEP_LSE:
+            lse = top + tl.log2(weight)
+            if PADS_OFF:  # no key: every weight is exp2(-inf) = 0 in the backward pass
+                lse = tl.where(total == 0.0, float("inf"), lse)
+            rows = lse_ptr + (b * HEADS + head) * (REGIONS * TOKENS) + region * TOKENS
+            tl.store(rows + token, lse, mask=token < TOKENS)  # [M]
+
+
+def gather_fwd(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, call: Call) -> None:
+    """Write the output, and where it has elements the log-sum-exp, of routed attention."""
+    gather_fwd_kernel[call.grids["gather_fwd"]](
+        q, k, v, routes, out, lse,
+        *q.stride(), *k.stride(), *v.stride(), *route_strides(routes), *out.stride()[:3],
+        *call.sizes, call.logit_scale,
+        SAME_KV=k.stride() == v.stride(), KEEP_LSE=lse.numel() > 0, WIDE=is_wide(q, k, v, out),
+        **precision(q.dtype), **call.kernels["gather_fwd"],
+    )  # fmt: skip

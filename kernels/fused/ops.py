@@ -1,0 +1,233 @@
+"""The fused kernels as operators of PyTorch: ``torch.ops.bratune.routed_attention`` and its backward.
+
+As operators they can be traced (`torch.compile`, `torch.export`), captured in a CUDA graph, recomputed under
+activation checkpointing and counted by `torch.utils.flop_counter`. They allocate their results and nothing
+that depends on the contents of a tensor, and never wait for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, library
+from torch.utils.flop_counter import register_flop_formula
+
+from bratune import machine as machines
+from bratune.kernels.dispatch import is_observed
+from bratune.kernels.fused.call import Call, call_for
+from bratune.kernels.fused.run import empty_gradients, run_backward, run_forward
+from bratune.kernels.packed import mark_packed, origin_of
+from bratune.machine import Machine
+from bratune.problem import Problem
+
+__all__ = ["attend", "is_packed"]
+
+_ARGUMENTS = "int heads, int[] region, int[] kv_region, float scale, bool masked, str config"
+library.define(
+    "bratune::routed_attention",
+    f"(Tensor q, Tensor k, Tensor v, Tensor routes, {_ARGUMENTS}, bool keep_lse) -> (Tensor, Tensor)",
+)
+library.define(
+    "bratune::routed_attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor routes, Tensor out, Tensor lse, "
+    f"{_ARGUMENTS}, bool packed) -> Tensor[]",
+)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, config: str) -> Tensor:
+    """Routed attention by the fused kernels, differentiable in q, k and v.
+
+    Args:
+        q: ``[B, Hq, Wq, heads * head_dim]``, any strides.
+        k: ``[B, Hk, Wk, heads * head_dim]``, any strides.
+        v: ``[B, Hk, Wk, heads * head_dim]``, any strides.
+        routes: ``[B, R, topk]`` or ``[B, heads, R, topk]``, int32 or int64.
+        problem: The call in numbers.
+        config: Settings that are not left to the table, as `fused_call.as_text` writes them.
+
+    Returns:
+        ``[B, Hq, Wq, heads * head_dim]``, contiguous.
+    """
+    differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if is_observed(q):
+        out, _ = torch.ops.bratune.routed_attention(
+            q, k, v, routes, problem.heads, problem.region, problem.kv_region, problem.scale,
+            problem.padding == "masked", config, differentiable,
+        )  # fmt: skip
+        return out  # type: ignore[no-any-return]
+    call = call_for(_directed(problem, differentiable), config, _machine(q.device))
+    if differentiable:
+        return _Attend.apply(q, k, v, routes, call)  # type: ignore[no-any-return, no-untyped-call]
+    return run_forward(q, k, v, routes, call, keep_lse=False)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _directed(problem: Problem, backward: bool) -> Problem:
+    return problem.replace(direction="fwd-bwd" if backward else "fwd")
+
+
+class _Attend(torch.autograd.Function):
+    """What the registered operators do, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: Call) -> Tensor:
+        out, lse = run_forward(q, k, v, routes, call, keep_lse=True)
+        ctx.save_for_backward(q, k, v, routes, out, lse)
+        ctx.call, ctx.origin = call, origin_of(q, k, v)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, routes, out, lse = ctx.saved_tensors
+        packed = is_packed(q, k, v)
+        found = run_backward(grad, q, k, v, routes, out, lse, ctx.call, packed=packed)
+        dq, dk, dv = mark_packed(found[0], [q.shape[-1]] * 3, ctx.origin) if packed else found
+        return dq, dk, dv, None, None
+
+
+def is_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v lie side by side, as slices of one projection ``[B, H, W, 3 * C]`` do.
+
+    Their gradients are then written side by side too.
+    """
+    channels = q.shape[-1]
+    return (
+        q.shape == k.shape == v.shape
+        and q.stride() == k.stride() == v.stride()
+        and q.stride(-1) == 1
+        and q.stride(-2) == 3 * channels
+    )
+
+
+# --- what runs on the device ------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def _call(
+    q: tuple[int, ...], k: tuple[int, ...], routes: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+    heads: int, region: tuple[int, int], kv_region: tuple[int, int], scale: float, masked: bool, config: str,
+    backward: bool,
+) -> Call:  # fmt: skip
+    problem = Problem(
+        batch=q[0],
+        height=q[1],
+        width=q[2],
+        heads=heads,
+        head_dim=q[3] // heads,
+        region=region,
+        topk=routes[-1],
+        dtype=str(dtype).removeprefix("torch."),
+        direction="fwd-bwd" if backward else "fwd",
+        padding="masked" if masked else "zeros",
+        kv_height=k[1],
+        kv_width=k[2],
+        kv_region=kv_region,
+        per_head=len(routes) == 4,
+        scale=scale,
+    )
+    return call_for(problem, config, _machine(device))
+
+
+@functools.cache
+def _machine(device: torch.device) -> Machine:
+    return machines.detect(str(device))
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor,
+    heads: int, region: Sequence[int], kv_region: Sequence[int], scale: float, masked: bool, config: str,
+    keep_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call = _call(
+        q.shape, k.shape, routes.shape, q.dtype, q.device,
+        heads, tuple(region), tuple(kv_region), scale, masked, config, keep_lse,
+    )  # fmt: skip
+    return run_forward(q, k, v, routes, call, keep_lse=keep_lse)
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor,
+    heads: int, region: Sequence[int], kv_region: Sequence[int], scale: float, masked: bool, config: str,
+    packed: bool,
+) -> list[Tensor]:  # fmt: skip
+    call = _call(
+        q.shape, k.shape, routes.shape, q.dtype, q.device,
+        heads, tuple(region), tuple(kv_region), scale, masked, config, True,
+    )  # fmt: skip
+    return run_backward(grad, q, k, v, routes, out, lse, call, packed=packed)
+
+
+library.impl("bratune::routed_attention", ("CUDA", "CPU"), _forward)
+library.impl("bratune::routed_attention_backward", ("CUDA", "CPU"), _backward)
+
+
+# --- what PyTorch must know about them --------------------------------------------------------------
+
+
+@library.register_fake("bratune::routed_attention")
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor,
+    heads: int, region: Sequence[int], kv_region: Sequence[int], scale: float, masked: bool, config: str,
+    keep_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, height, width, _ = q.shape
+    rows, cols = (height + region[0] - 1) // region[0], (width + region[1] - 1) // region[1]
+    shape = (batch, heads, rows * cols * region[0] * region[1]) if keep_lse else (0,)
+    return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
+
+
+@library.register_fake("bratune::routed_attention_backward")
+def _backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor,
+    heads: int, region: Sequence[int], kv_region: Sequence[int], scale: float, masked: bool, config: str,
+    packed: bool,
+) -> list[Tensor]:  # fmt: skip
+    return empty_gradients(q, k, v, packed=packed)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, routes, *ctx.arguments, _ = inputs
+    ctx.save_for_backward(q, k, v, routes, *output)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, routes, out, lse = ctx.saved_tensors
+    packed = is_packed(q, k, v)
+    found = torch.ops.bratune.routed_attention_backward(
+        grad, q, k, v, routes, out, lse, *ctx.arguments, packed
+    )
+    dq, dk, dv = found[0].chunk(3, -1) if packed else found
+    return (dq, dk, dv, None, *(None,) * (len(ctx.arguments) + 1))
+
+
+library.register_autograd("bratune::routed_attention", _differentiate, setup_context=_keep)
+
+
+def _pairs(q: Sequence[int], routes: Sequence[int], region: Sequence[int], kv_region: Sequence[int]) -> int:
+    """Query-key pairs that the kernels compute for one channel of a head, padding included."""
+    rows = -(-q[1] // region[0]) * region[0]
+    cols = -(-q[2] // region[1]) * region[1]
+    return q[0] * rows * cols * routes[-1] * kv_region[0] * kv_region[1] * q[3]
+
+
+@register_flop_formula(torch.ops.bratune.routed_attention)
+def _forward_flops(
+    q: Sequence[int], k: Sequence[int], v: Sequence[int], routes: Sequence[int], heads: int,
+    region: Sequence[int], kv_region: Sequence[int], *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Two products, a multiplication and an addition each."""
+    return 2 * 2 * _pairs(q, routes, region, kv_region)
+
+
+@register_flop_formula(torch.ops.bratune.routed_attention_backward)
+def _backward_flops(
+    grad: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], routes: Sequence[int],
+    out: Sequence[int], lse: Sequence[int], heads: int, region: Sequence[int], kv_region: Sequence[int],
+    *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Five products, as PyTorch counts the backward pass of its own attention."""
+    return 5 * 2 * _pairs(q, routes, region, kv_region)

@@ -1,0 +1,192 @@
+"""Backends by name: order, loading, backends of other packages, and what is said when one cannot run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from bratune.backend import Backend
+from bratune.errors import UnknownNameError, UnsupportedError
+from bratune.kernels import api, registry
+from bratune.machine import Machine
+from bratune.problem import Problem
+
+CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="a CPU")
+GPU = Machine(kind="cuda", device="cuda:0", gpu_key="h100", gpu_name="a GPU", compute_capability="9.0")
+PROBLEM = Problem(batch=1, height=8, width=8, heads=1, head_dim=8, region=(4, 4), topk=2)
+
+MODULE = """
+from bratune.kernels.reference import ReferenceBackend
+
+class Mine(ReferenceBackend):
+    name = "mine"
+
+class Misnamed(ReferenceBackend):
+    name = "another"
+
+class Gather(ReferenceBackend):
+    name = "gather"
+
+class Broken:
+    def __init__(self):
+        raise RuntimeError("no licence found")
+
+class Half:
+    name = "half"
+"""
+
+
+@pytest.fixture
+def install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[dict[str, str], str], None]]:
+    """Gives a function that makes entry points visible as if a package had been installed."""
+
+    def forget() -> None:
+        registry.get.cache_clear()
+        registry._entry_points.cache_clear()
+        registry._chosen_name.cache_clear()
+        api._PLACES.clear()
+
+    def install(points: dict[str, str], package: str = "stranger") -> None:
+        info = tmp_path / f"{package}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        lines = [f"{name} = {value}" for name, value in points.items()]
+        (info / "entry_points.txt").write_text("\n".join([f"[{registry.GROUP}]", *lines]))
+        importlib.invalidate_caches()
+        forget()
+
+    (tmp_path / "stranger_backends.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield install
+    monkeypatch.undo()
+    forget()
+
+
+def attend(backend: str) -> torch.Tensor:
+    q = torch.ones(1, 8, 8, 8)
+    routes = torch.zeros(1, 4, 2, dtype=torch.int64)
+    return api.routed_attention(q, q, q, routes, heads=1, region=(4, 4), backend=backend)
+
+
+def test_the_order_of_preference_ends_with_the_slowest() -> None:
+    assert registry.BACKENDS[-1] == "reference"
+    assert set(registry.BACKENDS) >= {"gather-sdpa", "dense", "sparse", "gather", "flex"}
+
+
+@pytest.mark.parametrize("name", registry.BACKENDS)
+def test_every_listed_backend_is_there(name: str) -> None:
+    made = registry.get(name)
+    assert isinstance(made, Backend)
+    assert made.name == name
+    assert registry.get(name) is made
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UnknownNameError, match=r"no backend is called 'gathr'.*auto, .*did you mean gather"):
+        attend("gathr")
+
+
+def test_the_registry_loads_no_backend_and_no_torch() -> None:
+    code = "import bratune.kernels.registry as r, sys; r.names(); sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parents[2]).returncode == 0
+    )
+
+
+# --- what other packages add --------------------------------------------------------------------
+
+
+def test_a_backend_of_another_package_runs_by_its_name(install: Callable[..., None]) -> None:
+    install({"mine": "stranger_backends:Mine"})
+    assert registry.names() == (*registry.BACKENDS, "mine")
+    assert torch.equal(attend("mine"), attend("reference"))
+
+
+def test_built_in_backends_are_preferred_to_those_of_others(install: Callable[..., None]) -> None:
+    install({"mine": "stranger_backends:Mine"})
+    assert registry.choose(PROBLEM, CPU).name in registry.BACKENDS
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("absent", "no_such_module:Mine", "no_such_module:Mine of stranger cannot be imported here"),
+        ("gone", "stranger_backends:Gone", "of stranger fails to load: AttributeError"),
+        ("broken", "stranger_backends:Broken", "fails to load: RuntimeError: no licence found"),
+        ("half", "stranger_backends:Half", "of stranger is no backend: it lacks"),
+        ("misnamed", "stranger_backends:Misnamed", "calls itself 'another'; both names must be the same"),
+        ("gather", "stranger_backends:Gather", "'gather' is taken more than once: bratune .*, stranger"),
+    ],
+)
+def test_what_cannot_be_used_is_listed_and_says_why(
+    install: Callable[..., None], name: str, value: str, reason: str
+) -> None:
+    install({name: value})
+    assert name in registry.names()
+    with pytest.raises(UnsupportedError, match=reason) as refusal:
+        attend(name)
+    assert refusal.value.reasons == registry.get(name).why_not(PROBLEM, CPU)
+
+
+def test_two_packages_with_one_name_are_both_named(install: Callable[..., None]) -> None:
+    install({"mine": "stranger_backends:Mine"}, "first")
+    install({"mine": "stranger_backends:Mine"}, "second")
+    with pytest.raises(UnsupportedError, match=r"'mine' is taken more than once: (first|second).*uninstall"):
+        attend("mine")
+
+
+def test_the_example_of_the_readme_is_a_backend_that_conforms(tmp_path: Path) -> None:
+    readme = (Path(registry.__file__).parent / "README.md").read_text()
+    _, mine, test = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    path = tmp_path / "test_einsum.py"
+    path.write_text(mine + test)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True
+    )
+    assert run.returncode == 0, run.stdout.decode()
+
+
+# --- choosing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("height", "region", "topk", "machine", "expected"),
+    [
+        (56, (8, 8), 1, CPU, "gather-sdpa"),
+        (28, (4, 4), 4, CPU, "gather-sdpa"),
+        (14, (2, 2), 16, CPU, "dense"),  # small regions on a small map
+        (32, (4, 4), 16, CPU, "gather-sdpa"),
+        (14, (2, 2), 4, CPU, "gather-sdpa"),  # few of many keys
+    ],
+)
+def test_the_first_that_accepts_is_chosen(
+    height: int, region: tuple[int, int], topk: int, machine: Machine, expected: str
+) -> None:
+    problem = Problem(batch=1, height=height, width=height, heads=2, head_dim=32, region=region, topk=topk)
+    assert registry.choose(problem, machine).name == expected
+
+
+def test_the_order_on_a_gpu_is_that_of_the_table() -> None:
+    problem = Problem(batch=1, height=14, width=14, heads=2, head_dim=32, region=(2, 2), topk=16)
+    assert registry.preference(problem, GPU) == registry.names()
+
+
+def test_when_everybody_refuses_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    stubs = {name: registry.Unavailable(name, f"{name} is away") for name in ("one", "two")}
+    monkeypatch.setattr(registry, "names", lambda: tuple(stubs))
+    monkeypatch.setattr(registry, "get", stubs.__getitem__)
+    problem = PROBLEM.replace(batch=77)  # not chosen for before
+    with pytest.raises(UnsupportedError, match="one: one is away; two: two is away"):
+        registry.choose(problem, GPU)

@@ -1,0 +1,89 @@
+"""Imports only go down. The table below is the house; a module that is not in it has no place."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Lowest floor first. A name stands for the module, or for every module below the package.
+FLOORS = (
+    ("bratune.errors",),
+    (
+        "bratune.problem",
+        "bratune.variant",
+        "bratune.gpus",
+        "bratune.machine",
+        "bratune.cell",
+        "bratune.record",
+        "bratune.backend",
+        "bratune.engine",
+        "bratune.store",
+        "bratune.data",
+    ),
+    ("bratune.kernels",),
+    ("bratune.measure",),
+    ("bratune.predict", "bratune.suites", "bratune.results", "bratune.testing"),
+    ("bratune.work",),
+    ("bratune.run",),
+    ("bratune.profile",),
+    ("bratune.tune",),
+    ("bratune.report", "bratune.export", "bratune.cluster"),
+    ("bratune.studies",),
+    ("bratune.cli",),
+    ("bratune.__main__",),
+)
+
+
+def floor_of(module: str) -> int | None:
+    for level, names in enumerate(FLOORS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return level
+    return None
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for folder, prefix in (
+        ("bratune", "bratune"),
+        ("kernels", "bratune.kernels"),
+        ("suites", "bratune.suites"),
+    ):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            relative = path.relative_to(ROOT / folder)
+            if folder == "bratune" and relative.parts[0] in ("kernels", "suites", "results"):
+                continue  # links to the folders that are listed themselves
+            name = ".".join((prefix, *relative.with_suffix("").parts)).removesuffix(".__init__")
+            found[name] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("bratune.")}
+
+
+@pytest.mark.parametrize("module", [m for m in modules() if m != "bratune"])
+def test_imports_only_go_down(module: str) -> None:
+    own = floor_of(module)
+    assert own is not None, f"{module} stands on no floor: add it"
+    above = {name for name in imports(modules()[module]) if (floor_of(name) or 0) > own}
+    assert not above, f"{module} imports {sorted(above)} from above"
