@@ -251,7 +251,7 @@ def _key_stationary_bwd(problem: Problem) -> dict[str, int]:
     return {
         "block_m": 64,
         "block_n": block_n,
-        # Query regions after which the list of a hub is cut, see `fused_gather_bwd`; 0 leaves hubs whole.
+        # Query regions after which the list of a hub is cut, see `gather_bwd`; 0 leaves hubs whole.
         "chunk": 0,
         "num_warps": 1 if one else 4,
         "num_stages": 1,

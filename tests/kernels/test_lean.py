@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_runtime import apart, golden_runs, load, tiny
+from golden_models import apart, golden_runs, load, tiny
 from torch import Tensor
 
 from bratune.kernels.biformer import build

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_models import GOLDEN, apart, golden_runs, load, tiny
 from torch import Tensor, nn
 
 from bratune.errors import ProblemError, TargetError
@@ -24,69 +23,14 @@ from bratune.kernels.packed_attention import PackedAttention
 from bratune.kernels.published import as_published
 from bratune.kernels.runtime import GraphRunner, optimize
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-CLASSES: dict[str, type[Backbone]] = {
-    "BiFormer": BiFormer,
-    "BiFormer_mm": BiFormer,
-    "BiFormerSTL": BiFormerSTL,
-    "nchwBiFormerSTL": NCHWBiFormerSTL,
-}
 # On max|a - b| / max|b|, as for the plain models.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11}
-
-
-def golden_runs() -> list[Any]:
-    runs = []
-    for path in sorted(GOLDEN.glob("model_*.npz")):
-        with np.load(path) as file:
-            tags = json.loads(str(file["meta"]))["runs"]
-        marks = [pytest.mark.slow] if "tinydepth" in path.stem else []
-        runs += [pytest.param(path, tag, id=f"{path.stem}-{tag}", marks=marks) for tag in tags]
-    return runs
-
-
-def load(path: Path, tag: str, dtype: torch.dtype) -> tuple[Backbone, Tensor, list[Tensor]]:
-    """A golden model, its images, and the official outputs."""
-    with np.load(path) as file:
-        meta = json.loads(str(file["meta"]))
-        arguments = dict(meta["ctor"])
-        if "norm_layer" in arguments:
-            arguments["norm_layer"] = getattr(nn, arguments["norm_layer"])
-        dense = meta["cls"] == "BiFormer_mm"
-        model = CLASSES[meta["cls"]](**arguments, features_only=dense).to(dtype)
-        model.load_state_dict(
-            {n[3:]: torch.from_numpy(np.asarray(file[n])) for n in file.files if n.startswith("sd/")}
-        )
-        names = [f"{tag}/feat{i}" for i in range(4)] if dense else [f"{tag}/logits"]
-        return (
-            model.eval(),
-            torch.from_numpy(file[f"{tag}/x"]).to(dtype),
-            [torch.from_numpy(file[name]).double() for name in names],
-        )
-
-
-def tiny(**arguments: Any) -> BiFormer:
-    sizes: dict[str, Any] = {"embed_dim": (32, 32, 32, 32), "head_dim": 32, "n_win": 2, "num_classes": 5}
-    return BiFormer(
-        **{
-            **sizes,
-            "depth": (1, 1, 1, 1),
-            "topks": (1, 2, 4, -2),
-            "kv_downsample_mode": "identity",
-            **arguments,
-        }
-    )
 
 
 def outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     with torch.no_grad():
         out = model(x)
     return out if isinstance(out, tuple) else (out,)
-
-
-def apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest number."""
-    return float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
 
 
 @pytest.mark.parametrize(("path", "tag"), golden_runs())

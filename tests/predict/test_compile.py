@@ -160,7 +160,7 @@ WIDE = ("one token", "64 channels", "routes per head, small map", "hub of one ke
 def test_every_variant_is_legal(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if variant in WIDE:
         for module in ("gather_fwd", "gather_bwd", "stationary", "image"):
-            monkeypatch.setattr(f"bratune.kernels.fused_{module}.is_wide", lambda *maps: True)
+            monkeypatch.setattr(f"bratune.kernels.fused.{module}.is_wide", lambda *maps: True)
     problem, config = VARIANTS[variant]
     launches = attention_launches(problem, "sm90", config)
     assert len(launches) >= 3

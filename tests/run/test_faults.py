@@ -32,7 +32,7 @@ from bratune.problem import Problem
 from bratune.record import Record
 from bratune.run.isolated import IsolatedEngine
 from bratune.store import Store, read_records
-from bratune.testing import faults as testing_faults
+from bratune.testing import faults
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ EXPECTED = {
     "fault-hang": ("timeout", "no result within 10 s; the worker was killed"),
     "fault-hang-in-c": ("timeout", "no result within 10 s; the worker was killed"),
     "fault-segfault": ("crashed", "killed by signal 11 (SIGSEGV)"),
-    "fault-abort": ("crashed", "killed by signal 6 (SIGABRT) in misbehave (testing_faults.py"),
+    "fault-abort": ("crashed", "killed by signal 6 (SIGABRT) in misbehave (faults.py"),
     "fault-exit": ("crashed", "ended by itself with exit status 0"),
     "fault-leak": ("measured", ""),
     "fault-exhaust": ("oom", "can't allocate memory"),
@@ -86,7 +86,7 @@ def running(mark: str) -> int:
 
 def run_all(folder: Path) -> Iterator[Outcome]:
     """Each fault in one long run, a sound cell after each; then what is on disk is counted."""
-    testing_faults.install(folder)
+    faults.install(folder)
     sys.path.append(str(folder))
     registry._entry_points.cache_clear()
     store = Store(folder / "records.jsonl")
@@ -95,7 +95,7 @@ def run_all(folder: Path) -> Iterator[Outcome]:
     with IsolatedEngine(
         machine.detect("cpu"), SETTINGS, store=store, cell_limit_s=LIMIT_S, memory_limit_bytes=MEMORY_LIMIT
     ) as engine:
-        for number, fault in enumerate(testing_faults.FAULTS):
+        for number, fault in enumerate(faults.FAULTS):
             sick = Cell(part="attention", problem=PROBLEM, backend=fault.name, l2="warm")
             sound = sick.replace(backend="gather", seed=number)
             row, neighbour = engine.run([sick, sound])
@@ -238,7 +238,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 
 
 def test_every_fault_is_in_the_table() -> None:
-    assert set(EXPECTED) == {fault.name for fault in testing_faults.FAULTS}
+    assert set(EXPECTED) == {fault.name for fault in faults.FAULTS}
 
 
 @pytest.mark.parametrize("fault", EXPECTED)

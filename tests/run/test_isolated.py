@@ -15,7 +15,7 @@ from bratune.kernels import registry
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.run.isolated import IsolatedEngine, IsolatedRunner
-from bratune.testing import faults as testing_faults
+from bratune.testing import faults
 
 PROBLEM = Problem(batch=1, height=8, width=8, heads=2, head_dim=8, region=(4, 4), topk=2)
 CELL = Cell(part="attention", problem=PROBLEM, backend="gather", l2="warm")
@@ -23,8 +23,8 @@ SETTINGS = MeterSettings(min_time_s=0.0, max_noise_pct=100.0, min_samples=6, max
 
 
 @pytest.fixture
-def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    testing_faults.install(tmp_path)
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    faults.install(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     registry._entry_points.cache_clear()
     yield
@@ -79,7 +79,7 @@ def test_the_parent_makes_no_cuda_context() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("faults")
+@pytest.mark.usefixtures("failing")
 @pytest.mark.parametrize(
     ("fault", "outcome", "reason"),
     [

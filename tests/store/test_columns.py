@@ -11,7 +11,6 @@ import numpy
 import pandas
 import pytest
 
-from bratune import store
 from bratune.errors import StoreError
 from bratune.record import Record
 from bratune.store import Store, read, read_fields, read_records
@@ -141,7 +140,7 @@ def test_a_number_that_is_a_text_is_named(tmp_path: Path) -> None:
 
 
 def test_batches_do_not_lose_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_BATCH_BYTES", 100)
+    monkeypatch.setattr("bratune.store.lines._BATCH_BYTES", 100)
     path = tmp_path / "a.jsonl"
     rows = [row.replace(outcome="measured") for row in some_rows(50)]
     Store(path).extend(rows)

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKED = ("kernels", "suites", "results")
+ROOMS = {"kernels": ("fused",)}  # folders inside, which are packages of their own
 
 IMPORTED = """
 import sys
@@ -44,7 +45,8 @@ def test_folders_at_the_top_are_reached_through_links_and_are_no_packages(folder
     assert link.is_symlink()
     assert link.resolve() == ROOT / folder
     assert not list((ROOT / folder).rglob("__init__.py")), "a package called kernels breaks transformers"
-    assert [p for p in (ROOT / folder).iterdir() if p.is_dir() and p.name != "__pycache__"] == []
+    inside = {p.name for p in (ROOT / folder).iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert inside == set(ROOMS.get(folder, ()))
 
 
 def test_a_checkout_shadows_no_other_package() -> None:
@@ -56,6 +58,7 @@ def test_every_package_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     declared = set(project["tool"]["setuptools"]["packages"])
     found = {"bratune", *(f"bratune.{name}" for name in LINKED)}
+    found |= {f"bratune.{name}.{room}" for name, rooms in ROOMS.items() for room in rooms}
     for path in (ROOT / "bratune").rglob("__init__.py"):
         parts = path.relative_to(ROOT / "bratune").parent.parts
         if not parts or parts[0] not in LINKED:
