@@ -233,7 +233,7 @@ def test_scores_of_ten_thousand_stay_finite(case: Case) -> None:
 @pytest.mark.parametrize("case", with_pairs(Case(map=(4, 8), heads=2, topk=1, layout="nchw")), ids=str)
 def test_addresses_of_64_bits_are_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("gather_fwd", "gather_bwd", "stationary", "image"):
-        monkeypatch.setattr(f"bratune.kernels.fused_{module}.is_wide", lambda *maps: True)
+        monkeypatch.setattr(f"bratune.kernels.fused.{module}.is_wide", lambda *maps: True)
     assert_right(case)
 
 
