@@ -18,6 +18,7 @@ from typing import Any
 
 import bratune
 from bratune.errors import TargetError, UsageError
+from bratune.text import is_name
 
 __all__ = ["Machine", "detect"]
 
@@ -158,7 +159,7 @@ def _detect_cuda(index: int) -> Machine:
     return Machine(
         kind="cuda",
         device=f"cuda:{index}",
-        gpu_key=os.environ.get("BRATUNE_GPU_NAME") or key,
+        gpu_key=_named_key() or key,
         gpu_name=props.name,
         gpu_uuid=str(getattr(props, "uuid", "")),
         compute_capability=f"{props.major}.{props.minor}",
@@ -170,6 +171,14 @@ def _detect_cuda(index: int) -> Machine:
         cuda=torch.version.cuda or "",
         **_versions(),
     )
+
+
+def _named_key() -> str:
+    """The key that the environment gives this board; empty where it gives none."""
+    name = os.environ.get("BRATUNE_GPU_NAME", "")
+    if name and not is_name(name):
+        raise UsageError(f"BRATUNE_GPU_NAME is {name!r}; a name of letters, digits and ._+- would work")
+    return name
 
 
 def _versions() -> dict[str, Any]:

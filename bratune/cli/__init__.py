@@ -17,6 +17,7 @@ import click
 
 import bratune
 from bratune.errors import BratuneError, UnknownNameError
+from bratune.text import printable
 
 __all__ = ["main"]
 
@@ -75,7 +76,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         result: Any = cli.main(args=arguments, prog_name="bratune", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except BratuneError as error:
-        click.echo(f"bratune: {error}", err=True)
+        click.echo(f"bratune: {printable(str(error))}", err=True)
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
@@ -84,7 +85,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 130
     except click.ClickException as error:
         verb = getattr(getattr(error, "ctx", None), "command_path", "bratune")
-        click.echo(f"bratune: {error.format_message()} ({verb} --help)", err=True)
+        click.echo(f"bratune: {printable(error.format_message())} ({verb} --help)", err=True)
         return error.exit_code
     except BrokenPipeError:  # the reader of stdout went away, e.g. `| head`
         sys.stderr.close()

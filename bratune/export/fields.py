@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import keyword
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bratune.errors import PlanError, UsageError
+from bratune.text import one_line
 from bratune.tune.plan import Plan
 from bratune.variant import Variant, get_variant
 
@@ -146,7 +148,7 @@ def identifier(plan: Plan, name: str = "") -> str:
         UsageError: the name that was asked for is no Python identifier.
     """
     if name:
-        if not name.isidentifier():
+        if not name.isidentifier() or keyword.iskeyword(name):
             raise UsageError(f"--name {name!r} is no Python identifier; biformer_small_tuned would be one")
         return name
     key = re.sub(r"[^a-z0-9]+", "_", plan.machine.gpu_key.lower()).strip("_")
@@ -154,8 +156,11 @@ def identifier(plan: Plan, name: str = "") -> str:
     return f"{plan.model}_bratune_{key}_{size}"
 
 
-def header(plan: Plan) -> list[str]:
-    """What a reader of an export must know, as lines of text."""
+def header(plan: Plan) -> str:
+    """What a reader of an export must know, as comments of Python or YAML.
+
+    Every text of a plan stands on the line of its comment, whatever is in it.
+    """
     end = plan.end_to_end
     lines = [
         f"{plan.model}, {plan.task} at {plan.height}x{plan.width}, batch {plan.batch}, {plan.dtype}, "
@@ -171,4 +176,4 @@ def header(plan: Plan) -> list[str]:
     configs: Mapping[int, str] = {i + 1: text for i, text in enumerate(plan.setting.configs) if text != "{}"}
     if configs:
         lines.append(f"Backend settings (cost): {json.dumps(configs)}")
-    return lines
+    return "\n".join(f"# {one_line(line)}" for line in lines)

@@ -19,9 +19,8 @@ def hydra_group(plan: Plan, name: str = "") -> str:
         name: Of the model that the timm module registers.
     """
     name = identifier(plan, name)
-    comments = "\n".join(f"# {line}" for line in header(plan))
     return f"""# @package _global_
-{comments}
+{header(plan)}
 #
 # Put this file at configs/bratune/{name}.yaml and choose it with:
 #   python hydra_main.py +bratune={name}

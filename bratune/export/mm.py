@@ -28,7 +28,7 @@ def check_names(style: str, head: str, heads: Sequence[str]) -> None:
 
 def preamble(plan: Plan, style: str, bases: Sequence[str]) -> str:
     """Comments, the base files, and the import that style ``1.x`` needs."""
-    lines = [f"# {line}" for line in header(plan)]
+    lines = [header(plan)]
     lines.append("# Give the dataset and its pipelines in _base_ (`bratune export --base FILE`).")
     lines.append(f"_base_ = {list(bases)!r}")
     if style == "1.x":

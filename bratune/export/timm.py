@@ -44,11 +44,9 @@ def timm_module(plan: Plan, name: str = "") -> str:
     fields = classifier_fields(plan, "a timm module")
     own = [f for f in fields if layout != "stl_nchw" or f.name != "auto_pad"] + cost_fields(plan)
     norm = "" if layout == "biformer" else "        norm_layer=nn.BatchNorm2d,\n"
-    lines = "\n".join(header(plan))
     nn_import = "" if layout == "biformer" else "from torch import nn\n"
-    return f'''"""{name}: tuned by bratune.
-
-{lines}
+    return f'''{header(plan)}
+"""{name}: tuned by bratune.
 
 In the official repository, add one line to main.py (and hydra_main.py uses it too):
 

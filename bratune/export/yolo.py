@@ -7,6 +7,10 @@ because Ultralytics scales only the modules that it knows by name.
 
 from __future__ import annotations
 
+import math
+
+import yaml
+
 from bratune.errors import PlanError, UnknownNameError
 from bratune.export.fields import header
 from bratune.tune.plan import Plan
@@ -39,11 +43,10 @@ def yolo_fragment(plan: Plan, scale: str = "n") -> str:
     if plan.topks[3] > 0:
         raise PlanError("a YOLO fragment expects full attention in stage 4, and this plan routes there")
     channels, depth = SCALES[scale]
-    comments = "\n".join(f"# {line}" for line in header(plan))
     repeats = [max(round(n * depth), 1) for n in (3, 6, 6, 3)]
     stem = channels[0] // 4
     p3, p4, p5 = channels
-    return f"""{comments}
+    return f"""{header(plan)}
 #
 # One line registers the block, before the model is made:
 #   import bratune.export.yolo_block
@@ -85,5 +88,5 @@ def _row(plan: Plan, index: int, channels: int) -> str:
     topk = plan.topks[index]
     if topk <= 0:
         return f"[{channels}, 1, -2]"
-    config = plan.setting.configs[index].replace('"', "'")
-    return f'[{channels}, {plan.n_win[index]}, {topk}, {plan.backends[index]}, "{config}"]'
+    row = [channels, plan.n_win[index], topk, plan.backends[index], dict(plan.configs[index])]
+    return yaml.safe_dump(row, default_flow_style=True, width=math.inf, sort_keys=True).strip()

@@ -6,9 +6,7 @@ file; the same records always give the same bytes.
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +19,7 @@ from bratune.report import assets
 from bratune.report.panel import Key, Panel
 from bratune.report.sections import Section, sections
 from bratune.report.style import EVIDENCE_WORDS
+from bratune.report.tables import to_csv
 
 __all__ = ["page", "rows_to_csv"]
 
@@ -181,11 +180,7 @@ def _cell(value: Any) -> str:
 
 def rows_to_csv(rows: Sequence[Any]) -> str:
     """Named tuples of one kind as CSV with a header; empty text for None."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0]._fields)
-    writer.writerows(rows)
-    return text.getvalue()
+    return to_csv(rows[0]._fields, rows) + "\n"
 
 
 def _table(header: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bratune.text import for_spreadsheet, one_line
+
 __all__ = ["WIDTH", "Note", "Table", "to_csv", "to_markdown", "to_text"]
 
 WIDTH = 100
@@ -53,7 +55,8 @@ def to_text(table: Table, *, width: int = WIDTH) -> str:
     """Aligned columns for a terminal; they move closer where they would be wider than the width."""
     heads = table.headings
     sizes = [len(head) for head in heads]
-    for row in table.rows:
+    rows = [_on_lines(row) for row in table.rows]
+    for row in rows:
         cells = row.before if isinstance(row, Note) else row
         sizes = [max(size, len(cell)) for size, cell in zip(sizes, _filled(cells, len(heads)), strict=True)]
     gap = "  " if sum(sizes) + 2 * (len(sizes) - 1) <= width else " "
@@ -65,9 +68,9 @@ def to_text(table: Table, *, width: int = WIDTH) -> str:
         ]
         return gap.join(parts)
 
-    lines = [table.title] if table.title else []
+    lines = [one_line(table.title)] if table.title else []
     lines.append(line(heads).rstrip())
-    for row in table.rows:
+    for row in rows:
         if isinstance(row, Note):
             start = line(row.before) + gap
             pieces = textwrap.wrap(row.text, max(30, width - len(start))) or [""]
@@ -82,21 +85,35 @@ def to_markdown(table: Table) -> str:
     """A Markdown table under its title."""
     heads = table.headings
     marks = ["---" if column.startswith("<") else "---:" for column in table.columns]
-    lines = [f"**{table.title}**", ""] if table.title else []
+    lines = [f"**{one_line(table.title)}**", ""] if table.title else []
     lines += [_bar(heads), _bar(marks)]
-    for row in table.rows:
+    for row in map(_on_lines, table.rows):
         cells = (*row.before, row.text) if isinstance(row, Note) else row
         lines.append(_bar(_filled(cells, len(heads))))
     return "\n".join(lines)
 
 
 def to_csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Comma-separated values with a heading; an absent value is an empty cell."""
+    """Comma-separated values with a heading; an absent value is an empty cell.
+
+    A text that a spreadsheet would take for a formula begins with a quote.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows([["" if value is None else value for value in row] for row in rows])
+    writer.writerows([[_shown(value) for value in row] for row in rows])
     return buffer.getvalue().rstrip("\n")
+
+
+def _shown(value: object) -> object:
+    return "" if value is None else for_spreadsheet(value) if isinstance(value, str) else value
+
+
+def _on_lines(row: Row) -> Row:
+    """A row whose cells are on one line each and hold nothing that a terminal would obey."""
+    if isinstance(row, Note):
+        return Note(tuple(map(one_line, row.before)), one_line(" ".join(row.text.split())))
+    return tuple(map(one_line, row))
 
 
 def _filled(cells: Sequence[str], count: int) -> tuple[str, ...]:

@@ -20,8 +20,9 @@ from bratune.errors import PlanError, ProblemError, UsageError
 from bratune.kernels.tuned import SCHEMA, architecture, machine_key, user_plans
 from bratune.machine import Machine
 from bratune.problem import Problem
+from bratune.text import one_line
 from bratune.tune.evidence import Evidence
-from bratune.tune.plan_schema import PLAN_SCHEMA, violations
+from bratune.tune.plan_schema import PLAN_SCHEMA, hidden_texts, violations
 from bratune.tune.setting import Setting
 from bratune.variant import VARIANTS
 
@@ -268,7 +269,7 @@ class Plan:
                 f"{source} has schema {data['schema']} and this version reads up to {SCHEMA}; "
                 "a newer bratune would read it"
             )
-        wrong = violations(data, PLAN_SCHEMA)
+        wrong = [*violations(data, PLAN_SCHEMA), *hidden_texts(data)]
         if wrong:
             raise PlanError(f"{source} cannot be read: {'; '.join(wrong[:3])}")
         if data["model"] not in VARIANTS:
@@ -283,6 +284,8 @@ class Plan:
             values["stages"] = tuple(StagePlan.from_dict(s) for s in data["stages"])
             values["end_to_end"] = EndToEnd.from_dict(data["end_to_end"])
             values["evidence"] = Evidence.from_dict(data["evidence"])
+            for name in ("setting", "default"):
+                _check_configs(values[name], name)
         except (ProblemError, TypeError, UsageError, ValueError) as error:
             raise PlanError(f"{source} cannot be read: {error}") from None
         plan = cls(**values)
@@ -302,7 +305,7 @@ class Plan:
             PlanError: the file cannot be written.
         """
         target = Path(path)
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(_on_lines(self.to_dict()), indent=2, allow_nan=False) + "\n"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(
@@ -319,6 +322,30 @@ class Plan:
         return f"{self.model} at {self.height}x{self.width}, batch {self.batch}, {self.dtype}: {self.setting}"
 
 
+def _on_lines(value: Any) -> Any:
+    """Plain data whose texts are on one line each, as `Plan.from_dict` demands."""
+    if isinstance(value, str):
+        return one_line(value)
+    if isinstance(value, Mapping):
+        return {key: _on_lines(inner) for key, inner in value.items()}
+    return [_on_lines(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _check_configs(setting: Setting, name: str) -> None:
+    """Raise `UsageError` where the settings of a backend are no JSON object of names and plain values."""
+    for i, text in enumerate(setting.configs):
+        try:
+            config = json.loads(text)
+        except (ValueError, RecursionError):
+            config = None
+        plain = isinstance(config, dict) and all(
+            isinstance(value, int | float | str) and not hidden_texts([key, value])
+            for key, value in config.items()
+        )
+        if not plain:
+            raise UsageError(f"{name}.configs[{i}] is not a JSON object of plain values: {text[:60]!r}")
+
+
 def load_plan(path: str | os.PathLike[str]) -> Plan:
     """The plan in a file.
 
@@ -329,7 +356,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         data = json.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise PlanError(f"the plan {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not a plan: it is not JSON ({error})") from None
     return Plan.from_dict(data, source=str(path))
 

@@ -6,10 +6,17 @@ the part of the language that it is written in.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["PLAN_SCHEMA", "violations"]
+from bratune.text import NAME, is_plain, one_line
+
+__all__ = ["PLAN_SCHEMA", "hidden_texts", "violations"]
+
+# Beyond this a number is nothing that was measured, and arithmetic on it overflows.
+_LARGEST = 1e300
 
 
 def _array(items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -18,7 +25,11 @@ def _array(items: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 _INT: dict[str, Any] = {"type": "integer"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 1}
+_NOT_NEGATIVE: dict[str, Any] = {"type": "integer", "minimum": 0}
 _TEXT: dict[str, Any] = {"type": "string"}
+_LETTERS = "a name of letters, digits and ._+-"
+_NAME: dict[str, Any] = {"type": "string", "pattern": NAME, "description": _LETTERS}
+_NAME_OR_NONE: dict[str, Any] = {"type": "string", "pattern": f"^$|{NAME}", "description": _LETTERS}
 _BOOL: dict[str, Any] = {"type": "boolean"}
 _MS: dict[str, Any] = {"type": ["number", "null"], "minimum": 0}
 _PAIR: dict[str, Any] = {"type": ["array", "null"], "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
@@ -29,8 +40,32 @@ def _object(required: Mapping[str, Any], optional: Mapping[str, Any] | None = No
 
 
 _SETTING = _object(
-    {"n_win": _array(_COUNT), "topks": _array(_INT), "backends": _array(_TEXT), "configs": _array(_TEXT)},
+    {
+        "n_win": _array(_COUNT),
+        "topks": _array(_INT),
+        "backends": _array(_NAME_OR_NONE),
+        "configs": _array(_TEXT),
+    },
     {"regime": {"enum": ["eager", "graph", "compile"]}, "layout": {"enum": ["nhwc", "nchw"]}},
+)
+
+_MACHINE = _object(
+    {"kind": {"enum": ["cuda", "cpu"]}, "device": _TEXT, "gpu_key": _NAME, "gpu_name": _TEXT},
+    {
+        "gpu_uuid": _TEXT,
+        "compute_capability": {
+            "type": "string",
+            "pattern": r"^$|^[0-9]+\.[0-9]+$",
+            "description": "two numbers, as 9.0, or empty",
+        },
+        "sm_count": _NOT_NEGATIVE,
+        "memory_gib": {"type": "number", "minimum": 0},
+        "l2_bytes": _NOT_NEGATIVE,
+        "smem_per_block_kib": _NOT_NEGATIVE,
+        "threads": _NOT_NEGATIVE,
+        **{name: _TEXT for name in ("driver", "cuda", "torch", "triton", "python", "bratune", "git_sha")},
+        "git_dirty": {"type": ["boolean", "null"]},
+    },
 )
 
 PLAN_SCHEMA: dict[str, Any] = {
@@ -40,9 +75,9 @@ PLAN_SCHEMA: dict[str, Any] = {
         {
             "kind": {"enum": ["bratune-plan"]},
             "schema": _COUNT,
-            "machine": _object({"kind": _TEXT, "device": _TEXT, "gpu_key": _TEXT, "gpu_name": _TEXT}),
-            "model": _TEXT,
-            "task": _TEXT,
+            "machine": _MACHINE,
+            "model": _NAME,
+            "task": _NAME,
             "resolution": _array(_COUNT, minItems=2, maxItems=2),
             "batch": _COUNT,
             "dtype": {"enum": ["float16", "bfloat16", "float32", "float64"]},
@@ -57,7 +92,7 @@ PLAN_SCHEMA: dict[str, Any] = {
                         "kind": {"enum": ["routed", "full", "conv"]},
                         "n_win": _INT,
                         "topk": _INT,
-                        "backend": _TEXT,
+                        "backend": _NAME_OR_NONE,
                         "config": {"type": "object"},
                     },
                     {
@@ -119,12 +154,14 @@ def violations(value: Any, schema: Mapping[str, Any], where: str = "") -> list[s
     place = where or "the file"
     if "enum" in schema:
         allowed = schema["enum"]
-        return [] if value in allowed else [f"{place} must be one of {', '.join(allowed)}, not {value!r}"]
+        return (
+            [] if value in allowed else [f"{place} must be one of {', '.join(allowed)}, not {_short(value)}"]
+        )
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_is(value, kind) for kind in kinds):
         wanted = " or ".join(_KINDS[kind][1] for kind in kinds)
-        return [f"{place} must be {wanted}, not {value!r}"]
+        return [f"{place} must be {wanted}, not {_short(value)}"]
     found: list[str] = []
     if isinstance(value, Mapping):
         for name in schema.get("required", ()):
@@ -139,9 +176,46 @@ def violations(value: Any, schema: Mapping[str, Any], where: str = "") -> list[s
             found.append(f"{place} must have {low} values, not {len(value)}")
         for i, item in enumerate(value):
             found += violations(item, schema.get("items", {}), f"{place}[{i}]")
+    elif isinstance(value, str):
+        if "pattern" in schema and not re.search(schema["pattern"], value):
+            found.append(f"{place} must be {schema['description']}, not {_short(value)}")
+    elif isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) <= _LARGEST:
+        found.append(f"{place} must be a finite number, not {_short(value)}")
     elif isinstance(value, int | float) and "minimum" in schema and value < schema["minimum"]:
         found.append(f"{place} must be at least {schema['minimum']}, not {value}")
     return found
+
+
+def hidden_texts(value: Any, where: str = "") -> list[str]:
+    """Texts and numbers anywhere in plain data that a plan never holds, each as ``place: what was found``.
+
+    These are characters that are not printed (they end lines, colour terminals or change the direction of
+    writing) and numbers that are not finite, also where the schema says nothing of a value.
+    """
+    place = where or "the file"
+    if isinstance(value, str):
+        return [] if is_plain(value) else [f"{place} holds characters that are not printed: {_short(value)}"]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{place} must be a finite number, not {value}"]
+    found: list[str] = []
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if not is_plain(str(name)):
+                found.append(f"a name in {place} holds characters that are not printed: {_short(name)}")
+            found += hidden_texts(inner, f"{where}.{one_line(str(name))}" if where else one_line(str(name)))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            found += hidden_texts(item, f"{where}[{i}]")
+    return found
+
+
+def _short(value: Any, most: int = 60) -> str:
+    """A value as it is shown in a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number of thousands of digits"
+    return one_line(text if len(text) <= most else f"{text[:most]}...")
 
 
 def _is(value: Any, kind: str) -> bool:

@@ -1,0 +1,43 @@
+"""Text: words that come from files, made harmless where a terminal, a comment or a spreadsheet shows them."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["NAME", "for_spreadsheet", "is_name", "is_plain", "one_line", "printable"]
+
+# What a name from a file may be made of: it becomes part of a path, an identifier or a comment.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
+_NUMBERS = re.compile(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?(,[+-]?[0-9.]+)*")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text may name a task, a backend or a kind of machine."""
+    return re.fullmatch(NAME, text) is not None
+
+
+def is_plain(text: str) -> bool:
+    """Whether every character is printed and none moves, colours or ends a line."""
+    return text.isprintable()
+
+
+def one_line(text: str) -> str:
+    """A text on one line, with every character that is not printed spelled out: an escape as four letters."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable(text: str) -> str:
+    """As `one_line`, but ends of lines and tabs stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" else one_line(c) for c in text)
+
+
+def for_spreadsheet(text: str) -> str:
+    """A text that a spreadsheet shows and does not run: one that begins like a formula gets a quote."""
+    text = one_line(text)
+    if text[:1] in ("=", "+", "-", "@") and not _NUMBERS.fullmatch(text):
+        return f"'{text}"
+    return text
