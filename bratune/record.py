@@ -10,16 +10,29 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from bratune.cell import Cell
 from bratune.errors import StoreError
 from bratune.machine import Machine
+from bratune.text import printable
 
-__all__ = ["EVIDENCE", "OUTCOMES", "SCHEMA", "Record", "field_types", "parse_fields", "utc_now"]
+__all__ = [
+    "EVIDENCE",
+    "LONGEST",
+    "OUTCOMES",
+    "SCHEMA",
+    "TOO_LONG",
+    "Record",
+    "check_fields",
+    "field_types",
+    "parse_fields",
+    "parse_line",
+    "utc_now",
+]
 
 SCHEMA = 1
 # In order of trust. `published` is somebody else's number, read from their files.
@@ -258,17 +271,9 @@ class Record:
         """A row from its fields; fields that a newer version added are ignored.
 
         Raises:
-            StoreError: the schema is newer than this version can read.
+            StoreError: the schema is newer than this version can read, or a field holds what it cannot.
         """
-        _check_schema(data)
-        known = {name: value for name, value in data.items() if name in _KINDS}
-        for name, value in known.items():
-            if value is not None and not isinstance(value, _KINDS[name]):
-                wanted = (
-                    "a text" if _KINDS[name] is str else "yes or no" if _KINDS[name] is bool else "a number"
-                )
-                raise StoreError(f"{name} should be {wanted} and is {value!r}")
-        return cls(**known)
+        return cls._of_checked(check_fields(data))
 
     @classmethod
     def from_json(cls, line: str) -> Record:
@@ -277,7 +282,11 @@ class Record:
         Raises:
             StoreError: the line is not a record.
         """
-        return cls.from_dict(parse_fields(line))
+        return cls._of_checked(parse_fields(line))
+
+    @classmethod
+    def _of_checked(cls, fields: Mapping[str, Any]) -> Record:
+        return cls(**{name: value for name, value in fields.items() if name in _KINDS})
 
 
 def field_types() -> dict[str, type]:
@@ -296,26 +305,107 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+# Never 0 where they are known: a time or a size of 0 is the mark of a broken row, not a measurement.
+_POSITIVE = frozenset(
+    {"median_ms", "ci_lo_ms", "ci_hi_ms", "p10_ms", "p90_ms", "min_ms", "images_per_s", "speedup"}
+    | {"batch", "height", "width", "heads", "head_dim", "stage", "image_height", "image_width"}
+)
+_ANY_SIGN = frozenset({"temp_c", "seed"})
+# Beyond this a number is nothing that was measured, and does not fit a column.
+_LARGEST = float(2**63)
+
+
+# Bytes of a line beyond which it is no record.
+LONGEST = 1 << 24
+# Stands for a line that is longer and was not held in memory.
+TOO_LONG = b"(longer than a record can be)\n"
+
+T = TypeVar("T")
+
+
+def parse_line(raw: bytes, parse: Callable[[str], T]) -> T:
+    """What ``parse``, `Record.from_json` or `parse_fields`, makes of the bytes of a line.
+
+    Raises:
+        StoreError: it is no record; the message says why.
+    """
+    if raw is TOO_LONG or len(raw) > LONGEST:
+        raise StoreError(f"is longer than {LONGEST >> 20} MiB")
+    try:
+        return parse(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise StoreError("is not text") from None
+    except TypeError as error:
+        raise StoreError(str(error)) from None
+
+
 def parse_fields(line: str) -> dict[str, Any]:
     """The fields of a line that `Record.to_json` wrote, those that are empty left out.
 
     Raises:
-        StoreError: the line is not a record, or its schema is newer than this version can read.
+        StoreError: the line is not a record, its schema is newer than this version can read, or a field holds
+            what it cannot.
     """
     try:
-        data = json.loads(line)
+        data = json.loads(line.removeprefix("\ufeff"))  # some editors put this mark at the beginning
     except ValueError as error:
         raise StoreError(f"is not JSON ({error})") from None
+    except RecursionError:
+        raise StoreError("is not a record: it nests too deep") from None
     if not isinstance(data, dict):
         raise StoreError("is not a JSON object, as a record is")
-    _check_schema(data)
-    return data
+    return check_fields(data)
 
 
-def _check_schema(data: Mapping[str, Any]) -> None:
+def check_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as a record may hold them: of the right kind, in range, nothing in a text that a terminal obeys.
+
+    Raises:
+        StoreError: a field holds what it cannot, or the schema is newer than this version can read.
+    """
     schema = data.get("schema", SCHEMA)
-    if not isinstance(schema, int) or schema > SCHEMA:
+    if type(schema) is not int or schema > SCHEMA:
         raise StoreError(
-            f"the records have schema {schema!r} and this version reads up to {SCHEMA}; "
+            f"the records have schema {_short(schema)} and this version reads up to {SCHEMA}; "
             "a newer bratune would read them"
         )
+    checked = dict(data)
+    for name, value in data.items():
+        kind = _KINDS.get(name)
+        if kind is None or value is None:
+            continue
+        if kind is str:
+            if not isinstance(value, str):
+                raise StoreError(f"{name} should be a text and is {_short(value)}")
+            if not value.isprintable():
+                checked[name] = _clean(name, value)
+        elif kind is bool:
+            if not isinstance(value, bool):
+                raise StoreError(f"{name} should be yes or no and is {_short(value)}")
+        elif isinstance(value, bool) or not isinstance(value, int | float):
+            raise StoreError(f"{name} should be a number and is {_short(value)}")
+        elif not -_LARGEST < value < _LARGEST:
+            raise StoreError(f"{name} should be a finite number and is {_short(value)}")
+        elif value <= 0 and name not in _ANY_SIGN and (value < 0 or name in _POSITIVE):
+            raise StoreError(f"{name} should be above 0 and is {value}")
+    for name, words in (("outcome", OUTCOMES), ("evidence", EVIDENCE)):
+        if data.get(name, words[0]) not in words:
+            raise StoreError(f"{name} {_short(data[name])} is not known; these are: {', '.join(words)}")
+    return checked
+
+
+def _clean(name: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise StoreError(f"{name} holds half a character: {_short(text)}") from None
+    return printable(text)
+
+
+def _short(value: Any, most: int = 60) -> str:
+    """A value as a message shows it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -94,4 +95,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> NoReturn:
     """The ``bratune`` program."""
+    warnings.showwarning = _say
     sys.exit(run())
+
+
+def _say(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Show a warning as any other message, without the line of code that gave it."""
+    click.echo(f"bratune: {printable(str(message))}", err=True)

@@ -22,7 +22,7 @@ several = click.argument("paths", nargs=-1, type=click.Path(path_type=Path))
 
 @click.group("cache", context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Look at, merge and prune stored records.
+    """Look at, merge, mend and prune stored records.
 
     A path is a records file or a folder of them; without one, ./runs is meant.
     """
@@ -119,6 +119,27 @@ def prune(paths: tuple[Path, ...], keep: int, yes: bool) -> None:
     for path in record_files(paths or DEFAULT):
         gone, kept = pruned(path, key_of=key_of, keep=keep, rewrite=yes)
         click.echo(f"{gone} rows {verb} {path}, {kept} stay", err=True)
+
+
+@command.command("repair")
+@several
+@click.option("--yes", is_flag=True, help="Rewrite the files; without it, only say what is wrong.")
+def repair(paths: tuple[Path, ...], yes: bool) -> None:
+    """Set lines aside that are no records: cut short, not JSON, a number that is none.
+
+    They go to FILE.bad-lines beside their file, as they are.
+    """
+    from bratune.store import record_files
+    from bratune.store.maintenance import BAD_SUFFIX
+    from bratune.store.maintenance import repair as repaired
+    from bratune.text import one_line
+
+    verb = f"set aside in FILE{BAD_SUFFIX}" if yes else "would be set aside"
+    for path in record_files(paths or DEFAULT):
+        found = repaired(path, rewrite=yes)
+        for number, why in found:
+            click.echo(one_line(f"{path}, line {number}: {why}"))
+        click.echo(f"{path}: {len(found)} lines {verb}", err=True)
 
 
 @command.command("compact")

@@ -8,6 +8,7 @@ from pathlib import Path
 from bratune.errors import PlanError, UnknownNameError
 from bratune.export import hydra, mmdet, mmseg, timm, yolo
 from bratune.export.fields import identifier
+from bratune.files import write_text
 from bratune.tune.plan import Plan
 
 __all__ = ["TARGETS", "export"]
@@ -62,8 +63,7 @@ def export(
         return plan.save(path)
     text = texts[target]()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
+        write_text(path, text)
     except OSError as error:
         raise PlanError(f"the export cannot be written to {path}: {error.strerror or error}") from None
     return path

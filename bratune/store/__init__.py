@@ -2,11 +2,11 @@
 
 from bratune.store.lines import (
     SAMPLES_SUFFIX,
+    Batch,
     Store,
     batches,
-    cut_torn_line,
     locked,
-    one_by_one,
+    mend_end,
     read,
     read_fields,
     read_records,
@@ -15,11 +15,11 @@ from bratune.store.lines import (
 
 __all__ = [
     "SAMPLES_SUFFIX",
+    "Batch",
     "Store",
     "batches",
-    "cut_torn_line",
     "locked",
-    "one_by_one",
+    "mend_end",
     "read",
     "read_fields",
     "read_records",

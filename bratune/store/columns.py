@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bratune.errors import StoreError, UnknownNameError
-from bratune.record import SCHEMA, Record, field_types
+from bratune.record import LONGEST, SCHEMA, Record, check_fields, field_types
+from bratune.text import printable
 
 if TYPE_CHECKING:
     import numpy
@@ -31,6 +31,8 @@ _MEMORY = 100_000
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _BEGINNING = f'{{"schema":{SCHEMA},'.encode()
 _ANOTHER = b'{"schema":'
+# What only damaged lines hold, or lines that have to be looked at: zeros, and halves of characters.
+_SUSPECT = (b"\0", b"\\ud", b"\\uD")
 
 
 class Unusual(Exception):
@@ -43,16 +45,15 @@ def parse_together(lines: Sequence[bytes]) -> list[dict[str, Any]]:
     Raises:
         Unusual: one of them is not a record of a schema that this version reads.
     """
+    if max(map(len, lines), default=0) > LONGEST:
+        raise Unusual
     try:
         found = json.loads(b"[%b]" % b",".join(lines))
-    except ValueError:
-        raise Unusual from None
-    if len(found) != len(lines):
-        raise Unusual
-    for fields in found:
-        if type(fields) is not dict or fields.get("schema", SCHEMA) not in range(SCHEMA + 1):
+        if len(found) != len(lines) or not all(type(fields) is dict for fields in found):
             raise Unusual
-    return typing.cast(list[dict[str, Any]], found)
+        return [check_fields(fields) for fields in found]
+    except (ValueError, RecursionError, StoreError):
+        raise Unusual from None
 
 
 class Columns:
@@ -90,6 +91,11 @@ class Columns:
             self.add_rows(parse_together(lines))
             return
         values: dict[str, list[Any]] = {name: [] for name in self.names}
+        together = b"".join(lines)
+        if len(together) > LONGEST and max(map(len, lines)) > LONGEST:
+            raise Unusual
+        if any(mark in together for mark in _SUSPECT):
+            raise Unusual
         targets = [
             (f',"{name}":'.encode(), len(name) + 4, kind is float, self._defaults[name], values[name].append)
             for name, kind in self._kinds.items()
@@ -103,7 +109,10 @@ class Columns:
             for key, length, number, default, append in targets:
                 at = find(key)
                 append(default if at < 0 else self._value(line, at + length, number))
-        self._keep(values)
+        try:
+            self._keep(values, checked=False)
+        except StoreError:
+            raise Unusual from None
 
     def add_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take in fields that were parsed.
@@ -155,13 +164,16 @@ class Columns:
                     self._known.clear()
                 value = self._known[text] = json.loads(text)
                 if type(value) is str:
-                    value = self._known[text] = sys.intern(value)
+                    value = self._known[text] = sys.intern(printable(value))
             return value
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Unusual from None
 
-    def _keep(self, values: Mapping[str, list[Any]]) -> None:
+    def _keep(self, values: Mapping[str, list[Any]], *, checked: bool = True) -> None:
         made = {name: _array(column, self._kinds[name], name) for name, column in values.items()}
+        if not checked:
+            for name, column in made.items():
+                _require_range(name, column, values[name])
         for name, column in made.items():
             self._chunks[name].append(column)
 
@@ -191,6 +203,23 @@ def _array(values: list[Any], kind: type, name: str) -> numpy.ndarray[Any, Any]:
     except (ValueError, TypeError, OverflowError):
         wrong = next((v for v in values if v is not None and not isinstance(v, int | float)), values[0])
         raise StoreError(f"{name} of a record should be a number and is {wrong!r}") from None
+
+
+def _require_range(name: str, column: numpy.ndarray[Any, Any], values: Sequence[Any]) -> None:
+    """Raise `StoreError` where a column holds what `bratune.record.check_fields` refuses, or could."""
+    import numpy
+
+    if column.dtype == object:
+        known = {value for value in values if value is not None}
+        for value in known:
+            check_fields({name: value})
+    elif column.dtype.kind in "if" and column.size:
+        absent = int(numpy.isnan(column).sum())
+        if absent != values.count(None):  # NaN was written
+            raise StoreError(f"{name} should be a finite number")
+        if absent < column.size:
+            for value in (numpy.nanmin(column), numpy.nanmax(column)):
+                check_fields({name: value.item()})
 
 
 def _texts(pandas: Any, values: numpy.ndarray[Any, Any]) -> Any:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
 from bratune.errors import StoreError
-from bratune.record import Record, parse_fields
+from bratune.record import LONGEST, SCHEMA, Record, parse_fields, parse_line
 
 __all__ = ["Index"]
 
 _BATCH_BYTES = 1 << 23
+_BEGINNING = f'{{"schema":{SCHEMA},'.encode()
 _NAME = b',"cell_id":"'
 _STARTED = b',"outcome":"started"'
 # The outcome stands a few short fields behind the name of the cell.
@@ -32,7 +34,7 @@ class Index:
         path: A file of records; one that is missing holds none.
 
     Raises:
-        StoreError: the file cannot be read, or a line that is not the last is not a record.
+        StoreError: the file cannot be read. A line that is no record is left out, with a warning.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -51,7 +53,7 @@ class Index:
         """The finished rows of a cell, in the order written.
 
         Raises:
-            StoreError: a row cannot be read.
+            StoreError: the file cannot be read.
         """
         with self._lock:
             self._look_again()
@@ -62,12 +64,14 @@ class Index:
         if found is None or self._file is None:
             return []
         rows = []
-        try:
-            for place in [found] if isinstance(found, int) else found:
+        for place in [found] if isinstance(found, int) else found:
+            try:
                 self._file.seek(place)
-                rows.append(Record.from_json(self._file.readline().decode("utf-8")))
-        except (OSError, UnicodeDecodeError, TypeError, StoreError) as error:
-            raise StoreError(f"a row of {self.path} cannot be read: {error}") from None
+                rows.append(parse_line(self._file.readline(LONGEST + 1), Record.from_json))
+            except OSError as error:
+                raise StoreError(f"a row of {self.path} cannot be read: {error}") from None
+            except StoreError as error:
+                warnings.warn(f"{self.path}, a row of {cell_id}: {error}; it is left out", stacklevel=4)
         return rows
 
     def _look_again(self) -> None:
@@ -106,14 +110,16 @@ class Index:
     def _name_in(self, line: bytes) -> bytes:
         """The cell that a line is the outcome of; nothing for any other line."""
         start = line.find(_NAME) + len(_NAME)
-        if start >= len(_NAME) and line.startswith(b'{"schema":1,') and line.endswith(b"}\n"):
+        if start >= len(_NAME) and line.startswith(_BEGINNING) and line.endswith(b"}\n"):
             end = line.find(b'"', start)
             return b"" if line.find(_STARTED, end, end + _NEAR) >= 0 else line[start:end]
         if not line.strip():
             return b""
         try:
-            fields = parse_fields(line.decode("utf-8"))
-        except (StoreError, UnicodeDecodeError) as error:
-            what = "is not text" if isinstance(error, UnicodeDecodeError) else str(error)
-            raise StoreError(f"{self.path}, line {self._seen_lines}: {what}") from None
+            fields = parse_line(line, parse_fields)
+        except StoreError as error:
+            warnings.warn(
+                f"{self.path}, line {self._seen_lines}: {error}; this line is left out", stacklevel=5
+            )
+            return b""
         return b"" if fields.get("outcome") == "started" else str(fields.get("cell_id", "")).encode()

@@ -1,34 +1,38 @@
 """Store: append-only JSON Lines, one record per line, written the moment it is known.
 
 Writers take a file lock and flush to disk, so that several processes may share a file and a killed
-process loses at most the cell in flight. A torn last line (a process died while writing) is cut off by the
-next writer and skipped by readers. Raw samples go to ``<name>.samples.jsonl`` beside the records.
+process loses at most the cell in flight. The beginning of a record at the end of a file (a process died
+while writing) is cut off by the next writer and skipped by readers; nothing else is ever deleted, and a file
+that holds no records is not written to. A line that is no record costs that line: readers name it and go on,
+`bratune cache repair` sets it aside. Raw samples go to ``<name>.samples.jsonl`` beside the records.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from bratune.errors import StoreError
-from bratune.record import Record, parse_fields
+from bratune.record import LONGEST, TOO_LONG, Record, check_fields, parse_fields, parse_line
 from bratune.store.index import Index
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = [
+    "Batch",
     "Store",
     "batches",
-    "cut_torn_line",
     "locked",
-    "one_by_one",
+    "mend_end",
     "read",
     "read_fields",
     "read_records",
@@ -45,7 +49,8 @@ class Store:
         path: The ``.jsonl`` file; it and its folder are made when missing.
 
     Raises:
-        StoreError: the file cannot be written. Raised here, before anything is measured.
+        StoreError: the file cannot be written, or it holds something else than records. Raised here, before
+            anything is measured.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -53,7 +58,8 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with locked(self.path) as fd:
-                cut_torn_line(fd)
+                _require_records(fd, self.path)
+                mend_end(fd)
         except OSError as error:
             raise self._failure("be written", error) from None
 
@@ -71,7 +77,7 @@ class Store:
                 "samples_ms": [float(f"{s:.6g}") for s in samples_ms],
             }
             self._append_line(self.samples_path, json.dumps(line, separators=(",", ":")))
-        self._append_line(self.path, record.to_json())
+        self._append_line(self.path, _line_of(record))
 
     def extend(self, records: Iterable[Record]) -> None:
         """Write several records in one step; on return all are on disk.
@@ -79,7 +85,7 @@ class Store:
         Raises:
             StoreError: the disk is full or the file went away; earlier records are intact.
         """
-        lines = [record.to_json() for record in records]
+        lines = [_line_of(record) for record in records]
         if lines:
             self._append_line(self.path, "\n".join(lines))
 
@@ -100,7 +106,7 @@ class Store:
         data = line.encode() + b"\n"
         try:
             with locked(path) as fd:
-                end = cut_torn_line(fd)
+                end = mend_end(fd)
                 try:
                     written = 0
                     while written < len(data):
@@ -117,6 +123,15 @@ class Store:
         return StoreError(f"records cannot {verb} to {self.path}: {error.strerror or error}")
 
 
+def _line_of(record: Record) -> str:
+    """A record as a line; raises `StoreError` for one that no reader would take."""
+    try:
+        check_fields(record.to_dict())
+    except StoreError as error:
+        raise StoreError(f"the row of cell {record.cell_id} is no record: {error}") from None
+    return record.to_json()
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[int]:
     """The descriptor of a file, made when missing, that no other writer touches meanwhile.
@@ -125,7 +140,7 @@ def locked(path: Path) -> Iterator[int]:
         OSError: the file cannot be opened, or its file system has no locks.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)
@@ -149,8 +164,12 @@ def _is_at(fd: int, path: Path) -> bool:
         return False
 
 
-def cut_torn_line(fd: int) -> int:
-    """Drop what follows the last newline; returns the length of the file after it."""
+def mend_end(fd: int) -> int:
+    """Make a file end with a whole line; returns the length of the file after it.
+
+    What follows the last newline is completed where it is a whole record, cut off where it is the beginning
+    of one or a block of zeros (which a crash of the machine leaves), and otherwise kept as a line of its own.
+    """
     size = os.fstat(fd).st_size
     end = size
     while end > 0:
@@ -161,9 +180,39 @@ def cut_torn_line(fd: int) -> int:
             end = start + at + 1
             break
         end = start
-    if end != size:
+    if end == size:
+        return size
+    if size - end <= LONGEST and _is_torn(os.pread(fd, size - end, end)):
         os.ftruncate(fd, end)
-    return end
+        return end
+    os.pwrite(fd, b"\n", size)  # at the end wherever the file is open for appending
+    return size + 1
+
+
+def _is_torn(tail: bytes) -> bool:
+    """Whether bytes are the beginning of a record, or nothing, with no whole value in them."""
+    if not tail.strip(b"\0 \t\r"):
+        return True
+    if not tail.startswith(b"{"):
+        return False
+    try:
+        json.JSONDecoder().raw_decode(tail.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def _require_records(fd: int, path: Path) -> None:
+    """Raise `StoreError` where a file holds something, and nothing at its beginning is a record."""
+    head = os.pread(fd, _HEAD_BYTES, 0)
+    *lines, last = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    only = not any(lines) and len(head) < _HEAD_BYTES  # a writer may have died in its first line
+    if not head.strip() or (only and any(b.startswith(last) for b in _BEGINNINGS)):
+        return
+    if not any(line.lstrip(b"\0 ").startswith(_BEGINNINGS) for line in (*lines, last)):
+        raise StoreError(
+            f"{path} holds something else than records and is left as it is; another file name would work"
+        )
 
 
 def record_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -190,10 +239,11 @@ def read_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Record]:
     """Every record of files and folders, in the order written, "started" lines included.
 
     Raises:
-        StoreError: a path cannot be read, or a line that is not the last is not a record.
+        StoreError: a path cannot be read, or a file holds lines and none is a record. Single lines that are
+            none are left out, with a warning that names them.
     """
-    for path, number, lines in batches(paths):
-        yield from one_by_one(path, number, lines, Record.from_json)
+    for batch in batches(paths):
+        yield from batch.one_by_one(Record.from_json)
 
 
 def read(
@@ -220,11 +270,12 @@ def read(
 
     several = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     made = Columns(columns, started=started)
-    for path, number, lines in batches(several):
+    for batch in batches(several):
         try:
-            made.add_lines(lines)
+            made.add_lines(batch.lines)
+            batch.all_good()
         except Unusual:
-            made.add_rows(one_by_one(path, number, lines, parse_fields))
+            made.add_rows(batch.one_by_one(parse_fields))
     return made.table()
 
 
@@ -236,44 +287,111 @@ def read_fields(paths: Iterable[str | os.PathLike[str]]) -> Iterator[dict[str, A
     """
     from bratune.store.columns import Unusual, parse_together
 
-    for path, number, lines in batches(paths):
+    for batch in batches(paths):
         try:
-            yield from parse_together(lines)
+            rows = parse_together(batch.lines)
+            batch.all_good()
         except Unusual:
-            yield from one_by_one(path, number, lines, parse_fields)
+            rows = list(batch.one_by_one(parse_fields))
+        yield from rows
 
 
 T = TypeVar("T")
 
 # Bytes of lines that are read at a time.
 _BATCH_BYTES = 1 << 21
+# What is looked at to tell records from other files, and how lines of records and of samples begin.
+_HEAD_BYTES = 1 << 16
+_BEGINNINGS = (b'{"schema":', b'{"schema" :', b'{"run_id":', b'{"cell_id":', b'{"outcome":')
+# Lines of a file that are named, each in a warning of its own; of more, the number.
+_NAMED = 3
 
 
-def batches(
-    paths: Iterable[str | os.PathLike[str]], size: int = _BATCH_BYTES
-) -> Iterator[tuple[Path, int, list[bytes]]]:
-    """Lines of files and folders, many at a time: their file, the number of the first, and the lines."""
+@dataclass
+class _Tally:
+    """Lines of one file so far: records, and others, the first of them in words."""
+
+    good: int = 0
+    bad: int = 0
+    first: str = ""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Lines of a file.
+
+    Attributes:
+        path: The file.
+        number: Of the first line, from 1.
+        lines: As they are, with their ends.
+    """
+
+    path: Path
+    number: int
+    lines: list[bytes]
+    _tally: _Tally = field(default_factory=_Tally)
+
+    def all_good(self) -> None:
+        """Say that every line is a record."""
+        self._tally.good += len(self.lines)
+
+    def one_by_one(self, parse: Callable[[str], T]) -> Iterator[T]:
+        """What ``parse`` makes of every line; those that are no records are left out with a warning."""
+        for number, raw in enumerate(self.lines, start=self.number):
+            if not raw.strip():
+                continue
+            try:
+                value = parse_line(raw, parse)
+            except StoreError as error:
+                if not raw.endswith(b"\n") and _is_torn(raw):  # only a writer that died leaves such a line
+                    warnings.warn(f"{self.path}: the last line is torn and was skipped", stacklevel=3)
+                    continue
+                self._tally.bad += 1
+                text = f"{self.path}, line {number}: {error}"
+                self._tally.first = self._tally.first or text
+                if self._tally.bad <= _NAMED:
+                    warnings.warn(f"{text}; this line is left out", stacklevel=3)
+                continue
+            self._tally.good += 1
+            yield value
+
+
+def batches(paths: Iterable[str | os.PathLike[str]], size: int | None = None) -> Iterator[Batch]:
+    """Lines of files and folders, many at a time.
+
+    Raises:
+        StoreError: a path cannot be read, or a file holds lines and none is a record.
+    """
     for path in record_files(paths):
-        number = 1
+        tally, number = _Tally(), 1
         try:
             with path.open("rb") as file:
-                while lines := file.readlines(size):
-                    yield path, number, lines
+                for lines in _lines(file, size or _BATCH_BYTES):
+                    yield Batch(path, number, lines, tally)
                     number += len(lines)
         except OSError as error:
             raise StoreError(f"records cannot be read from {path}: {error.strerror or error}") from None
+        if tally.bad and not tally.good:
+            raise StoreError(tally.first)
+        if tally.bad > _NAMED:
+            warnings.warn(f"{path}: {tally.bad} lines are no records and are left out", stacklevel=3)
+        if tally.bad:
+            warnings.warn(f"bratune cache repair {path} sets lines aside that are no records", stacklevel=3)
 
 
-def one_by_one(path: Path, first: int, lines: Iterable[bytes], parse: Callable[[str], T]) -> Iterator[T]:
-    """What ``parse`` makes of every line; a torn last line is skipped with a warning."""
-    for number, raw in enumerate(lines, start=first):
-        if not raw.strip():
-            continue
-        try:
-            yield parse(raw.decode("utf-8"))
-        except (StoreError, TypeError, UnicodeDecodeError) as error:
-            if not raw.endswith(b"\n"):  # only a writer that died leaves such a line
-                warnings.warn(f"{path}: the last line is torn and was skipped", stacklevel=3)
-                continue
-            what = "is not text" if isinstance(error, UnicodeDecodeError) else str(error)
-            raise StoreError(f"{path}, line {number}: {what}") from None
+def _lines(file: BinaryIO, size: int) -> Iterator[list[bytes]]:
+    """Lines of a file, as many together as have about so many bytes; an endless one is not held."""
+    rest, skipping = b"", False
+    while block := file.read(size):
+        if skipping:
+            _, newline, block = block.partition(b"\n")
+            skipping = not newline
+        whole, newline, tail = (rest + block).rpartition(b"\n")
+        if newline:
+            yield io.BytesIO(whole + newline).readlines()
+        rest = tail
+        if len(rest) > LONGEST:
+            yield [TOO_LONG]
+            rest, skipping = b"", True
+    if rest:
+        yield [rest]

@@ -7,17 +7,21 @@ import dataclasses
 import hashlib
 import io
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bratune.errors import MissingPackageError, StoreError
-from bratune.record import SCHEMA, Record, field_types, parse_fields
-from bratune.store import Store, batches, cut_torn_line, locked, one_by_one, read_fields, read_records
+from bratune.files import new_file_beside
+from bratune.record import SCHEMA, Record, field_types, parse_fields, parse_line
+from bratune.store import SAMPLES_SUFFIX, Store, batches, locked, mend_end, read_fields, read_records
+from bratune.text import is_name
 
-__all__ = ["compact", "import_records", "merge", "prune"]
+__all__ = ["BAD_SUFFIX", "compact", "import_records", "merge", "prune", "repair"]
+
+# Where `repair` puts lines that are no records: after the name of their file.
+BAD_SUFFIX = ".bad-lines"
 
 Paths = Iterable[str | os.PathLike[str]]
 
@@ -48,13 +52,20 @@ def import_records(into: Path, paths: Paths) -> dict[Path, int]:
         Rows added, by file.
 
     Raises:
-        StoreError: a file cannot be read or written, or a row does not say which machine it is of.
+        StoreError: a file cannot be read or written, or a row does not say which machine it is of, or says it
+            so that it would lead out of the folder.
     """
     several = list(paths)
     for fields in read_fields(several):
-        if not fields.get("gpu_key"):
+        key = fields.get("gpu_key")
+        if not key or not is_name(key):
             named = fields.get("cell_id") or "(without an id)"
-            raise StoreError(f"row {named} does not say which machine it is of")
+            said = (
+                f"says that it is of {key!r}, which is no key"
+                if key
+                else "does not say which machine it is of"
+            )
+            raise StoreError(f"row {named} {said}")
     added: dict[Path, _Additions] = {}
     for row in read_records(several):
         path = into / row.gpu_key / "records.jsonl"
@@ -81,27 +92,91 @@ def prune(
         return keeps.count(False), keeps.count(True)
     try:
         with locked(path) as fd:  # nobody appends between reading and replacing
-            cut_torn_line(fd)
+            mend_end(fd)
             keeps = _keeps(path, keep, key_of)
             if not all(keeps):
-                with path.open(encoding="utf-8") as file:
-                    rows = (line for line in file if line.strip())
-                    _replace(path, (line for line, kept in zip(rows, keeps, strict=True) if kept))
+                with path.open("rb") as file:
+                    _replace(path, (line for line, kept in zip(file, keeps, strict=True) if kept))
     except OSError as error:
         raise StoreError(f"records cannot be written to {path}: {error.strerror or error}") from None
     return keeps.count(False), keeps.count(True)
 
 
+def repair(path: Path, *, rewrite: bool = True) -> list[tuple[int, str]]:
+    """Set lines aside that are no records, so that the file holds records only.
+
+    They go, as they are, to the end of a file beside it (`BAD_SUFFIX`), before they leave this one. A record
+    at the end that lacks its newline is completed, half a record there is set aside too.
+
+    Args:
+        path: The file.
+        rewrite: False only looks.
+
+    Returns:
+        The number of every such line and why it is no record.
+
+    Raises:
+        StoreError: the file cannot be read or written, or no line of it is a record.
+    """
+    if path.name.endswith(SAMPLES_SUFFIX):
+        raise StoreError(f"{path} holds samples, not records")
+    try:
+        with locked(path) if rewrite else contextlib.nullcontext():
+            found, good = [], 0
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if why := _why_no_record(line):
+                        found.append((number, why))
+                    else:
+                        good += bool(line.strip())
+            if found and not good:
+                raise StoreError(f"{path} is left as it is: none of its lines is a record ({found[0][1]})")
+            if found and rewrite:
+                bad = {number for number, _ in found}
+                with path.open("rb") as file, open(f"{path}{BAD_SUFFIX}", "ab") as aside:
+                    for number, line in enumerate(file, start=1):
+                        if number in bad:
+                            aside.write(line if line.endswith(b"\n") else line + b"\n")
+                    aside.flush()
+                    os.fsync(aside.fileno())
+                    file.seek(0)
+                    _replace(path, (_ended(line) for n, line in enumerate(file, start=1) if n not in bad))
+            return found
+    except OSError as error:
+        raise StoreError(f"records cannot be written to {path}: {error.strerror or error}") from None
+
+
+def _why_no_record(line: bytes) -> str:
+    """Why a line is no record; empty for one, and for an empty line."""
+    if not line.strip():
+        return ""
+    try:
+        parse_line(line, Record.from_json)
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
+def _ended(line: bytes) -> bytes:
+    line = line.removeprefix(b"\xef\xbb\xbf")
+    return line if line.endswith(b"\n") else line + b"\n"
+
+
 def _keeps(path: Path, keep: int, key_of: Callable[[Record], str]) -> list[bool]:
-    """Of every row of a file, whether it stays."""
+    """Of every line of a file, whether it stays; one that is no record does."""
     keys: list[tuple[str, str] | str] = []  # of a line "started", its run and cell; else what replaces it
     done: set[tuple[str, str]] = set()
-    for row in read_records([path]):
-        if row.outcome == "started":
-            keys.append((row.run_id, row.cell_id))
-        else:
-            done.add((row.run_id, row.cell_id))
-            keys.append(key_of(row) if row.cell else "")
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = parse_line(line, Record.from_json)
+                if row.outcome == "started":
+                    keys.append((row.run_id, row.cell_id))
+                else:
+                    keys.append(key_of(row) if row.cell else "")
+                    done.add((row.run_id, row.cell_id))
+            except (StoreError, ValueError):  # no record, or none of a cell: `repair` is for these
+                keys.append("")
     keeps: list[bool] = []
     later: dict[str, int] = defaultdict(int)
     for key in reversed(keys):
@@ -155,21 +230,23 @@ def _tables(pyarrow: Any, paths: Paths) -> Iterator[Any]:
     schema = _schema(pyarrow)
     parse = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     defaults = {f.name: f.default for f in dataclasses.fields(Record) if f.default is not None}
-    for path, number, lines in batches(paths, _PARSED_BYTES):
+    for batch in batches(paths, _PARSED_BYTES):
         try:
-            whole = b"".join(lines) if lines[-1].endswith(b"\n") else b""
+            whole = b"".join(batch.lines) if batch.lines[-1].endswith(b"\n") else b""
             found = json.read_json(io.BytesIO(whole), parse_options=parse)
             if compute.max(found["schema"]).as_py() not in (None, *range(SCHEMA + 1)):
                 raise pyarrow.ArrowInvalid
         except (
             pyarrow.ArrowInvalid
         ):  # a line that is torn, of a newer schema or no record: which, is said here
-            rows = list(one_by_one(path, number, lines, parse_fields))
+            rows = list(batch.one_by_one(parse_fields))
             columns = {name: [row.get(name) for row in rows] for name in schema.names}
             try:
                 found = pyarrow.Table.from_pydict(columns, schema=schema)
             except pyarrow.ArrowException as error:
-                raise StoreError(f"a record of {path} holds what it should not: {error}") from None
+                raise StoreError(f"a record of {batch.path} holds what it should not: {error}") from None
+        else:
+            batch.all_good()
         for name, default in defaults.items():
             place = schema.get_field_index(name)
             found = found.set_column(place, schema.field(place), compute.fill_null(found[name], default))
@@ -220,9 +297,9 @@ def _digest(row: Record) -> bytes:
     return hashlib.blake2b(row.to_json().encode(), digest_size=16).digest()
 
 
-def _replace(path: Path, lines: Iterable[str]) -> None:
+def _replace(path: Path, lines: Iterable[bytes]) -> None:
     """Put new content in the place of a file, all or nothing."""
-    with _in_place_of(path) as name, open(name, "w", encoding="utf-8") as file:
+    with _in_place_of(path) as name, open(name, "wb") as file:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
@@ -231,11 +308,11 @@ def _replace(path: Path, lines: Iterable[str]) -> None:
 @contextlib.contextmanager
 def _in_place_of(path: Path) -> Iterator[str]:
     """A name to write under; what was written there takes the place of a file if nothing goes wrong."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    name = new_file_beside(path)
     try:
         yield name
-        os.chmod(name, path.stat().st_mode if path.exists() else 0o644)
+        if path.exists():
+            os.chmod(name, path.stat().st_mode)
         os.replace(name, path)
     except BaseException:  # Ctrl-C too leaves nothing behind
         os.unlink(name)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bratune.errors import PlanError, ProblemError, UsageError
+from bratune.files import write_text
 from bratune.kernels.tuned import SCHEMA, architecture, machine_key, user_plans
 from bratune.machine import Machine
 from bratune.problem import Problem
@@ -307,13 +307,7 @@ class Plan:
         target = Path(path)
         text = json.dumps(_on_lines(self.to_dict()), indent=2, allow_nan=False) + "\n"
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=target.parent, prefix=".plan-", delete=False
-            ) as half:
-                half.write(text)
-            os.chmod(half.name, 0o644)
-            os.replace(half.name, target)
+            write_text(target, text)
         except OSError as error:
             raise PlanError(f"the plan cannot be written to {target}: {error.strerror or error}") from None
         return target

@@ -185,13 +185,13 @@ def test_compact_skips_a_torn_line_and_names_a_broken_one(tmp_path: Path) -> Non
         assert upkeep.compact([path], target) == 1
     for line, message in (
         ("]", "line 3: is not JSON"),
-        ('{"schema":2}', "schema 2"),
-        ('{"schema":1,"median_ms":"fast"}', "holds what it should not"),
+        ('{"schema":99}', "schema 99"),
+        ('{"schema":1,"median_ms":"fast"}', "line 3: median_ms should be a number"),
     ):
         written(path)  # cuts the torn line
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]) + line + "\n")
-        with pytest.raises(StoreError, match=message):
-            upkeep.compact([path], target)
+        with pytest.warns(UserWarning, match=message):
+            assert upkeep.compact([path], target) == 1
     assert len(pandas.read_parquet(target)) == 1  # the copy from before is still there
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.parquet"]
 

@@ -24,9 +24,9 @@ def row(number: int, **values: object) -> Record:
 
 def test_rows_come_back_in_the_order_written(tmp_path: Path) -> None:
     store = Store(tmp_path / "deep" / "er" / "records.jsonl")
-    for number in range(5):
+    for number in range(1, 6):
         store.append(row(number))
-    assert [r.median_ms for r in store.records()] == [0, 1, 2, 3, 4]
+    assert [r.median_ms for r in store.records()] == [1, 2, 3, 4, 5]
 
 
 def test_samples_go_beside_the_records_and_are_not_read_as_records(tmp_path: Path) -> None:
@@ -53,16 +53,31 @@ def test_a_torn_line_longer_than_the_search_block_is_cut(tmp_path: Path) -> None
     Store(path).append(row(1))
     whole = path.read_bytes()
     with path.open("ab") as file:
-        file.write(b"x" * 200_000)
+        file.write(b'{"schema":1,"reason":"' + b"x" * 200_000)
     Store(path)
     assert path.read_bytes() == whole
 
 
-def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_broken_line_in_the_middle_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text(row(1).to_json() + "\nnot json\n" + row(2).to_json() + "\n")
-    with pytest.raises(StoreError, match="line 2"):
+    with pytest.warns(UserWarning, match="line 2: is not JSON"):
+        found = list(read_records([path]))
+    assert [r.median_ms for r in found] == [1, 2]
+
+
+def test_a_file_without_a_single_record_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text("not json\nnor this\n")
+    with pytest.warns(UserWarning, match="line 2"), pytest.raises(StoreError, match="line 1: is not JSON"):
         list(read_records([path]))
+
+
+def test_a_row_that_no_reader_would_take_is_not_written(tmp_path: Path) -> None:
+    store = Store(tmp_path / "records.jsonl")
+    with pytest.raises(StoreError, match="median_ms should be above 0 and is 0"):
+        store.append(row(0))
+    assert store.records() == []
 
 
 def test_started_lines_are_left_out_of_the_table_unless_asked_for(tmp_path: Path) -> None:
@@ -109,7 +124,7 @@ def test_a_full_disk_leaves_earlier_records_intact(tmp_path: Path) -> None:
 
 def _write(path: Path, writer: int) -> None:
     store = Store(path)
-    for number in range(20):
+    for number in range(1, 21):
         store.append(row(100 * writer + number, reason="x" * 2000))
 
 
