@@ -99,6 +99,6 @@ def main() -> NoReturn:
     sys.exit(run())
 
 
-def _say(message: Warning | str, category: type[Warning], *where: Any) -> None:
+def _say(message: Warning | str, *about: Any, **more: Any) -> None:
     """Show a warning as any other message, without the line of code that gave it."""
     click.echo(f"bratune: {printable(str(message))}", err=True)
