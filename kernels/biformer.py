@@ -21,7 +21,7 @@ from bratune.backend import Config
 from bratune.errors import ProblemError, UnknownNameError
 from bratune.kernels.backbone import Backbone, drop_path_rates, per_stage
 from bratune.kernels.blocks import Block
-from bratune.kernels.checkpoint import load_weights
+from bratune.kernels.checkpoint import classes_of, load_weights
 from bratune.kernels.stl import BiFormerSTL, NCHWBiFormerSTL
 from bratune.problem import ceil_div, split_map
 from bratune.variant import Variant, get_variant
@@ -231,7 +231,8 @@ def build(
         pretrained: A weights file; see `bratune.kernels.checkpoint.load_weights`.
         trust_checkpoint: Let the file run code of its own while it is read.
         overrides: Arguments of the model's constructor that shall differ from the published ones. For
-            every model, ``n_win`` is S, one or one per stage.
+            every model, ``n_win`` is S, one or one per stage. Without ``num_classes`` there are as many as
+            the weights file has.
 
     Raises:
         UnknownNameError: no model, or no argument, has this name.
@@ -246,6 +247,9 @@ def build(
     for key in overrides:
         if key not in known:
             raise UnknownNameError(f"argument of {name}", key, known)
+    if pretrained is not None and "num_classes" not in overrides:
+        classes = classes_of(pretrained, trust=trust_checkpoint)
+        overrides |= {} if classes is None else {"num_classes": classes}
     model = kind(**{**arguments, **overrides})
     if pretrained is not None:
         load_weights(model, pretrained, trust=trust_checkpoint)

@@ -1,13 +1,17 @@
 """Weights files: the official checkpoints and those of the dense-task frameworks, read safely.
 
-By default nothing in a file is executed: only tensors and plain values are read. Official training
-checkpoints also hold the arguments of their run (``argparse.Namespace`` or OmegaConf), which needs the
-caller's consent.
+By default nothing in a file is executed: only tensors and plain values are read. What official training
+checkpoints hold beside the weights, the arguments of their run (``argparse.Namespace`` or OmegaConf) and
+numbers of NumPy, is read into objects that hold nothing. A whole model (``torch.save(model)``, or the
+``model`` and ``ema`` of YOLO trainers) is code and data of its author, and needs the caller's consent.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import pickle
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,15 +23,42 @@ from torch import Tensor, nn
 
 from bratune.errors import CheckpointError, UnknownNameError
 
-__all__ = ["Loaded", "convert_stl", "load_weights", "read_weights"]
+__all__ = ["TRUST_VARIABLE", "Loaded", "classes_of", "convert_stl", "load_weights", "read_weights"]
+
+# Set to 1, weights files may run code of their own in this process and in those that it starts.
+TRUST_VARIABLE = "BRATUNE_TRUST_CHECKPOINT"
 
 # Where frameworks put the weights, most telling first; a bare state dict has none of these.
 _WRAPPERS = ("model", "state_dict")
+_AVERAGED = ("model_ema", "ema")
 _PREFIXES = ("module.", "backbone.", "_orig_mod.")
 # Of these a backbone has its own (extra_norms) and a classifier its own (norm, head): between the
 # two, they are expected to differ.
 _CLASSIFIER_ONLY = ("norm.", "head.")
 _BACKBONE_ONLY = ("extra_norms.",)
+
+
+# Plain values that training code keeps beside weights. They are read into `_Value`, which does nothing.
+_VALUES = re.compile(
+    r"argparse\.Namespace|omegaconf\.[\w.]+|typing\.\w+|pathlib\.(_local\.)?\w*Path|collections\.defaultdict|"
+    r"numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+)|builtins\.(dict|list|tuple|int|float|str|bool|bytes)|"
+    r"datetime\.(datetime|date|timedelta|timezone)|__builtin__\.(dict|list|tuple|int|float|str|bool|bytes)"
+)
+# What no weights file needs: advice to trust a file that asks for it would be bad advice.
+_NEVER = re.compile(
+    r"(os|posix|nt|sys|subprocess|shutil|socket|importlib|runpy|ctypes|webbrowser|pty)\b.*|"
+    r"(builtins|__builtin__)\.(eval|exec|compile|open|__import__|breakpoint|input)"
+)
+
+
+class _Value:
+    """Stands for an object that nothing is wanted of."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Value:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Nothing is kept."""
 
 
 @dataclass(frozen=True)
@@ -49,33 +80,49 @@ def read_weights(path: str | Path, *, trust: bool = False, ema: bool = False) ->
     """The weights in a file by name, whatever they are wrapped in.
 
     Understood are ``{"model": ...}`` (official training), ``{"state_dict": ...}`` (detection and segmentation
-    frameworks) and a bare dictionary; the prefixes ``module.`` and ``backbone.`` are taken off.
+    frameworks), a bare dictionary and, with ``trust``, a whole model in the place of each; the prefixes
+    ``module.`` and ``backbone.`` are taken off.
 
     Args:
         path: A file written by ``torch.save``.
-        trust: Read whatever objects the file holds, which may run code of the file's author.
-        ema: Take the averaged weights (``model_ema``) in the place of the trained ones.
+        trust: Read whatever objects the file holds, which may run code of the file's author. Also on where
+            the environment sets `TRUST_VARIABLE` to 1.
+        ema: Take the averaged weights (``model_ema`` or ``ema``) in the place of the trained ones.
 
     Raises:
         CheckpointError: the file cannot be read, needs trust, or holds no weights.
     """
     path = Path(path)
-    content = _read(path, trust=trust)
+    content = _by_name(_read(path, trust=trust or os.environ.get(TRUST_VARIABLE) == "1"))
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not weights by name")
-    if ema:
-        if not isinstance(content.get("model_ema"), Mapping):
-            raise CheckpointError(f"{path} holds no averaged weights (model_ema), only {_some(content)}")
-        content = content["model_ema"]
-    else:
-        for wrapper in _WRAPPERS:
-            if isinstance(content.get(wrapper), Mapping):
-                content = content[wrapper]
-                break
+    # YOLO trainers leave `model` empty once training is done: the averaged weights are the answer then.
+    wrappers = _AVERAGED if ema else (*_WRAPPERS, *_AVERAGED)
+    inside = (_by_name(content.get(wrapper)) for wrapper in wrappers)
+    found = next((weights for weights in inside if isinstance(weights, Mapping)), None)
+    if found is None and ema:
+        names = " or ".join(_AVERAGED)
+        raise CheckpointError(f"{path} holds no averaged weights ({names}), only {_some(content)}")
+    content = content if found is None else found
     weights = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not weights:
         raise CheckpointError(f"{path} holds no weights, only {_some(content)}")
     return _without_prefixes(weights)
+
+
+def _by_name(content: Any) -> Any:
+    """Weights by name, where something is a whole model; anything else as it is."""
+    return content.state_dict() if isinstance(content, nn.Module) else content
+
+
+def classes_of(path: str | Path, *, trust: bool = False) -> int | None:
+    """How many classes the weights of a file tell apart; None where they have no head.
+
+    Raises:
+        CheckpointError: see `read_weights`.
+    """
+    head = read_weights(path, trust=trust).get("head.weight")
+    return None if head is None else int(head.shape[0])
 
 
 def load_weights(
@@ -158,19 +205,19 @@ def _read(path: Path, *, trust: bool) -> Any:
     if not path.is_file():
         found = "is a directory" if path.is_dir() else "is not a file here"
         raise CheckpointError(f"weights {path} cannot be read: it {found}")
+    needs = _foreign_objects(path)
+    values: list[Any] = [(_Value, name) for name in needs if _VALUES.fullmatch(name)]
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
+        with torch.serialization.safe_globals([] if trust else values):
+            return torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        needs = _foreign_objects(path)
+        code = tuple(name for name in needs if not _VALUES.fullmatch(name))
         if trust:
             raise CheckpointError(f"{path} {_state(path)}: {_first_line(error)}") from None
         if not needs:
             # torch's own text speaks of weights_only=False, which would not help here.
             raise CheckpointError(f"{path} {_state(path)}; a file written by torch.save would work") from None
-        raise CheckpointError(
-            f"{path} holds more than weights: it needs {', '.join(needs)}, and reading these runs code; "
-            "if you trust where the file comes from, trust=True (command line: --trust-checkpoint) reads it"
-        ) from None
+        raise CheckpointError(f"{path} holds more than weights: {_advice(code or needs)}") from None
     except ModuleNotFoundError as error:
         raise CheckpointError(
             f"{path} holds objects of the package {error.name}, which is not installed; "
@@ -178,6 +225,31 @@ def _read(path: Path, *, trust: bool) -> Any:
         ) from None
     except Exception as error:  # bytes that are no weights make the reader raise anything
         raise CheckpointError(f"{path} {_state(path)}: {_first_line(error)}") from None
+
+
+def _advice(needs: tuple[str, ...]) -> str:
+    """What would help with a file that holds objects of these classes and functions."""
+    text = f"it needs {_listed(needs)}, and reading these runs code"
+    instead = "a file of torch.save(model.state_dict()) would work"
+    if bad := [name for name in needs if _NEVER.fullmatch(name)]:
+        return f"{text}; no weights need {_listed(bad)}, so do not trust this file; {instead}"
+    if missing := sorted({name.partition(".")[0] for name in needs if not _is_here(name)}):
+        return (
+            f"{text}; {_listed(missing)} cannot be imported here, so that trusting the file would not help "
+            f"either; {instead}"
+        )
+    return (
+        f"{text}; if you trust where the file comes from, trust_checkpoint=True (command line: "
+        f"--trust-checkpoint) reads it, and {instead} without"
+    )
+
+
+def _is_here(name: str) -> bool:
+    """Whether the package of a class can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(name.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _foreign_objects(path: Path) -> tuple[str, ...]:

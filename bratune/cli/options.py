@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,6 +39,7 @@ __all__ = [
     "output_options",
     "request_values",
     "target_options",
+    "trust_option",
     "what_options",
     "work_options",
 ]
@@ -318,6 +320,32 @@ engine_options = _stack(
         metavar="DIR",
         help="Answer from the records in a file or folder; nothing is measured.",
     ),
+)
+
+
+def _trust(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    """Let weights files run code in this process and its workers, while the command runs."""
+    if value:
+        before = os.environ.get(TRUST_VARIABLE)
+        os.environ[TRUST_VARIABLE] = "1"
+        ctx.call_on_close(
+            lambda: (
+                os.environ.pop(TRUST_VARIABLE, None)
+                if before is None
+                else os.environ.update({TRUST_VARIABLE: before})
+            )
+        )
+
+
+# The name that `bratune.kernels.checkpoint` reads; importing it here would load torch.
+TRUST_VARIABLE = "BRATUNE_TRUST_CHECKPOINT"
+
+trust_option = click.option(
+    "--trust-checkpoint",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust,
+    help="The weights file may run code of its author while it is read (whole pickled models).",
 )
 
 cluster_option = click.option(

@@ -48,6 +48,7 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
     metavar="FILE",
     help="Weights of the model, so that recorded routes are its own.  [default: seeded random weights]",
 )
+@options.trust_option
 @click.option("--suite", metavar="NAME", help="A list of measurements, see `bratune list suites`.")
 @click.option(
     "--whole-model/--no-whole-model",

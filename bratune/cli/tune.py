@@ -53,6 +53,7 @@ FORMATS = ("table", "json", "csv", "md")
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of weights, images and proposals.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights: tune for them.")
+@options.trust_option
 @click.option("--trained-res", type=options.Resolution(), help="Image size they were trained at.")
 @click.option(
     "--images", type=click.Path(path_type=Path), metavar="DIR", help="Pictures to judge fidelity on."
@@ -197,6 +198,10 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
     height, width = task.padded(*(asked["res"] or (task.height, task.width)))
     if asked["checkpoint"] and not asked["checkpoint"].is_file():
         raise UsageError(f"--checkpoint {asked['checkpoint']}: there is no such file")
+    if asked["checkpoint"]:
+        from bratune.work.modules import check_checkpoint
+
+        check_checkpoint(models[0], task.name, str(asked["checkpoint"]))
     n_win = asked["n_win"] or ()
     return Request(
         model=models[0],

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.option("--study", type=click.Choice(["toy"]), help="Rerun a committed study.")
 @click.option("--smoke", is_flag=True, help="With --study: a version of seconds that proves nothing.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights to calibrate for.")
+@options.trust_option
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="One subfolder per class.")
 @click.option("--labels", is_flag=True, help="Say that the subfolders are classes (needed).")
 @click.option("--model", default="biformer_small", show_default=True, help="Model of the weights.")

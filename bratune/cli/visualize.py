@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from bratune.cli import options
 from bratune.errors import BratuneError, UsageError
 
 
@@ -13,6 +14,7 @@ from bratune.errors import BratuneError, UsageError
 @click.option("--image", "picture", required=True, type=click.Path(path_type=Path), help="Picture.")
 @click.option("--model", "name", default="biformer_tiny", show_default=True, help="Model.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights; random without.")
+@options.trust_option
 @click.option("--res", "--img-size", "resolution", default="224", show_default=True, help="512 or 800x1333.")
 @click.option("--n-win", type=click.IntRange(1), default=7, show_default=True, help="Regions per side, S.")
 @click.option("--stage", type=click.IntRange(1), default=3, show_default=True, help="From 1.")

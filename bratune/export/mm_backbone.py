@@ -32,6 +32,7 @@ class BratuneBiFormer(BiFormer):
     Args:
         pretrained: Weights file to start from.
         norm_eval: Keep batch normalisation in evaluation mode while training, as detection does.
+        trust_checkpoint: Let the weights file run code of its own while it is read.
         init_cfg: Accepted because frameworks pass it; ``pretrained`` is what loads weights.
         arguments: Those of `bratune.kernels.biformer.BiFormer`.
     """
@@ -41,13 +42,14 @@ class BratuneBiFormer(BiFormer):
         *,
         pretrained: str | None = None,
         norm_eval: bool = False,
+        trust_checkpoint: bool = False,
         init_cfg: Any = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**{**arguments, "features_only": True})
         self.norm_eval = norm_eval
         if pretrained:
-            load_weights(self, pretrained)
+            load_weights(self, pretrained, trust=trust_checkpoint)
 
     def init_weights(self) -> None:
         """Nothing: weights were drawn, or loaded, when the model was made."""

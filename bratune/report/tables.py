@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bratune.text import for_spreadsheet, one_line
+from bratune.text import for_spreadsheet, one_line, printable
 
 __all__ = ["WIDTH", "Note", "Table", "to_csv", "to_markdown", "to_text"]
 
@@ -68,7 +68,7 @@ def to_text(table: Table, *, width: int = WIDTH) -> str:
         ]
         return gap.join(parts)
 
-    lines = [one_line(table.title)] if table.title else []
+    lines = [printable(table.title)] if table.title else []
     lines.append(line(heads).rstrip())
     for row in rows:
         if isinstance(row, Note):
@@ -85,7 +85,7 @@ def to_markdown(table: Table) -> str:
     """A Markdown table under its title."""
     heads = table.headings
     marks = ["---" if column.startswith("<") else "---:" for column in table.columns]
-    lines = [f"**{one_line(table.title)}**", ""] if table.title else []
+    lines = [f"**{printable(table.title)}**", ""] if table.title else []
     lines += [_bar(heads), _bar(marks)]
     for row in map(_on_lines, table.rows):
         cells = (*row.before, row.text) if isinstance(row, Note) else row

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +18,7 @@ import bratune
 from bratune.errors import CheckpointError, UnknownNameError
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.biformer import BiFormer, BiFormerSTL, NCHWBiFormerSTL
-from bratune.kernels.checkpoint import convert_stl, load_weights, read_weights
+from bratune.kernels.checkpoint import TRUST_VARIABLE, classes_of, convert_stl, load_weights, read_weights
 
 SMALL: dict[str, Any] = {
     "depth": (1, 1, 1, 1),
@@ -92,21 +96,96 @@ def test_averaged_weights_are_taken_when_asked_for(tmp_path: Path) -> None:
         load_weights(model, tmp_path / "plain.pth", ema=True)
 
 
-@pytest.mark.parametrize("kind", ["namespace", "omegaconf"])
-def test_file_that_needs_more_than_weights_needs_consent(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["namespace", "omegaconf", "paths", "numpy"])
+@pytest.mark.parametrize("trust", [False, True], ids=["weights-only", "trusted"])
+def test_arguments_and_numbers_beside_the_weights_need_no_trust(
+    kind: str, trust: bool, tmp_path: Path
+) -> None:
+    arguments: Any = argparse.Namespace(model="biformer_small", lr=[5e-4], nested={"a": (1, None)})
     if kind == "omegaconf":
         omegaconf = pytest.importorskip("omegaconf", reason="omegaconf is not installed")
-        arguments, needs = omegaconf.OmegaConf.create({"model": "biformer_small"}), "omegaconf"
-    else:
-        arguments, needs = argparse.Namespace(model="biformer_small"), "argparse.Namespace"
+        arguments = omegaconf.OmegaConf.create({"model": "biformer_small", "a": {"b": [1, 2.0, None]}})
+    if kind == "paths":
+        arguments.output_dir = tmp_path
+    if kind == "numpy":
+        arguments = {"max_accuracy": numpy.float64(83.8), "epoch": numpy.int64(3)}
     trained, fresh = small(0), small(1)
     path = tmp_path / "best.pth"
-    torch.save({"model": trained.state_dict(), "args": arguments}, path)
-    with pytest.raises(CheckpointError, match=rf"(?s)it needs .*{needs}.*trust=True.*--trust-checkpoint"):
+    torch.save({"args": arguments, "model": trained.state_dict(), "epoch": 3}, path)
+    load_weights(fresh, path, trust=trust)
+    assert same(trained, fresh)
+
+
+def test_arguments_of_a_package_that_is_not_installed_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    omegaconf = pytest.importorskip("omegaconf", reason="omegaconf is not installed")
+    trained, fresh = small(0), small(1)
+    path = tmp_path / "best.pth"
+    torch.save({"model": trained.state_dict(), "args": omegaconf.OmegaConf.create({"a": 1})}, path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "omegaconf"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    load_weights(fresh, path)
+    assert same(trained, fresh)
+
+
+@pytest.mark.parametrize("content", ["model", "wrapped", "ema", "data parallel"])
+def test_a_whole_model_is_read_when_trusted(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, fresh = small(0), small(1)
+    path = tmp_path / "best.pt"
+    saved: dict[str, Any] = {
+        "model": trained,
+        "wrapped": {"model": trained, "epoch": 3},
+        "ema": {"model": None, "ema": trained},
+        "data parallel": torch.nn.DataParallel(trained),
+    }
+    torch.save(saved[content], path)
+    with pytest.raises(
+        CheckpointError,
+        match=r"trust_checkpoint=True .*--trust-checkpoint\) reads it, and a file of torch.save",
+    ):
         load_weights(fresh, path)
     assert not same(trained, fresh)
     load_weights(fresh, path, trust=True)
     assert same(trained, fresh)
+    load_weights(fresh := small(1), path, trust=True, ema=content == "ema")
+    assert same(trained, fresh)
+    monkeypatch.setenv(TRUST_VARIABLE, "1")
+    assert classes_of(path) == 5
+
+
+def test_trust_is_recommended_only_where_it_would_help(tmp_path: Path) -> None:
+    module = types.ModuleType("a_package_of_nobody")
+    module.Net = type("Net", (torch.nn.Linear,), {"__module__": "a_package_of_nobody"})  # type: ignore[attr-defined]
+    sys.modules["a_package_of_nobody"] = module
+    try:
+        torch.save(module.Net(2, 2), tmp_path / "theirs.pt")
+    finally:
+        del sys.modules["a_package_of_nobody"]
+    with pytest.raises(CheckpointError, match="a_package_of_nobody cannot be imported here") as said:
+        read_weights(tmp_path / "theirs.pt")
+    assert "--trust-checkpoint" not in str(said.value)
+    assert "torch.save(model.state_dict()) would work" in str(said.value)
+    with pytest.raises(CheckpointError, match="pip install a_package_of_nobody would help"):
+        read_weights(tmp_path / "theirs.pt", trust=True)
+
+
+class Attack:
+    """Runs a command of the system when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+def test_a_file_that_asks_for_the_system_is_not_to_be_trusted(tmp_path: Path) -> None:
+    torch.save({"model": small().state_dict(), "args": Attack()}, tmp_path / "weights.pth")
+    with pytest.raises(
+        CheckpointError, match=r"no weights need \w+.system, so do not trust this file"
+    ) as said:
+        read_weights(tmp_path / "weights.pth")
+    assert "--trust-checkpoint" not in str(said.value)
 
 
 class Payload:
