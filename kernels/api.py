@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import operator
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor
 from bratune import machine as machines
 from bratune.backend import Backend, Config
 from bratune.errors import ConfigError, ProblemError, UnsupportedError
-from bratune.kernels import registry, tuned
+from bratune.kernels import layout, registry, tuned
 from bratune.kernels.constants import constant_in_graphs
+from bratune.kernels.dispatch import is_observed, is_transformed
 from bratune.kernels.routing import route
 from bratune.machine import Machine
 from bratune.problem import Problem
@@ -51,8 +51,9 @@ def routed_attention(
         k: Keys ``[B, Hk, Wk, C]``.
         v: Values ``[B, Hk, Wk, Cv]``; ``Cv`` is a multiple of ``heads``.
         routes: Indices of key regions, ``[B, R, topk]`` for all heads or ``[B, heads, R, topk]``, int32 or
-            int64; an index that occurs twice counts twice. They are not checked: one that is out of
-            range is an error of the device.
+            int64; an index that occurs twice counts twice. One that is out of range is a `ProblemError`
+            on a CPU; on a GPU, where looking would wait for the device, and in a graph it is an error of the
+            operations, as far as they look.
         heads: Attention heads.
         region: Query region ``(rh, rw)`` in tokens.
         kv_region: Key region in tokens; by default that of the queries.
@@ -68,7 +69,7 @@ def routed_attention(
         cast to the dtype of autocast, as for the attention of PyTorch.
 
     Raises:
-        ProblemError: shapes, dtypes or devices contradict each other.
+        ProblemError: shapes, dtypes or devices contradict each other, or a route is out of range.
         UnknownNameError: no backend has this name.
         UnsupportedError: the backend cannot do this here; the message has every reason.
         ConfigError: the backend has no such setting.
@@ -101,28 +102,62 @@ def _attend(
     _check_alike(q, k, v, routes)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     call = _resolve(
-        _sizes(q),
-        _sizes(k),
-        _sizes(v),
-        _sizes(routes),
+        *_shapes(q, k, v, routes),
         str(q.dtype),
         str(q.device),
         needs_grad,
         heads,
         tuple(region),
         None if kv_region is None else tuple(kv_region),
-        scale,
+        _settled_scale(scale),
         padding,
         backend,
         () if config is None else tuple(sorted(config)),
     )
-    problem, chosen, planned = _RESOLVED[call]
+    found: tuple[Problem, Backend, Config | None] = getattr(_RESOLVED, call)
+    problem, chosen, planned = found
+    if _is_empty(q):
+        return _nothing(q, k, v)
+    if routes.device.type == "cpu" and not (is_observed(routes) or is_transformed()):
+        _check_range(routes, problem.kv_regions)
     return chosen.forward(q, k, v, routes, problem, planned if config is None else config)
 
 
-def _sizes(x: Tensor) -> tuple[int, ...]:
-    """The shape as plain integers: `operator.index` makes torch.compile and tracing settle on a size."""
-    return tuple(operator.index(size) for size in x.shape)
+def _shapes(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """The shapes as plain integers, on which a graph settles, but for the batch that it may leave open."""
+    shapes = tuple(layout.comparable(x.shape) for x in tensors)
+    if any(shape[:1] != shapes[0][:1] for shape in shapes):
+        return tuple(layout.settled(shape) for shape in shapes)  # an error that `_check_shapes` words
+    return tuple((*map(layout.batch_to_choose_by, s[:1]), *layout.settled(s[1:])) for s in shapes)
+
+
+def _settled_scale(scale: float | None) -> float | None:
+    """The factor as a plain number: with ``dynamic=True``, torch.compile makes a symbol of it."""
+    if scale is None or not torch.compiler.is_compiling():
+        return scale
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return guard_scalar(scale)
+
+
+def _is_empty(x: Tensor) -> bool:
+    """Whether a batch has no image; a trace of one that has takes none that has not."""
+    return not torch.jit.is_tracing() and x.shape[0] == 0  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The result of an empty batch, differentiable as any other."""
+    return q.new_zeros(0, *q.shape[1:3], v.shape[3]) + 0.0 * (q.sum() + k.sum() + v.sum())
+
+
+def _check_range(routes: Tensor, kv_regions: int) -> None:
+    lowest, highest = torch.aminmax(routes)
+    if lowest < 0 or highest >= kv_regions:
+        where = ((routes < 0) | (routes >= kv_regions)).nonzero()[0].tolist()
+        raise ProblemError(
+            f"route {int(routes[tuple(where)])} at {where} is out of range: there are {kv_regions} key "
+            f"regions, 0 to {kv_regions - 1}"
+        )
 
 
 def _check_alike(q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> None:
@@ -137,27 +172,37 @@ def _check_alike(q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> None:
         raise ProblemError(f"routes must be int32 or int64, not {routes.dtype}")
 
 
-# The problem, the backend and a plan's settings for it, of the calls seen so far. They are kept here and
-# not returned by `_resolve` because torch.compile can take a number as a constant of its graph, but not an
-# object.
-_RESOLVED: dict[int, tuple[Problem, Backend, Config | None]] = {}
-_PLACES: dict[tuple[Any, ...], int] = {}
+class _Resolved:
+    """The problem, the backend and a plan's settings for it, of the calls seen so far, an attribute each.
+
+    They are kept here and not returned by `_resolve` because torch.compile can take a name as a constant of
+    its graph, but not an object. They are attributes because it reads a dictionary once and for all, before
+    `_resolve` has written to it, and an attribute when it is asked for.
+    """
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        vars(self).clear()
+
+
+_RESOLVED = _Resolved()
+_PLACES: dict[tuple[Any, ...], str] = {}
 _NUMBERS = itertools.count()
 # Detection at free resolutions makes a new call per image size; the older half of so many is let go.
 _MOST_CALLS = 4096
 
 
 @constant_in_graphs
-def _resolve(*call: Any) -> int:
+def _resolve(*call: Any) -> str:
     """The place in `_RESOLVED` of what was found out about a call."""
     place = _PLACES.get(call)
     if place is None:
         found = _found_out(*call)
         if len(_PLACES) >= _MOST_CALLS:
             for old in list(_PLACES)[: _MOST_CALLS // 2]:
-                _RESOLVED.pop(_PLACES.pop(old, -1), None)
-        place = next(_NUMBERS)
-        _RESOLVED[place] = found
+                vars(_RESOLVED).pop(_PLACES.pop(old, ""), None)
+        place = f"call_{next(_NUMBERS)}"
+        setattr(_RESOLVED, place, found)
         _PLACES[call] = place
     return place
 

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bratune.backend import Config
 from bratune.errors import ProblemError
+from bratune.kernels import layout
 from bratune.kernels.blocks import Residual
 from bratune.kernels.full_attention import FullAttention
 from bratune.kernels.layer import RoutedLayer
@@ -155,7 +156,7 @@ class Backbone(nn.Module):
     def _prepared(self, x: Tensor) -> Tensor:
         if x.ndim != 4:
             raise ProblemError(f"images must be [B, channels, H, W], not {list(x.shape)}")
-        self.check_size(*x.shape[2:])
+        self.check_size(*layout.settled(x.shape[2:]))
         return x.contiguous(memory_format=torch.channels_last)
 
 

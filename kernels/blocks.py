@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bratune.backend import Config
 from bratune.errors import ProblemError
+from bratune.kernels import layout
 from bratune.kernels.full_attention import Attention, AttentionLePE, NCHWAttentionLePE
 from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, RoutedLayer
 from bratune.kernels.lean import add_conv, add_mlp
@@ -146,7 +147,7 @@ class Residual(nn.Module):
 
     def _attend_lean(self, x: Tensor) -> Tensor:
         attn, norm = self.attn, self.norm1
-        known = self.pre_norm and isinstance(attn, RoutedLayer) and attn.takes_norm(*x.shape[1:3])
+        known = self.pre_norm and isinstance(attn, RoutedLayer) and attn.takes_norm(*layout.sides(x))
         if not known:
             return self._add(x, self.attend, norm, self.gamma1)
         assert isinstance(attn, RoutedLayer)

@@ -78,7 +78,7 @@ def composed_attention(
     else:
         attn = torch.softmax((queries * scale) @ keys.transpose(-2, -1), dim=-1)
         out = attn @ values
-    return layout.from_head_regions(out, q.shape[1], q.shape[2], region), attn
+    return layout.from_head_regions(out, *layout.sides(q), region), attn
 
 
 def _gather(x: Tensor, routes: Tensor, weights: Tensor | None) -> Tensor:

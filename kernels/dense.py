@@ -52,14 +52,14 @@ class DenseBackend:
         if problem.padding == "zeros":
             k, v = (layout.pad_to_regions(x, problem.kv_region) for x in (k, v))
         queries, keys, values = (
-            x.reshape(problem.batch, -1, problem.heads, x.shape[3] // problem.heads).transpose(1, 2)
+            x.reshape(q.shape[0], -1, problem.heads, x.shape[3] // problem.heads).transpose(1, 2)
             for x in (q, k, v)
         )
         mask = self._mask(routes, problem, q.dtype)
         attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, scale=problem.scale
         )  # [B, heads, H * W, Dv]
-        return attended.transpose(1, 2).reshape(problem.batch, problem.height, problem.width, -1)
+        return attended.transpose(1, 2).reshape(q.shape[0], problem.height, problem.width, -1)
 
     @staticmethod
     def _mask(routes: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bratune.errors import ProblemError, UnknownNameError, UnsupportedError
+from bratune.kernels import layout
 from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.dispatch import is_observed
 from bratune.kernels.fused import launch
@@ -80,8 +81,9 @@ def depthwise(
     """
     if backend not in ("auto", *DEPTHWISE):
         raise UnknownNameError("depthwise backend", backend, ("auto", *DEPTHWISE))
-    channels, kernel = x.shape[-1], weight.shape[-1]
-    if x.ndim != 4 or weight.shape != (channels, 1, kernel, kernel) or kernel % 2 == 0:
+    (channels,), filters = layout.settled(x.shape[-1:]), layout.settled(weight.shape)
+    kernel = filters[-1]
+    if x.ndim != 4 or filters != (channels, 1, kernel, kernel) or kernel % 2 == 0:
         raise ProblemError(
             f"depthwise needs x [B, H, W, C] and weight [C, 1, K, K] with an odd K, "
             f"not {tuple(x.shape)} and {tuple(weight.shape)}"
@@ -89,7 +91,8 @@ def depthwise(
     if backend == "triton" and (reasons := why_not(x, weight)):
         raise UnsupportedError("triton", reasons, f"a {kernel}x{kernel} depthwise convolution")
     if backend == "auto" and x.is_cuda and not why_not(x, weight):
-        backend = _measured_choice(tuple(x.shape), kernel, x.element_size(), x.device.index or 0)
+        shape = (layout.batch_to_choose_by(x.shape[0]), *layout.settled(x.shape[1:]))
+        backend = _measured_choice(shape, kernel, x.element_size(), x.device.index or 0)
     if backend == "triton":
         from bratune.kernels.fused.depthwise import depthwise_op, launch_depthwise
 

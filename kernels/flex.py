@@ -92,7 +92,7 @@ class FlexBackend:
         if compiled and not torch.compiler.is_compiling():
             attend = _compiled(problem, block, str(q.device))
         attended = attend(queries, keys, values, bias, real, counts, columns, problem, block)
-        split = attended.reshape(problem.batch, heads, problem.regions, problem.region_tokens, -1)
+        split = attended.reshape(q.shape[0], heads, problem.regions, problem.region_tokens, -1)
         return layout.from_head_regions(split, problem.height, problem.width, problem.region)
 
     def configs(self, problem: Problem, machine: Machine) -> tuple[Config, ...]:

@@ -107,7 +107,7 @@ class GatherSDPABackend:
         """Attend from every query region to its routed key regions; see `bratune.backend.Backend`."""
         keys, values = self._keys_and_values(k, v, routes, problem)
         mask = self._mask(routes, problem) if _mask_matters(problem) else None
-        batch, heads, tokens = problem.batch, problem.heads, problem.region_tokens
+        batch, heads, tokens = q.shape[0], problem.heads, problem.region_tokens
         if problem.per_head:
             # Every head is an image of its own: one sequence per image, head and region.
             queries = layout.to_head_regions(q, problem.region, heads).flatten(0, 2)[:, None]
@@ -140,18 +140,18 @@ class GatherSDPABackend:
         ids = layout.token_ids(problem.kv_height, problem.kv_width, problem.kv_region, routes.device)
         tokens = ids.index_select(0, routes.flatten())  # [B (* heads) * R * topk, Tk]
         if problem.per_head:
-            tokens = tokens.view(problem.batch, problem.heads, -1)
+            tokens = tokens.view(routes.shape[0], problem.heads, -1)
             head = torch.arange(problem.heads, device=routes.device)[:, None]
             tokens = (tokens + self._first(problem, routes)[:, None, None]) * problem.heads + head
-        elif problem.batch > 1:
-            tokens = tokens.view(problem.batch, -1) + self._first(problem, routes)[:, None]
+        elif torch.jit.is_tracing() or routes.shape[0] != 1:  # type: ignore[attr-defined, no-untyped-call]
+            tokens = tokens.view(routes.shape[0], -1) + self._first(problem, routes)[:, None]
         return tokens.flatten()
 
     @staticmethod
     def _first(problem: Problem, routes: Tensor) -> Tensor:
         """Where the tokens of every image begin, ``[B]``."""
         tokens = problem.kv_padded[0] * problem.kv_padded[1]
-        return torch.arange(problem.batch, device=routes.device) * tokens
+        return torch.arange(routes.shape[0], device=routes.device) * tokens
 
     @staticmethod
     def _take(x: Tensor, rows: Tensor, problem: Problem, head_dim: int) -> Tensor:

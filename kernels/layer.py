@@ -98,7 +98,7 @@ class RoutedLayer(nn.Module):
 
     def route(self, q: Tensor, k: Tensor) -> Tensor:
         """The key regions of every query region, ``[B, R, topk]``, without gradient."""
-        return route(q, k, region=self.region_of(*q.shape[1:3]), topk=self.topk)
+        return route(q, k, region=self.region_of(*layout.sides(q)), topk=self.topk)
 
     def route_pooled(self, x: Tensor) -> Tensor:
         """The routes of `route`, from the map that ``project`` takes."""
@@ -107,13 +107,13 @@ class RoutedLayer(nn.Module):
             x,
             layer.weight.flatten(1)[:rows],
             None if layer.bias is None else layer.bias[:rows],
-            region=self.region_of(*x.shape[1:3]),
+            region=self.region_of(*layout.sides(x)),
             topk=self.topk,
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> Tensor:
         """Level two: from every query region to its routed regions."""
-        region = self.region_of(*q.shape[1:3])
+        region = self.region_of(*layout.sides(q))
         return self._attend(q, k, v, routes, region, region)
 
     def enhance(self, v: Tensor) -> Tensor | None:
@@ -260,7 +260,7 @@ class BiLevelRoutingAttention(RoutedLayer):
             ``[B, H, W, dim]``; with ``ret_attn_mask`` also the routing weights and the routes,
             ``[B, R, topk]`` each, and the attention matrix ``[B * R, heads, T, topk * Tk]``.
         """
-        height, width = x.shape[1:3]
+        height, width = layout.sides(x)
         x = self.pad(x)
         q, k, v = self.project(x)
         if ret_attn_mask:
@@ -310,7 +310,7 @@ class BiLevelRoutingAttention(RoutedLayer):
         Raises:
             ProblemError: S does not divide the map, and ``auto_pad`` is off.
         """
-        height, width = x.shape[1:3]
+        height, width = layout.sides(x)
         rh, rw = self.region_of(height, width)
         bottom, right = rh * self.n_win - height, rw * self.n_win - width
         return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
@@ -333,13 +333,13 @@ class BiLevelRoutingAttention(RoutedLayer):
 
     def route_soft(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Routes and their softmax weights, ``[B, R, topk]`` each."""
-        region = self.region_of(*q.shape[1:3])
+        region = self.region_of(*layout.sides(q))
         routes, weights = self.router(region_means(q, region), region_means(k, region))
         return routes, weights
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> Tensor:
         """Level two: from every query region to its routed regions, pooled as the layer says."""
-        region = self.region_of(*q.shape[1:3])
+        region = self.region_of(*layout.sides(q))
         k, v, kv_region = self._pool(k, v, region)
         return self._attend(q, k, v, routes, region, kv_region)
 
@@ -357,7 +357,7 @@ class BiLevelRoutingAttention(RoutedLayer):
     def _compose(
         self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor, *, fused: bool
     ) -> tuple[Tensor, Tensor | None]:
-        region = self.region_of(*q.shape[1:3])
+        region = self.region_of(*layout.sides(q))
         k, v, kv_region = self._pool(k, v, region)
         return composed_attention(
             q,
@@ -456,7 +456,7 @@ class NCHWBiLevelRoutingAttention(RoutedLayer):
         attn = None
         if ret_attn_mask:
             require_composition(self.backend, "the attention matrix")
-            region = self.region_of(*q.shape[1:3])
+            region = self.region_of(*layout.sides(q))
             out, attn = composed_attention(
                 q,
                 k,

@@ -10,6 +10,12 @@ the smallest that covers the map, so every region holds at least one real token.
 
 from __future__ import annotations
 
+import math
+import operator
+import warnings
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, arange, device
 
@@ -17,11 +23,16 @@ from bratune.kernels.constants import kept
 from bratune.problem import ceil_div
 
 __all__ = [
+    "batch_to_choose_by",
+    "checked_routes",
+    "comparable",
     "crop_tokens",
     "flat_routes",
     "from_head_regions",
     "from_regions",
     "pad_to_regions",
+    "settled",
+    "sides",
     "spread",
     "tiles",
     "to_head_regions",
@@ -32,12 +43,50 @@ __all__ = [
 ]
 
 
+def sides(x: Tensor) -> tuple[int, int]:
+    """Height and width of a map ``[B, H, W, C]`` as plain integers.
+
+    A graph that is recorded settles on them: regions are counted in tokens. The batch, the first axis, stays
+    what it is, a symbol where it is one.
+    """
+    height, width = settled(x.shape[1:3])
+    return height, width
+
+
+def settled(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes as plain integers: what a graph knows by a symbol becomes one of its constants."""
+    if torch.compiler.is_compiling():
+        return tuple(operator.index(size) for size in sizes)
+    return comparable(sizes)
+
+
+def batch_to_choose_by(batch: int) -> int:
+    """A batch as a plain number: 1 where a graph leaves it open, and where there is no image."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        return max(1, operator.index(batch)) if has_static_value(batch) else 1
+    return max(1, comparable((batch,))[0])
+
+
+def comparable(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes to ask questions about, symbols where they are.
+
+    `torch.jit.trace` hands out tensors in their place, and warns of every number that it does not follow.
+    """
+    if not any(isinstance(size, Tensor) for size in sizes):
+        return tuple(sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tuple(operator.index(size) for size in sizes)
+
+
 def tiles(x: Tensor, region: tuple[int, int]) -> Tensor:
     """A map as a view ``[B, rows, rh, cols, rw, C]``, padded where regions do not tile it."""
-    batch, height, width, channels = x.shape
+    height, width = sides(x)
     rh, rw = region
     rows, cols = ceil_div(height, rh), ceil_div(width, rw)
-    return pad_to_regions(x, region).view(batch, rows, rh, cols, rw, channels)
+    return pad_to_regions(x, region).view(x.shape[0], rows, rh, cols, rw, x.shape[3])
 
 
 def to_regions(x: Tensor, region: tuple[int, int]) -> Tensor:
@@ -83,14 +132,14 @@ def from_head_regions(x: Tensor, height: int, width: int, region: tuple[int, int
 
 def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:
     """The top left ``height x width`` tokens of a map ``[B, H, W, C]``; the map itself where it fits."""
-    if x.shape[1] == height and x.shape[2] == width:
+    if sides(x) == (height, width):
         return x
     return x[:, :height, :width]
 
 
 def pad_to_regions(x: Tensor, region: tuple[int, int]) -> Tensor:
     """A map ``[B, H, W, C]`` with zeros at the bottom and on the right, so that regions tile it."""
-    bottom, right = -x.shape[1] % region[0], -x.shape[2] % region[1]
+    bottom, right = (-side % tokens for side, tokens in zip(sides(x), region, strict=True))
     return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
 
 
@@ -133,8 +182,14 @@ def flat_routes(routes: Tensor, kv_regions: int) -> Tensor:
         ``b * kv_regions + i`` (``(b * heads + h) * kv_regions + i``).
     """
     groups = routes.shape[:-2]
-    first = arange(groups.numel(), device=routes.device) * kv_regions
+    first = arange(math.prod(groups), device=routes.device) * kv_regions
     return routes + first.view(*groups, 1, 1)
+
+
+def checked_routes(routes: Tensor, kv_regions: int) -> Tensor:
+    """The same routes as int64, by an operation that fails where one is out of range, in a graph too."""
+    known = arange(kv_regions, device=routes.device)
+    return known.index_select(0, routes.flatten()).view(routes.shape)
 
 
 def valid_tokens(height: int, width: int, region: tuple[int, int], where: device) -> Tensor:

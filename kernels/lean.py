@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bratune.kernels.constants import kept
 from bratune.kernels.depthwise import depthwise
+from bratune.kernels.dispatch import refuse_second_derivative
 from bratune.kernels.nhwc import to_nchw, to_nhwc
 
 __all__ = ["add_conv", "add_mlp", "norm_linear"]
@@ -150,8 +151,8 @@ class _NormLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("lean", "set_lean(False) has one")
         x, mean, rstd, gain, shift, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
@@ -188,8 +189,8 @@ class _AddMLP(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("lean", "set_lean(False) has one")
         x, mean, rstd, hidden, gain, shift, w1, w2, mask = ctx.saved_tensors
         needs = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):

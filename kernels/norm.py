@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bratune.errors import ProblemError, UnknownNameError, UnsupportedError
+from bratune.kernels import layout
 from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.dispatch import is_observed
 from bratune.kernels.fused import launch
@@ -29,7 +30,7 @@ MAX_CHANNELS = 8192
 
 def why_not(x: Tensor) -> tuple[str, ...]:
     """Every reason for which the Triton kernel cannot normalise this map; empty: it can."""
-    reasons: tuple[str, ...] = _reasons(str(x.device), x.dtype, x.shape[-1])
+    reasons: tuple[str, ...] = _reasons(str(x.device), x.dtype, *layout.settled(x.shape[-1:]))
     return reasons
 
 

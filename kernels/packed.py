@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bratune.kernels.dispatch import is_recorded, is_transformed
+
 __all__ = ["mark_packed", "origin_of", "split_packed"]
 
 _ORIGIN = "_bratune_origin"
@@ -25,8 +27,8 @@ def split_packed(x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     Where a slice has further gradients (values, from a convolution beside the attention), only that slice is
     copied.
     """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if traced or not (torch.is_grad_enabled() and x.requires_grad):
+    plain = is_recorded() or is_transformed()
+    if plain or not (torch.is_grad_enabled() and x.requires_grad):
         return torch.split(x, list(sizes), -1)
     origin = object()
     parts: tuple[Tensor, ...] = _Split.apply(x, tuple(sizes), origin)  # type: ignore[no-untyped-call]

@@ -73,7 +73,7 @@ class PackedAttention:
             What was attended to, and the values, ``[B, H, W, V]`` each; the first is contiguous and nobody
             else's.
         """
-        height, width = y.shape[1:3]
+        height, width = layout.sides(y)
         region = (height // self.n_win, width // self.n_win)
         if masked or self.topk == self.n_win**2:
             qkv = project(y)
@@ -94,7 +94,7 @@ class PackedAttention:
         return routes
 
     def _attend_map(self, qkv: Tensor, region: tuple[int, int], routes: Tensor | None) -> Tensor:
-        batch, height, width, _ = qkv.shape
+        batch, (height, width) = qkv.shape[0], layout.sides(qkv)
         mask = None
         if self.topk < self.n_win**2:
             if routes is None:
@@ -112,7 +112,7 @@ class PackedAttention:
 
     def _attend_regions(self, qkv: Tensor, routes: Tensor) -> Tensor:
         batch, regions, tokens, _ = qkv.shape
-        if batch > 1:
+        if torch.jit.is_tracing() or batch > 1:  # type: ignore[attr-defined, no-untyped-call]
             routes = layout.flat_routes(routes, regions)
         qk, _, v_dim = self._sizes(qkv)
         flat = qkv.flatten(0, 1)  # [B * R, T, q | k | v]

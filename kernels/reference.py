@@ -40,14 +40,15 @@ class ReferenceBackend:
         keys = layout.to_head_regions(k.double(), problem.kv_region, heads)  # [B, heads, Rk, Tk, D]
         values = layout.to_head_regions(v.double(), problem.kv_region, heads)
         valid = layout.valid_tokens(problem.kv_height, problem.kv_width, problem.kv_region, q.device)
+        routes = layout.checked_routes(routes, problem.kv_regions)
         if not problem.per_head:
             routes = routes[:, None].expand(-1, heads, -1, -1)
-        image = torch.arange(problem.batch, device=q.device)[:, None, None]
+        image = torch.arange(q.shape[0], device=q.device)[:, None, None]
         head = torch.arange(heads, device=q.device)[None, :, None]
 
         outputs = []
         for region in range(problem.regions):
-            routed = routes[:, :, region].long()  # [B, heads, topk]
+            routed = routes[:, :, region]  # [B, heads, topk]
             k_routed = keys[image, head, routed].flatten(2, 3)  # [B, heads, topk * Tk, D]
             v_routed = values[image, head, routed].flatten(2, 3)
             logits = queries[:, :, region] @ k_routed.transpose(-2, -1) * problem.scale

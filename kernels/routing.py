@@ -27,7 +27,7 @@ def region_means(x: Tensor, region: tuple[int, int], *, dtype: torch.dtype | Non
 
     Sums of float16 and bfloat16 are held in float32 and rounded once.
     """
-    height, width = x.shape[1:3]
+    height, width = layout.sides(x)
     rh, rw = region
     dtype = dtype or x.dtype
     if height % rh == 0 and width % rw == 0:
@@ -79,7 +79,7 @@ def route(
     """
     if backend not in ("auto", *ROUTERS):
         raise UnknownNameError("router", backend, ("auto", *ROUTERS))
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    if q.ndim != 4 or k.ndim != 4 or layout.comparable(q.shape)[::3] != layout.comparable(k.shape)[::3]:
         raise ProblemError(
             f"route needs q and k of shape [B, H, W, C] with the same B and C, "
             f"not {tuple(q.shape)} and {tuple(k.shape)}"
@@ -91,7 +91,7 @@ def route(
     with torch.no_grad():
         means_q = region_means(q, region)
         means_k = region_means(k, kv_region or region)
-        count = means_k.shape[1]
+        (count,) = layout.settled(means_k.shape[1:2])
         if not 1 <= topk <= count:
             raise ProblemError(f"top-k {topk} of {count} key regions; 1 to {count} would work")
         affinity = means_q @ means_k.transpose(1, 2)  # [B, R, Rk]
@@ -148,7 +148,7 @@ def route_pooled(
         means_q, means_k = both.chunk(2, dim=-1)
         if backend == "triton":
             return route_fused.route_by_means(means_q, means_k, topk=topk, maps=False).routes
-        count = means_k.shape[1]
+        (count,) = layout.settled(means_k.shape[1:2])
         if not 1 <= topk <= count:
             raise ProblemError(f"top-k {topk} of {count} key regions; 1 to {count} would work")
         return (means_q @ means_k.transpose(1, 2)).topk(topk, dim=-1).indices

@@ -94,7 +94,7 @@ class FastModel(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Images ``[B, channels, H, W]`` to class scores, or to the four maps."""
-        self.check_size(*x.shape[2:])
+        self.check_size(*layout.settled(x.shape[2:]))
         if x.dtype != self.dtype:
             raise ProblemError(f"the runtime was made of a model in {self.dtype}; the images are {x.dtype}")
         # The weights have their data type already, and packed ones cannot be cast.
@@ -196,7 +196,7 @@ class _Merged(_Fast):
         """Add the enhancement of ``local`` to ``out``, project what fits the residual, add it."""
         if self.lepe is not None:
             out = self.lepe.add(local, out)
-        return self.proj.add(layout.crop_tokens(out, *residual.shape[1:3]), residual)
+        return self.proj.add(layout.crop_tokens(out, *layout.sides(residual)), residual)
 
 
 class _FastRouted(_Merged):
@@ -216,17 +216,17 @@ class _FastRouted(_Merged):
         )
 
     def pooled_region(self, x: Tensor) -> tuple[int, int] | None:
-        region = self.source.region_of(*x.shape[1:3])
+        region = self.source.region_of(*layout.sides(x))
         return region if self.source.pooled_routing and self._tiles(x, region) else None
 
     def _tiles(self, x: Tensor, region: tuple[int, int]) -> bool:
         """Whether S regions per side are the map, without padding."""
-        return (region[0] * self.source.n_win, region[1] * self.source.n_win) == x.shape[1:3]
+        return (region[0] * self.source.n_win, region[1] * self.source.n_win) == layout.sides(x)
 
     def forward(self, y: Tensor, residual: Tensor, means: Tensor | None = None) -> Tensor:
         if isinstance(self.source, BiLevelRoutingAttention):
             y = self.source.pad(y)
-        region = self.source.region_of(*y.shape[1:3])
+        region = self.source.region_of(*layout.sides(y))
         routes = self._pooled_routes(y, region, means)
         if self.source.backend == "auto" and self._tiles(y, region) and not y.is_cuda:
             masked = prefers_mask(self._problem(y, region))
@@ -266,9 +266,9 @@ class _FastRouted(_Merged):
 
     def _problem(self, y: Tensor, region: tuple[int, int]) -> Problem:
         return Problem(
-            batch=y.shape[0],
-            height=y.shape[1],
-            width=y.shape[2],
+            batch=layout.batch_to_choose_by(y.shape[0]),
+            height=layout.sides(y)[0],
+            width=layout.sides(y)[1],
             heads=self.source.num_heads,
             head_dim=self.qk_dim // self.source.num_heads,
             region=region,

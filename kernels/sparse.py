@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bratune.backend import Config
+from bratune.errors import UnsupportedError
 from bratune.kernels import layout
+from bratune.kernels.dispatch import is_transformed, refuse_second_derivative
 from bratune.machine import Machine
 from bratune.problem import Problem
 
@@ -50,6 +52,12 @@ class SparseBackend:
         config: Config | None = None,
     ) -> Tensor:
         """Attend from every query region to its routed key regions; see `bratune.backend.Backend`."""
+        if is_transformed():
+            raise UnsupportedError(
+                self.name,
+                ("torch.func and forward-mode differentiation cannot look into its products; gather can be",),
+                str(problem),
+            )
         dtype = torch.promote_types(q.dtype, torch.float32)
         queries, keys, values = (
             layout.to_head_regions(x.to(dtype), region, problem.heads).flatten(0, 3)
@@ -62,7 +70,7 @@ class SparseBackend:
             hidden = ~valid.flatten()[columns % valid.numel()]
         function: Any = _SparseAttention  # torch types `apply` as untyped
         attended: Tensor = function.apply(queries, keys, values, columns, hidden, problem.scale)
-        split = attended.view(problem.batch, problem.heads, problem.regions, problem.region_tokens, -1)
+        split = attended.view(q.shape[0], problem.heads, problem.regions, problem.region_tokens, -1)
         return layout.from_head_regions(split, problem.height, problem.width, problem.region).to(q.dtype)
 
     def configs(self, problem: Problem, machine: Machine) -> tuple[Config, ...]:
@@ -83,7 +91,9 @@ class SparseBackend:
 
 def _columns(routes: Tensor, problem: Problem) -> Tensor:
     """The key of every stored number, ``[B * heads * R * T, topk * Tk]``, int32 where that is enough."""
-    batch, heads, regions = problem.batch, problem.heads, problem.regions
+    batch, heads, regions = routes.shape[0], problem.heads, problem.regions
+    # torch.sparse reads and writes wherever a column says.
+    routes = layout.checked_routes(routes, problem.kv_regions)
     graph = routes if problem.per_head else routes[:, None].expand(-1, heads, -1, -1)
     flat = layout.flat_routes(graph, problem.kv_regions)  # [B, heads, R, topk]
     tokens = torch.arange(problem.kv_region_tokens, device=routes.device)
@@ -156,6 +166,7 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("sparse", "the backend gather has one")
         queries, keys, values, columns, weights = ctx.saved_tensors
         transposed = _Transposed(columns, keys.shape[0])
         grad = grad.contiguous()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bratune.errors import BratuneError, ConfigError, ProblemError, UnknownNameError, UnsupportedError
 from bratune.kernels import api
@@ -62,6 +63,32 @@ def test_a_wrong_call_is_an_error_that_says_what_was_found(
 ) -> None:
     with pytest.raises(error, match=re.escape(text)):
         attend(**changes)
+
+
+@pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per-head"])
+@pytest.mark.parametrize("wrong", [-1, 12])
+@pytest.mark.parametrize("backend", ["auto", "reference", "gather", "gather-sdpa", "dense", "sparse", "flex"])
+def test_a_route_out_of_range_is_an_error_that_names_it(backend: str, wrong: int, per_head: bool) -> None:
+    routes = route(*qkv()[:2], region=(4, 4), topk=3)
+    where = [1, 7, 2]
+    routes[tuple(where)] = wrong
+    if per_head:
+        right = route(*qkv()[:2], region=(4, 4), topk=3)
+        routes, where = torch.stack([right, routes], 1), [1, 1, 7, 2]
+    text = f"route {wrong} at {where} is out of range: there are 12 key regions, 0 to 11"
+    config = {"compiled": False} if backend == "flex" else None
+    for number in (torch.int32, torch.int64):
+        with pytest.raises(ProblemError, match=re.escape(text)):
+            attend(routes=routes.to(number), backend=backend, config=config)
+
+
+@pytest.mark.parametrize("wrong", [-1, 12])
+@pytest.mark.parametrize("backend", ["reference", "gather", "gather-sdpa", "dense", "sparse"])
+def test_a_route_out_of_range_is_an_error_where_nobody_looks_before(backend: str, wrong: int) -> None:
+    """Beside a counter of operations no value is read, and no backend may read or write anywhere."""
+    routes = torch.full((2, 12, 3), wrong)
+    with FlopCounterMode(display=False), pytest.raises((IndexError, RuntimeError), match="out of"):
+        attend(routes=routes, backend=backend)
 
 
 def test_a_backend_that_cannot_differentiate_is_refused_only_for_gradients() -> None:
@@ -146,11 +173,11 @@ def test_a_call_can_be_traced() -> None:
 def test_calls_of_ever_new_sizes_are_not_all_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_MOST_CALLS", 4)
     monkeypatch.setattr(api, "_PLACES", {})
-    monkeypatch.setattr(api, "_RESOLVED", {})
+    monkeypatch.setattr(api, "_RESOLVED", api._Resolved())
     for seed in range(2):
         for height in range(4, 20):
             q, k, v = qkv(size=(1, height, 4, 8))
             out = routed_attention(q, k, v, route(q, k, region=(2, 2), topk=1), heads=1, region=(2, 2))
             assert out.shape == v.shape, seed
     assert len(api._PLACES) <= 4
-    assert set(api._PLACES.values()) == api._RESOLVED.keys()
+    assert set(api._PLACES.values()) == vars(api._RESOLVED).keys()
