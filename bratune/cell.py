@@ -17,7 +17,7 @@ from typing import Any
 from bratune.errors import ProblemError, UnknownNameError
 from bratune.problem import Problem
 
-__all__ = ["L2_STATES", "PARTS", "REGIMES", "ROUTE_KINDS", "Cell"]
+__all__ = ["FORMS", "L2_STATES", "PARTS", "REGIMES", "ROUTE_KINDS", "Cell", "form_fields"]
 
 # What a cell times. The first eight add up to `block`; `model` is the whole network.
 PARTS = (
@@ -32,9 +32,14 @@ PARTS = (
     "block",
     "model",
 )
+# In which form a model runs: the official sequence of operations, this package's layers, what the runtime
+# makes of them for inference, what `Backbone.set_lean` makes of them for training; a model of timm; yours.
+FORMS = ("published", "plain", "runtime", "lean", "timm", "yours")
 REGIMES = ("eager", "graph", "compile")
 L2_STATES = ("cold", "warm")
 ROUTE_KINDS = ("recorded", "random", "local", "same")
+# Rows that were written before cells had a form name it where the backend stands; this is what they mean.
+_FORMS_AS_BACKENDS = {"published": "", "runtime": "auto", "lean": "auto", "timm": ""}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +49,9 @@ class Cell:
     Attributes:
         part: One of `PARTS`.
         problem: The attention call of the stage; for ``model``, that of the first routed stage.
-        backend: Backend name; for ``model``, one name or one per stage joined by ``,``. Empty for parts
-            that no backend computes.
+        form: One of `FORMS`; what is no whole model is ``plain``.
+        backend: Backend name; for ``model``, one name or one per stage joined by ``,`` (see
+            `bratune.work.cells.joined_backends`). Empty for parts and models that no backend computes.
         config: Settings of the backend as canonical JSON; ``{}`` is its default.
         model: Variant name; empty for a bare attention call.
         task: Task name; empty for a bare attention call.
@@ -65,6 +71,7 @@ class Cell:
 
     part: str
     problem: Problem
+    form: str = "plain"
     backend: str = ""
     config: str = "{}"
     model: str = ""
@@ -86,6 +93,7 @@ class Cell:
     def __post_init__(self) -> None:
         for name, known in (
             ("part", PARTS),
+            ("form", FORMS),
             ("regime", REGIMES),
             ("l2", L2_STATES),
             ("route_distribution", ROUTE_KINDS),
@@ -107,8 +115,14 @@ class Cell:
 
     @property
     def cell_id(self) -> str:
-        """Sixteen hexadecimal digits that name this content; the same in every process."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        """Sixteen hexadecimal digits that name this content; the same in every process.
+
+        A plain form is left out, so that cells have the names that they had before there were forms.
+        """
+        content = self.to_dict()
+        if self.form == "plain":
+            del content["form"]
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,13 +134,15 @@ class Cell:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Cell:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; of what was written before cells had a form, too.
 
         Raises:
             ProblemError: a field is missing or not known, or its value is none that a cell can have.
         """
         try:
             fields = dict(data)
+            if fields.get("part") == "model" and "form" not in fields:
+                fields |= form_fields(str(fields.get("backend", "")))
             fields["problem"] = Problem.from_dict(fields["problem"])
             fields["image"] = tuple(fields.get("image") or (0, 0))
             return cls(**fields)
@@ -139,5 +155,12 @@ class Cell:
 
     def __str__(self) -> str:
         where = f"{self.model} stage {self.stage}" if self.stage else self.model or "call"
-        what = f"{self.part} by {self.backend}" if self.backend else self.part
-        return f"{where} {what}"
+        what = self.part if self.form == "plain" else f"{self.part} ({self.form})"
+        return f"{where} {what} by {self.backend}" if self.backend else f"{where} {what}"
+
+
+def form_fields(backend: str) -> dict[str, str]:
+    """Form and backend of a whole model whose row was written before there were forms."""
+    if backend in _FORMS_AS_BACKENDS:
+        return {"form": backend, "backend": _FORMS_AS_BACKENDS[backend]}
+    return {"form": "plain", "backend": backend}

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from bratune.cell import Cell
-from bratune.errors import StoreError
+from bratune.cell import Cell, form_fields
+from bratune.errors import BratuneError, StoreError
 from bratune.machine import Machine
 from bratune.text import printable
 
@@ -87,6 +87,7 @@ class Record:
     task: str = ""
     model: str = ""
     part: str = ""
+    form: str = ""
     stage: int | None = None
     block_count: int | None = None
     backend: str = ""
@@ -200,6 +201,17 @@ class Record:
             git_dirty=self.git_dirty,
         )
 
+    def to_cell(self) -> Cell:
+        """The cell that the row answers.
+
+        Raises:
+            StoreError: the row describes none.
+        """
+        try:
+            return Cell.from_dict(json.loads(self.cell))
+        except (ValueError, TypeError, BratuneError) as error:
+            raise StoreError(f"row {self.cell_id} describes no cell: {error}") from None
+
     @classmethod
     def of(cls, cell: Cell, machine: Machine, **values: Any) -> Record:
         """The row of a cell on a machine; ``values`` are the outcome and the numbers."""
@@ -225,6 +237,7 @@ class Record:
             "task": cell.task,
             "model": cell.model,
             "part": cell.part,
+            "form": cell.form,
             "stage": cell.stage or None,
             "block_count": cell.block_count,
             "backend": cell.backend,
@@ -286,7 +299,10 @@ class Record:
 
     @classmethod
     def _of_checked(cls, fields: Mapping[str, Any]) -> Record:
-        return cls(**{name: value for name, value in fields.items() if name in _KINDS})
+        known = {name: value for name, value in fields.items() if name in _KINDS}
+        if known.get("part") == "model" and "form" not in known:
+            known |= form_fields(str(known.get("backend", "")))
+        return cls(**known)
 
 
 def field_types() -> dict[str, type]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,6 @@ import click
 from bratune.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
-    from bratune.cell import Cell
     from bratune.record import Record
 
 DEFAULT = (Path("runs"),)
@@ -74,8 +72,9 @@ def why(cell: str, paths: tuple[Path, ...], device: str, effort: str | None) -> 
     efforts = [MeterSettings.for_effort(name) for name in ([effort] if effort else EFFORTS)]
     settings = next((s for s in efforts if s.sampling == rows[-1].sampling), efforts[0])
     cache = Cache(detect(device), settings, rows)
-    click.echo(f"{rows[-1].cell_id}  {_cell_of(rows[-1])}")
-    click.echo(str(cache.why(_cell_of(rows[-1]))))
+    cell = rows[-1].to_cell()
+    click.echo(f"{rows[-1].cell_id}  {cell}")
+    click.echo(str(cache.why(cell)))
 
 
 @command.command("merge")
@@ -169,12 +168,3 @@ def _rows_of(cell: str, paths: tuple[Path, ...]) -> list[Record]:
     if len(ids) > 1:
         raise UsageError(f"{len(ids)} cells of {where} begin with {cell!r}: {', '.join(ids[:5])}")
     return rows
-
-
-def _cell_of(row: Record) -> Cell:
-    from bratune.cell import Cell
-
-    try:
-        return Cell.from_dict(json.loads(row.cell))
-    except ValueError as error:
-        raise StoreError(f"row {row.cell_id} describes no cell: {error}") from None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.resources
-import json
 import math
 import os
 import statistics
@@ -103,7 +102,7 @@ def samples_of(records: Iterable[Record]) -> list[Sample]:
         if board is None:
             continue
         try:
-            cell = Cell.from_dict(json.loads(record.cell))
+            cell = record.to_cell()
             cpu = board.architecture == "CPU"
             base = estimate(cell, board, CPU_PRIOR if cpu else UNCALIBRATED, compiled=not cpu)
         except BratuneError:  # a backend of another package, a rate that is not known

@@ -11,7 +11,6 @@ confirmed when the interval of their median lies above 1.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -145,10 +144,10 @@ def whole_models(records: Sequence[Record]) -> list[tuple[Cell, list[Cell]]]:
     for row in timed:
         if row.backend != row.baseline:
             continue
-        default = Cell.from_dict(json.loads(row.cell))
+        default = row.to_cell()
         rivals = [
             cell
-            for cell, other in ((Cell.from_dict(json.loads(other.cell)), other) for other in timed)
+            for cell, other in ((other.to_cell(), other) for other in timed)
             if cell != default
             and cell.replace(backend=default.backend) == default
             and (other.median_ms or 0.0) < (row.median_ms or 0.0)

@@ -7,10 +7,8 @@ evidence wins (`bratune.record.EVIDENCE`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 
-from bratune.cell import Cell
 from bratune.predict.fit import board_of
 from bratune.predict.model import bound_cell
 from bratune.record import EVIDENCE, Record
@@ -109,7 +107,7 @@ def with_bounds(records: Sequence[Record]) -> list[Record]:
         board = board_of(r)
         if board is None or board.architecture == "CPU" or not r.cell or (r.gpu_key, r.cell_id) in have:
             continue
-        cell = Cell.from_dict(json.loads(r.cell))
+        cell = r.to_cell()
         if cell.model in VARIANTS and board.memory_gbps and board.peak_tflops(r.dtype):
             found.append(bound_cell(cell, board).replace(gpu_key=r.gpu_key, cell_id=r.cell_id))
     return found

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bratune.cell import Cell
 from bratune.predict.fit import board_of
 from bratune.record import Record
 from bratune.report.infos import BASELINE, milliseconds, provenance, timed, work_of
@@ -122,7 +121,7 @@ def roofline(records: Sequence[Record]) -> tuple[list[Roof], list[RoofPoint]]:
         peak = board.peak_tflops(r.dtype)
         if not peak or not board.memory_gbps:
             continue
-        problem = Cell.from_dict(json.loads(r.cell)).problem
+        problem = r.to_cell().problem
         ms, _, _ = milliseconds(r)
         flops, moved = 2 * problem.attention_macs, problem.io_bytes
         if problem.backward:

@@ -59,6 +59,7 @@ def read_timm(path: Path) -> tuple[list[Record], dict[str, float]]:
                 reason=f"timm results, {path.name}",
                 model=name,
                 part="model",
+                form="timm",
                 batch=batch,
                 image_height=side,
                 image_width=side,

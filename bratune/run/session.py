@@ -6,7 +6,6 @@ then put into a whole block, and the fastest of all stages together into the who
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -71,7 +70,7 @@ def run(
         rows: list[Record] = []
         baselines = Baselines()
         for record in _scene_rows(scene, engine, rows, stages, answer_first):
-            cell = Cell.from_dict(json.loads(record.cell))
+            cell = record.to_cell()
             rows.append(baselines.compared(cell, record))
             yield rows[-1]
 
@@ -89,7 +88,7 @@ def _together(request: Request, engine: Engine, stages: tuple[int, ...]) -> Iter
     def measure(cells_of: Callable[[int, Scene], list[Cell]]) -> Iterator[Record]:
         owners = {cell: number for number, scene in enumerate(found) for cell in cells_of(number, scene)}
         for record in engine.run(owners):
-            cell = Cell.from_dict(json.loads(record.cell))
+            cell = record.to_cell()
             number = owners[cell]
             rows[number].append(baselines[number].compared(cell, record))
             yield rows[number][-1]

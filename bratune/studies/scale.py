@@ -127,7 +127,7 @@ def _driver(path: Path) -> ParallelEngine:
 
 
 def _cells(count: int) -> list[Cell]:
-    return [Cell.from_dict(json.loads(row.cell)).replace(seed=i) for i, row in enumerate(rows(count))]
+    return [row.to_cell().replace(seed=i) for i, row in enumerate(rows(count))]
 
 
 def _timed(what: Callable[[], T]) -> tuple[float, T]:

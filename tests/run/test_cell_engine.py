@@ -442,7 +442,7 @@ def test_a_replay_is_no_source_of_another_one(tmp_path: Path) -> None:
 
 def test_a_replayed_row_is_of_the_cell_that_was_asked_for() -> None:
     (row,) = CellEngine(ReplayRunner([stored().replace(cell="{}")]), QUICK).run([GATHER])
-    assert Cell.from_dict(json.loads(row.cell)) == GATHER
+    assert row.to_cell() == GATHER
 
 
 def test_the_machine_of_a_row_makes_the_same_rows() -> None:
@@ -462,7 +462,7 @@ def sweep(source: list[Record], target: Path) -> None:
     """What `profile --replay` does, in a process of its own, with a cell taking 10 ms."""
     store = Store(target)
     with CellEngine(SlowReplay(source), QUICK, store=store) as engine:
-        for _ in engine.run(Cell.from_dict(json.loads(row.cell)) for row in source):
+        for _ in engine.run(row.to_cell() for row in source):
             pass
 
 

@@ -42,7 +42,7 @@ def test_a_record_of_a_cell_says_what_how_and_where() -> None:
     )
     assert (row.gpu_name, row.threads, row.compute_capability) == ("Some CPU", 2, "")
     assert row.ok
-    assert Cell.from_dict(json.loads(row.cell)) == CELL
+    assert row.to_cell() == CELL
 
 
 def test_absent_fields_are_left_out_of_the_line_and_come_back_as_none() -> None:
@@ -120,6 +120,7 @@ def test_settings_are_the_same_however_they_are_spelt() -> None:
 def test_every_field_of_a_cell_is_part_of_its_name(field: str) -> None:
     others: dict[str, Any] = {
         "part": "block",
+        "form": "runtime",
         "config": '{"x": 1}',
         "image": (256, 256),
         "regime": "graph",
@@ -137,6 +138,7 @@ def test_every_field_of_a_cell_is_part_of_its_name(field: str) -> None:
     ("changes", "kind"),
     [
         ({"part": "soul"}, UnknownNameError),
+        ({"form": "fluid"}, UnknownNameError),
         ({"regime": "lazy"}, UnknownNameError),
         ({"l2": "tepid"}, UnknownNameError),
         ({"route_distribution": "scenic"}, UnknownNameError),
@@ -150,3 +152,32 @@ def test_a_cell_is_checked_when_it_is_made(changes: dict[str, str], kind: type[B
 
 def test_cells_with_different_problems_have_different_names() -> None:
     assert CELL.replace(problem=PROBLEM.replace(batch=3)).cell_id != CELL.cell_id
+
+
+@pytest.mark.parametrize(
+    ("written", "form", "backend"),
+    [
+        ("gather,dense,dense,gather", "plain", "gather,dense,dense,gather"),
+        ("published", "published", ""),
+        ("runtime", "runtime", "auto"),
+        ("lean", "lean", "auto"),
+        ("timm", "timm", ""),
+    ],
+)
+def test_rows_from_before_there_were_forms_say_theirs(written: str, form: str, backend: str) -> None:
+    new = Record.of(CELL.replace(part="model", backend=written), MACHINE).to_dict()
+    cell = json.loads(new["cell"])
+    del new["form"], cell["form"]
+    row = Record.from_dict(new | {"cell": json.dumps(cell)})
+    assert (row.form, row.backend) == (form, backend)
+    assert (row.to_cell().form, row.to_cell().backend) == (form, backend)
+
+
+def test_a_plain_cell_has_the_name_that_it_had_before_there_were_forms() -> None:
+    assert CELL.cell_id == "0f99457c2904c6b4"
+    assert CELL.replace(form="runtime").cell_id != CELL.cell_id
+
+
+def test_a_row_without_its_cell_says_so() -> None:
+    with pytest.raises(StoreError, match="describes no cell"):
+        Record(cell_id="abc").to_cell()
