@@ -72,9 +72,9 @@ def why(cell: str, paths: tuple[Path, ...], device: str, effort: str | None) -> 
     efforts = [MeterSettings.for_effort(name) for name in ([effort] if effort else EFFORTS)]
     settings = next((s for s in efforts if s.sampling == rows[-1].sampling), efforts[0])
     cache = Cache(detect(device), settings, rows)
-    cell = rows[-1].to_cell()
-    click.echo(f"{rows[-1].cell_id}  {cell}")
-    click.echo(str(cache.why(cell)))
+    asked = rows[-1].to_cell()
+    click.echo(f"{rows[-1].cell_id}  {asked}")
+    click.echo(str(cache.why(asked)))
 
 
 @command.command("merge")
