@@ -8,21 +8,51 @@ fusion, and how much activation memory they move; it says nothing about time.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Account", "count"]
+__all__ = ["ATTENTION", "Account", "Operation", "count"]
+
+# The name of an attention that is counted as one kernel.
+ATTENTION = "scaled_dot_product_attention"
 
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 # These read as much as they write, wherever the rest of their first input is.
 SELECTIONS = ("gather", "index", "index_select", "embedding")
+
+
+@dataclass(frozen=True, order=True)
+class Operation:
+    """One dispatched operation in numbers.
+
+    Attributes:
+        name: Torch's name of it.
+        read: Bytes that it reads, weights left out.
+        written: Bytes that it writes.
+        weights: Bytes of weights that it reads.
+        macs: Multiply-adds of a matrix product, a convolution or an attention; 0 for everything else.
+        shape: Of a product ``(batch, rows, inner, columns)``; of a convolution ``(groups, input channels of
+            a group, output channels of a group, taps)``; of an attention ``(batch, queries, keys,
+            channels)``, the heads in the batch. Empty for everything else.
+    """
+
+    name: str
+    read: int
+    written: int
+    weights: int = 0
+    macs: int = 0
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +65,7 @@ class Account:
         written_bytes: Bytes that they write.
         weight_bytes: Bytes of weights and buffers that they read.
         by_name: Operations by name, and by name the bytes read and written.
+        by_operation: How often each operation ran.
     """
 
     operations: int
@@ -42,6 +73,7 @@ class Account:
     written_bytes: int
     weight_bytes: int
     by_name: dict[str, tuple[int, int]] = field(repr=False)
+    by_operation: dict[Operation, int] = field(repr=False)
 
     @property
     def activation_bytes(self) -> int:
@@ -65,6 +97,7 @@ def count(
     weights: Iterable[Tensor] | nn.Module = (),
     item_bytes: int = 2,
     gradients: bool = False,
+    fused_attention: bool = False,
 ) -> Account:
     """The account of one call.
 
@@ -75,18 +108,26 @@ def count(
             Integers count as they are.
         gradients: Let the call run a backward pass, whose operations count too. Gradients of weights
             count as activations.
+        fused_attention: Count ``scaled_dot_product_attention`` as the one kernel that a GPU runs, and not
+            as what it is composed of where there is none (on meta tensors).
     """
     if isinstance(weights, nn.Module):
         weights = [*weights.parameters(), *weights.buffers()]
     mode = _Counting({_storage(w) for w in weights}, item_bytes)
-    with torch.set_grad_enabled(gradients), mode:
+    with torch.set_grad_enabled(gradients), mode, _Fusing(mode) if fused_attention else nullcontext():
         call()
+    found = dict(mode.operations)
+    names: dict[str, tuple[int, int]] = {}
+    for o, times in found.items():
+        number, moved = names.get(o.name, (0, 0))
+        names[o.name] = number + times, moved + times * (o.read + o.written)
     return Account(
-        operations=sum(mode.operations.values()),
-        read_bytes=mode.read,
-        written_bytes=mode.written,
-        weight_bytes=mode.weights_read,
-        by_name={name: (number, mode.moved[name]) for name, number in mode.operations.items()},
+        operations=sum(found.values()),
+        read_bytes=sum(times * o.read for o, times in found.items()),
+        written_bytes=sum(times * o.written for o, times in found.items()),
+        weight_bytes=sum(times * o.weights for o, times in found.items()),
+        by_name=names,
+        by_operation=found,
     )
 
 
@@ -95,14 +136,15 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         super().__init__()  # type: ignore[no-untyped-call]
         self.weights = weights
         self.item_bytes = item_bytes
-        self.operations: Counter[str] = Counter()
-        self.moved: Counter[str] = Counter()
-        self.read = self.written = self.weights_read = 0
+        self.operations: Counter[Operation] = Counter()
+        self.paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.paused:
+            return result
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         name = str(func.overloadpacket).removeprefix("aten.")
@@ -113,24 +155,25 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
             derived = {_storage(t) for t in inputs} & self.weights
             self.weights |= {_storage(t) for t in outputs} if derived else set()
             return result
-        self._add(name, inputs, outputs)
+        flops = flop_registry.get(func.overloadpacket)
+        macs = flops(*args, **(kwargs or {}), out_val=result) // 2 if flops else 0
+        self.add(name, inputs, outputs, macs, _shape(name, args) if macs else ())
         return result
 
-    def _add(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def add(
+        self, name: str, inputs: list[Tensor], outputs: list[Tensor], macs: int, shape: tuple[int, ...]
+    ) -> None:
         written = sum(self._bytes(tensor) for tensor in outputs)
-        read = 0
+        read = weights = 0
         for position, tensor in enumerate(inputs):
             size = self._bytes(tensor)
             if name in SELECTIONS and position == 0:
                 size = written
             if tensor.layout != torch.strided or _storage(tensor) in self.weights:  # packed, or a parameter
-                self.weights_read += size
+                weights += size
             else:
                 read += size
-        self.operations[name] += 1
-        self.moved[name] += read + written
-        self.read += read
-        self.written += written
+        self.operations[Operation(name, read, written, weights, macs, shape)] += 1
 
     def _bytes(self, tensor: Tensor) -> int:
         """Bytes of the distinct numbers of a tensor: those that a broadcast repeats count once."""
@@ -140,6 +183,43 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             numbers *= size if stride else min(size, 1)
         return numbers * (self.item_bytes if tensor.is_floating_point() else tensor.element_size())
+
+
+class _Fusing(TorchFunctionMode):
+    """Counts each attention as one kernel of its three inputs, its mask and its output."""
+
+    def __init__(self, counting: _Counting) -> None:
+        super().__init__()
+        self.counting = counting
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.counting.paused = True
+        try:
+            result = func(*args, **(kwargs or {}))
+        finally:
+            self.counting.paused = False
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        q, k, v = inputs[:3]
+        batch = q.numel() // (q.shape[-1] * q.shape[-2])
+        shape = batch, q.shape[-2], k.shape[-2], q.shape[-1]
+        macs = batch * q.shape[-2] * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        self.counting.add(ATTENTION, inputs, [result], macs, shape)
+        return result
+
+
+def _shape(name: str, args: tuple[Any, ...]) -> tuple[int, ...]:
+    """See `Operation.shape`."""
+    if "convolution" in name:
+        weight, groups = args[1], args[8]
+        out, inner, *window = weight.shape
+        return groups, inner, out // groups, math.prod(window)
+    left, right = [a for a in args if isinstance(a, Tensor) and a.dim() >= 2][-2:]
+    batch = left.shape[0] if left.dim() == 3 else 1
+    return batch, left.shape[-2], left.shape[-1], right.shape[-1]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -54,9 +54,9 @@ def command(
     """Say what each stage asks of a backend, and which backends accept, without running anything.
 
     One row per stage: tokens that padding adds, keys per query, query-key pairs, bytes that gather-then-dense
-    copies, multiply-adds. Then the S that the paper's complexity formula favours and the fastest that was
-    measured on this machine, and every backend, accepted or with all its reasons. With --fit, the largest
-    batch per backend.
+    copies, multiply-adds. Then the S with the fewest multiply-adds, with its keys per query, and the fastest
+    that was measured on this machine, and every backend, accepted or with all its reasons. With --fit, the
+    largest batch per backend.
     """
     if asked.pop("dump_config"):
         click.echo(options.dump_config(ctx))

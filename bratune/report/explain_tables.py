@@ -52,7 +52,7 @@ def stages_table(facts: Sequence[StageFacts]) -> Table:
 
 
 def n_win_table(facts: Sequence[StageFacts], measure: Callable[[StageFacts], str]) -> Table:
-    """The S in use beside that of the paper's formula and the fastest that was measured here.
+    """The S in use beside that with the fewest multiply-adds and the fastest that was measured here.
 
     Args:
         facts: Of every stage.
@@ -60,7 +60,7 @@ def n_win_table(facts: Sequence[StageFacts], measure: Callable[[StageFacts], str
     """
     rows: list[Row] = []
     for fact in facts:
-        if fact.optimal_n_win is None:
+        if fact.optimal_n_win is None or fact.optimal_keys is None:
             continue
         best = fact.measured_n_win
         if best is None:
@@ -70,13 +70,20 @@ def n_win_table(facts: Sequence[StageFacts], measure: Callable[[StageFacts], str
         else:
             tried = ", ".join(map(str, best.tried))
             said = f"S={best.n_win}, {best.ms:.3f} ms per block with {best.backend} (measured: {tried})"
-        before = (str(fact.stage.index), str(fact.stage.n_win), f"{fact.optimal_n_win:.1f}")
+        before = (
+            str(fact.stage.index),
+            str(fact.stage.n_win),
+            str(fact.keys_per_query),
+            f"{fact.optimal_n_win:.1f}",
+            f"{fact.optimal_keys:.0f}",
+        )
         rows.append(Note(before, said))
     title = (
-        "which S, with the stage's top-k; formula: (top-k/2 (HW)^2)^(1/6), HW in tokens, has the fewest\n"
-        "multiply-adds of routing and attention (paper, eq. 7 to 9)"
+        "which S, with the stage's top-k; fewest multiply-adds of routing and attention, S^4 C + 2 top-k\n"
+        "(HW)^2 C / S^2 with HW in tokens: (top-k (HW)^2)^(1/6) (the paper's eq. 7 to 9 count them otherwise)"
     )
-    return Table(("<stage", "S", "formula", "<fastest measured here"), tuple(rows), title=title)
+    heads = ("<stage", "S", "keys/q", "fewest at", "keys/q there", "<fastest measured here")
+    return Table(heads, tuple(rows), title=title)
 
 
 def backends_table(facts: Sequence[StageFacts]) -> Table:

@@ -63,9 +63,10 @@ def model_macs(variant: Variant, stages: Sequence[Stage], batch: int = 1, classe
 
 
 def optimal_n_win(height: int, width: int, topk: int) -> float:
-    """The S that minimises the paper's count of routing plus attention, ``(topk / 2 (HW)^2)^(1/6)``.
+    """The S with the fewest multiply-adds of routing and attention, ``(topk (HW)^2)^(1/6)``.
 
-    The count is ``2 S^4 C + 2 topk (HW)^2 C / S^2`` with HW in tokens (BiFormer, arXiv 2303.08810,
-    equations 7 to 9). It ignores memory, padding and everything that a machine does; it is a place to start.
+    `part_macs` counts ``S^4 C + 2 topk (HW)^2 C / S^2`` with HW in tokens. The paper's count (BiFormer,
+    arXiv 2303.08810, equations 7 to 9) has the first term twice and the second once, which puts its optimum
+    a ninth lower. Both ignore memory, padding and everything that a machine does; it is a place to start.
     """
-    return float((topk / 2 * (height * width) ** 2) ** (1 / 6))
+    return float((topk * (height * width) ** 2) ** (1 / 6))

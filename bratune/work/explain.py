@@ -30,7 +30,8 @@ class StageFacts:
         score_bytes: One copy of the score matrix of all heads.
         attention_macs: Multiply-adds of both attention products.
         block_macs: Multiply-adds of the block.
-        optimal_n_win: The S of the paper's complexity formula; None without routing.
+        optimal_n_win: The S with the fewest multiply-adds of routing and attention; None without routing.
+        optimal_keys: Keys per query at that S with the stage's top-k, without padding.
         measured_n_win: The fastest S that was measured on this machine; None where none was.
         reasons: Every backend with its reasons for refusing; empty reasons: it accepts.
     """
@@ -44,6 +45,7 @@ class StageFacts:
     attention_macs: int
     block_macs: int
     optimal_n_win: float | None
+    optimal_keys: float | None
     measured_n_win: MeasuredNWin | None
     reasons: dict[str, tuple[str, ...]]
 
@@ -87,6 +89,7 @@ def explain_stage(
         pairs = batch * problem.regions * problem.region_tokens * keys
         gathered, scores = problem.gathered_bytes, problem.score_bytes
         reasons = {name: registry.get(name).why_not(problem, machine) for name in request.backends}
+    best = optimal_n_win(stage.height, stage.width, stage.topk) if stage.kind == "routed" else None
     return StageFacts(
         stage=stage,
         padding_waste=stage.padding_waste,
@@ -96,9 +99,8 @@ def explain_stage(
         score_bytes=scores,
         attention_macs=part_macs(variant, stage, batch).get("attention", 0),
         block_macs=block_macs(variant, stage, batch),
-        optimal_n_win=optimal_n_win(stage.height, stage.width, stage.topk)
-        if stage.kind == "routed"
-        else None,
+        optimal_n_win=best,
+        optimal_keys=stage.topk * stage.height * stage.width / best**2 if best else None,
         measured_n_win=measured_n_win(
             blocks,
             model=model,

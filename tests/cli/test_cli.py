@@ -255,7 +255,8 @@ def test_explain_names_every_backend_with_its_answer(capsys: pytest.CaptureFixtu
     code, out, _ = bratune("explain --gpu v100-16 --format json", capsys)
     facts = json.loads(out)
     assert set(facts[0]["reasons"]) >= {"gather", "dense", "sparse", "reference", "triton"}
-    assert facts[0]["optimal_n_win"] == pytest.approx(13.0, abs=0.05)
+    assert facts[0]["optimal_n_win"] == pytest.approx(14.6, abs=0.05)
+    assert facts[0]["optimal_keys"] == pytest.approx(56 * 56 / 14.6**2, abs=0.1)
 
 
 def test_a_gpu_that_is_not_here_gives_modelled_rows_and_says_so_first(
