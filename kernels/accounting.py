@@ -195,14 +195,16 @@ class _Fusing(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not torch.nn.functional.scaled_dot_product_attention:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        attends = func is torch.nn.functional.scaled_dot_product_attention
+        # The fused kernels take four axes; with more, torch composes the attention of products and a softmax.
+        if not attends or inputs[0].dim() != 4:
             return func(*args, **(kwargs or {}))
         self.counting.paused = True
         try:
             result = func(*args, **(kwargs or {}))
         finally:
             self.counting.paused = False
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         q, k, v = inputs[:3]
         batch = q.numel() // (q.shape[-1] * q.shape[-2])
         shape = batch, q.shape[-2], k.shape[-2], q.shape[-1]
