@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from bratune import gpus
 from bratune.errors import UsageError
 from bratune.predict.counted import KINDS, Load
+from bratune.predict.roofline import rates
 from bratune.studies import calibrate as study
 
 
@@ -60,7 +61,7 @@ def timed(
     models: list[study.Counted], board: str = "rtx4090", *, slower: float = 1.0, noise: float = 0.0
 ) -> list[study.Timed]:
     """Throughputs that the rates of `RATES` give on a board."""
-    peak = study.rates(gpus.resolve(board), "float16")
+    peak = rates(gpus.resolve(board), "float16")
     rng = np.random.default_rng(1)
     rows = []
     for m in models:
