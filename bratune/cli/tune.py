@@ -113,7 +113,14 @@ FORMATS = ("table", "json", "csv", "md")
     help="Who proposes where the table does not.",
 )
 @click.option("--no-lut", is_flag=True, help="Whole models only: let the sampler search.")
-@click.option("--storage", default="", metavar="URL", help="sqlite:///F, journal:///F or postgresql://...")
+@click.option(
+    "--storage",
+    default="",
+    metavar="URL",
+    envvar="BRATUNE_STORAGE",
+    help="sqlite:///F, journal:///F or postgresql://...; BRATUNE_STORAGE holds it out of sight, "
+    "as PGPASSWORD does a password.",
+)
 @click.option("--study", default="", metavar="NAME", help="Name of the study.")
 @click.option("--join", default="", metavar="URL", help="Help the run that has this storage (and --study).")
 @click.option("--replay", type=click.Path(path_type=Path), metavar="DIR", help="Answer from records.")
@@ -385,7 +392,10 @@ def _show_space(request: Request, machine: Machine) -> None:
 
 
 def _again() -> str:
-    return shlex.join(["bratune", *sys.argv[1:]])
+    """The command that goes on, without the password of its storage (the environment may hold it)."""
+    from bratune.tune.storage import without_password
+
+    return shlex.join(["bratune", *(without_password(word) for word in sys.argv[1:])])
 
 
 def _show(result: Result, style: str) -> None:

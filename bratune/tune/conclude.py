@@ -38,9 +38,7 @@ def conclude(tuner: Tuner, fresh: Fresh, *, command: str = "", complete: bool = 
     default = tuner.find(tuner.reference)
     if default is None:
         tried = tuner.settings.by_key().get(tuner.reference.key)
-        why = (
-            tried.user_attrs.get("reason", "") if tried else "the budget ended first; a larger one would help"
-        )
+        why = tried.user_attrs.get("reason", "") if tried else _why_not_tried(tuner)
         raise UsageError(
             f"the default {tuner.reference} could not be measured, so nothing can be compared with it: {why}"
         )
@@ -89,6 +87,17 @@ def conclude(tuner: Tuner, fresh: Fresh, *, command: str = "", complete: bool = 
         seed=request.seed,
         complete=complete,
     )
+
+
+def _why_not_tried(tuner: Tuner) -> str:
+    """Why a search ended before the default was measured."""
+    deaths = tuner.settings.deaths(tuner.reference.key)
+    lost = f"{deaths} worker(s) died while measuring it; " if deaths else ""
+    if tuner.request.budget_s:
+        return f"{lost}the budget of {tuner.request.budget_s:g} s ended first; a larger one would help"
+    if tuner.settings.busy_elsewhere():
+        return f"{lost}another worker has it; the same command goes on"
+    return f"{lost}the search ended before its turn; the same command goes on"
 
 
 def _decide(

@@ -2,7 +2,8 @@
 
 Every measurement is a trial: it waits in the queue, is claimed by one worker, and ends as complete, as
 pruned (it ran and broke a constraint, e.g. out of memory: samplers learn from that) or as failed (nothing
-is known). What a worker that died left running is found again and queued once more, a few times.
+is known). What a worker that died left running is found again and queued once more, however often that
+happens: a death costs a retry, never the trial.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bratune.errors import StoreError, UsageError
-from bratune.tune.storage import make_sampler, open_storage
+from bratune.tune.storage import make_sampler, open_storage, without_password
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -33,10 +34,14 @@ Proposal = TypeVar("Proposal")
 
 # A trial of another host counts as lost when nothing was heard of it for this long.
 LEASE_S = 900.0
-# How often a trial is queued again whose worker died. A cell cannot do that to a worker, because it runs in a
-# process of its own; kill -9 can, and may hit one trial more than once.
-MAX_RETRIES = 3
+# Why a trial failed that says nothing about the trial: it is queued again. A cell cannot end its worker,
+# because it runs in a process of its own (with --no-isolate it can, and whoever sees that has to choose).
 INTERRUPTED = "interrupted"
+DIED = "its worker died"
+DOUBLED = "it was queued twice"
+# So many deaths with one trial are worth a word.
+OFTEN = 3
+LOST = (INTERRUPTED, DIED, DOUBLED)
 
 
 def derived_seed(seed: int, *parts: object) -> int:
@@ -127,7 +132,8 @@ class Ledger:
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 self.study.set_metric_names(list(self.objectives))
         except Exception as error:  # databases have error types of their own
-            raise StoreError(f"the study {name!r} cannot be opened: {error}") from None
+            text = without_password(str(error), url)
+            raise StoreError(f"the study {name!r} cannot be opened: {text}") from None
         if len(self.study.directions) != len(self.objectives):
             raise UsageError(
                 f"the study {name!r} has {len(self.study.directions)} objectives and {len(self.objectives)} "
@@ -164,8 +170,7 @@ class Ledger:
         Args:
             items: ``(key, parameters, attributes)``, most wanted first.
         """
-        known = {t.user_attrs.get("key") for t in self.trials("COMPLETE", "PRUNED", "WAITING", "RUNNING")}
-        known |= {k for k, n in self._failures().items() if n > MAX_RETRIES}
+        known = self.settled()
         added = 0
         for key, parameters, attributes in items:
             if key in known:
@@ -175,14 +180,9 @@ class Ledger:
             added += 1
         return added
 
-    def _failures(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
-        for trial in self.trials("FAIL"):
-            if trial.user_attrs.get("reason") == INTERRUPTED:
-                continue
-            key = trial.user_attrs.get("key", "")
-            counts[key] = counts.get(key, 0) + 1
-        return counts
+    def settled(self) -> set[str | None]:
+        """Keys that are done or under way: of every trial but those that were lost."""
+        return {t.user_attrs.get("key") for t in self.trials() if not _is_lost(t)}
 
     def claim(self, suggest: Callable[[Trial], Any]) -> Trial | None:
         """The next waiting trial, now this worker's; None when nothing waits.
@@ -195,10 +195,19 @@ class Ledger:
             if "key" not in trial.user_attrs:  # another worker was faster, and this is a new proposal
                 self.fail(trial, "nothing was waiting any more")
                 continue
+            if self._has_another(trial):
+                self.fail(trial, DOUBLED)
+                continue
             self._own(trial)
             suggest(trial)
             return trial
         return None
+
+    def _has_another(self, trial: Trial) -> bool:
+        """Whether an earlier trial of the same key is done or running: a death midway left this one."""
+        key = trial.user_attrs["key"]
+        others = self.trials("COMPLETE", "PRUNED", "RUNNING")
+        return any(t.number < trial.number and t.user_attrs.get("key") == key for t in others)
 
     def propose(self, suggest: Callable[[Trial], Proposal]) -> tuple[Trial, Proposal]:
         """A trial with parameters from the sampler, and what ``suggest`` made of them."""
@@ -237,19 +246,21 @@ class Ledger:
 
     def release(self, trial: Trial) -> None:
         """Give a claimed trial back to the queue: its measurement was interrupted, not lost."""
-        attrs = {k: v for k, v in trial.user_attrs.items() if k not in ("worker", "claimed_s")}
-        parameters = dict(trial.params)
         self.fail(trial, INTERRUPTED)
-        if "key" in attrs:
-            self.study.enqueue_trial(parameters, user_attrs=attrs)
+        self._queue_lost_again()
 
     def fail(self, trial: Trial | int, reason: str) -> None:
         """Record that nothing is known of it."""
         from optuna.trial import TrialState
 
-        if not isinstance(trial, int):
+        if isinstance(trial, int):
+            self.storage.set_trial_user_attr(self._id_of(trial), "reason", reason)
+        else:
             trial.set_user_attr("reason", reason)
         self.study.tell(trial, state=TrialState.FAIL)
+
+    def _id_of(self, number: int) -> int:
+        return self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
 
     @staticmethod
     def _note(trial: Trial, constraints: Mapping[str, float] | None, attrs: Mapping[str, Any]) -> None:
@@ -274,17 +285,50 @@ class Ledger:
             if alive:
                 continue
             try:
-                self.fail(trial.number, "its worker died")
+                self.fail(trial.number, DIED)
+            except StoreError:
+                raise
             except Exception:  # somebody else took it back, or it finished after all
                 continue
             found += 1
-            if "key" in trial.user_attrs and self._failures()[trial.user_attrs["key"]] <= MAX_RETRIES:
-                attrs = {k: v for k, v in trial.user_attrs.items() if k not in ("worker", "claimed_s")}
-                parameters = trial.system_attrs.get("fixed_params", trial.params)
-                self.study.enqueue_trial(dict(parameters), user_attrs=attrs)
+        self._queue_lost_again()
         return found
+
+    def _queue_lost_again(self) -> None:
+        """Queue every trial that was lost and is not done or under way since.
+
+        Of them all, not only of those just found: whoever found another one may have died before this step.
+        """
+        from optuna.trial import TrialState
+
+        lost: dict[str, FrozenTrial] = {}
+        keys = {t.user_attrs.get("key") for t in self.trials() if t.state != TrialState.FAIL}
+        for trial in self.trials("FAIL"):
+            key = trial.user_attrs.get("key")
+            if key is not None and key not in keys and _is_lost(trial):
+                lost[key] = trial
+        for trial in lost.values():
+            attrs = {k: v for k, v in trial.user_attrs.items() if k not in ("worker", "claimed_s", "reason")}
+            parameters = trial.system_attrs.get("fixed_params", trial.params)
+            self.study.enqueue_trial(dict(parameters), user_attrs=attrs)
+
+    def often_died(self) -> str:
+        """What to say where workers died with the same trial again and again; empty where they did not."""
+        waiting = {t.user_attrs.get("key", "") for t in self.trials("WAITING")}
+        worst = max((self.deaths(key) for key in waiting), default=0)
+        return f"; {worst} workers died with the same one" if worst >= OFTEN else ""
+
+    def deaths(self, key: str) -> int:
+        """How many workers died with a trial of this key."""
+        dead = (t for t in self.trials("FAIL") if t.user_attrs.get("reason", DIED) == DIED)
+        return sum(t.user_attrs.get("key") == key for t in dead)
 
     def busy_elsewhere(self) -> int:
         """Trials that living workers other than this one are running."""
         own = [self.worker.host, self.worker.pid, self.worker.started, self.worker.boot]
         return sum(t.user_attrs.get("worker") != own for t in self.trials("RUNNING"))
+
+
+def _is_lost(trial: FrozenTrial) -> bool:
+    """Whether a trial ended without a word about what it tried."""
+    return trial.state.name == "FAIL" and trial.user_attrs.get("reason", DIED) in LOST

@@ -1,17 +1,26 @@
 """Where studies live: SQLite for one process, a journal file for a host, PostgreSQL for many hosts.
 
-SQLite is not for several workers: two processes can pop the same waiting trial, and then one of them dies.
+SQLite is for one process at a time, and a second one is refused: two can pop the same waiting trial, and then
+one of them dies. A journal is mended before every line, because a worker may have died in the middle of one.
+A database that goes away, as in a restart, is waited for.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import functools
 import importlib.util
+import json
 import os
+import re
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from bratune.errors import MissingPackageError, StoreError, UsageError
 
@@ -19,9 +28,23 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
 
-__all__ = ["SAMPLERS", "make_sampler", "open_storage", "serves_several"]
+__all__ = ["SAMPLERS", "make_sampler", "open_storage", "serves_several", "without_password"]
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random", "brute")
+
+# How long a storage that went away is waited for before the run ends; what was measured is in the records.
+_PATIENCE_S = 600.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
+# What a disk that is slow, or behind a network, says for a while.
+_PASSING = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.ENOLCK,
+    errno.EREMOTEIO,
+}
 
 
 def serves_several(url: str) -> bool:
@@ -40,40 +63,85 @@ def open_storage(url: str) -> BaseStorage:
         StoreError: the storage cannot be opened.
         MissingPackageError: PostgreSQL was asked for and its driver is not installed.
     """
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
-
     kind, _, rest = url.partition("://")
     try:
         if kind == "journal" and rest.strip("/"):
-            path = Path(rest if rest.startswith("//") else "/" + rest.lstrip("/"))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_torn_line(path)
-            return JournalStorage(JournalFileBackend(str(path)))
+            return _journal(Path(rest if rest.startswith("//") else "/" + rest.lstrip("/")))
         if kind == "sqlite" and rest.strip("/"):
-            Path(rest.removeprefix("/")).parent.mkdir(parents=True, exist_ok=True)
+            path = Path(rest.removeprefix("/"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _keep_others_out(path)
             return _fast_sqlite(url)
         if kind in ("postgresql", "postgres"):
-            return RDBStorage(f"postgresql+psycopg://{rest}")  # one driver, whatever SQLAlchemy defaults to
+            return _database(f"postgresql+psycopg://{rest}")  # one driver, whatever SQLAlchemy defaults to
         if kind.startswith("postgresql+"):
-            return RDBStorage(url)
+            return _database(url)
     except ImportError:
         if not kind.startswith("postgres"):
             raise
         raise MissingPackageError("psycopg", "a study in PostgreSQL", extra="postgres") from None
+    except StoreError:
+        raise
     except Exception as error:  # every database has error types of its own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise StoreError(f"the study storage {_without_password(url)} cannot be opened: {first}") from None
+        text = without_password(str(error).strip(), url)
+        first = text.splitlines()[0] if text else type(error).__name__
+        raise StoreError(f"the study storage {without_password(url)} cannot be opened: {first}") from None
     raise UsageError(
-        f"storage {_without_password(url)!r} is not known; sqlite:///FILE, journal:///FILE "
+        f"storage {without_password(url)!r} is not known; sqlite:///FILE, journal:///FILE "
         "and postgresql://USER:PASSWORD@HOST/DATABASE are"
     )
 
 
-def _without_password(url: str) -> str:
-    head, at, host = url.rpartition("@")
-    scheme, _, login = head.partition("://")
-    return f"{scheme}://{login.partition(':')[0]}@{host}" if at else url
+_LOGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<user>[^:/@\s]*):(?P<password>[^/\s]*)@", re.IGNORECASE
+)
+_TELLING = 4
+_KEYWORD = re.compile(r"(?P<name>[?&\s]password=)[^&\s]+", re.IGNORECASE)
+
+
+def without_password(text: str, url: str = "") -> str:
+    """A text without the passwords of URLs in it: ``postgresql://me@host/db``.
+
+    Args:
+        text: Anything: a URL, a command, the message of a library.
+        url: A URL whose password shall go wherever it stands, also outside of a URL.
+    """
+    if found := _LOGIN.search(url):
+        password = found["password"]
+        # A library that splits a URL elsewhere shows what follows an @ in a password as the host.
+        parts = {part for part in password.split("@") if len(part) >= _TELLING}
+        for secret in sorted({password, unquote(password), *parts} - {""}, key=len, reverse=True):
+            text = text.replace(secret, "***")
+    return _KEYWORD.sub(r"\g<name>***", _LOGIN.sub(r"\g<scheme>\g<user>@", text))
+
+
+# --- one process: SQLite ----------------------------------------------------------------------
+
+# Locks of SQLite files that this process holds until it ends, by process (a fork holds none) and file.
+_HELD: dict[tuple[int, str], int] = {}
+
+
+def _keep_others_out(path: Path) -> None:
+    """Hold a study's file for this process; raises `StoreError` where another one has it."""
+    key = os.getpid(), str(path.resolve())
+    if key in _HELD:
+        return
+    fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        other = os.pread(fd, 100, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise StoreError(
+            f"another process (pid {other}) works on the study {path}, and SQLite serves one at a time; "
+            "wait for its end, or start both with --storage journal:///FILE"
+        ) from None
+    except OSError:  # no locks here: as safe as SQLite itself is on such a file system
+        os.close(fd)
+        return
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    _HELD[key] = fd
 
 
 def _fast_sqlite(url: str) -> BaseStorage:
@@ -92,28 +160,161 @@ def _fast_sqlite(url: str) -> BaseStorage:
     return storage
 
 
+# --- one host: a journal ----------------------------------------------------------------------
+
+
+def _journal(path: Path) -> BaseStorage:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    class Journal(JournalFileBackend):
+        """Optuna's file of lines with a lock that dies with its holder, mended before every line."""
+
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+            _patiently(lambda: _append(path, text.encode()), _is_passing, str(path))
+
+    _append(path, b"")
+    return JournalStorage(Journal(str(path)))
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Add whole lines to a journal, all or nothing; on return they are on disk."""
+    with _locked(path) as fd:
+        end = _mend_end(fd, path)
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(fd, data[written:])
+            os.fsync(fd)
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(fd, end)
+            raise
+
+
 @contextmanager
-def _journal_lock(path: Path) -> Iterator[None]:
-    from optuna.storages.journal import JournalFileSymlinkLock
-
-    lock = JournalFileSymlinkLock(str(path))
-    lock.acquire()
+def _locked(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
-        yield
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield fd
     finally:
-        lock.release()
+        os.close(fd)  # releases the lock
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Drop half a line that a dying process left: the next append would glue to it and spoil the file."""
-    if not path.exists():
-        return
-    with _journal_lock(path), open(path, "r+b") as file:
-        data = file.read()
-        end = data.rfind(b"\n") + 1
-        if end != len(data):
-            file.truncate(end)
-            os.fsync(file.fileno())
+def _mend_end(fd: int, path: Path) -> int:
+    """Drop half a line that a dying process left, complete a whole one; returns the length after it.
+
+    Raises:
+        StoreError: the file is no journal; it is left as it is.
+    """
+    size = os.fstat(fd).st_size
+    if not size:
+        return 0
+    head = os.pread(fd, 4096, 0)
+    if not (head.startswith(b'{"op_code"') or b'{"op_code"'.startswith(head)):
+        raise StoreError(
+            f"{path} is no journal of a study and is left as it is; another file name would work"
+        )
+    end, tail = size, b""
+    while end > 0 and b"\n" not in tail:
+        start = max(0, end - 65536)
+        tail = os.pread(fd, end - start, start) + tail
+        end = start
+    tail = tail.rpartition(b"\n")[2]
+    if not tail:
+        return size
+    try:
+        json.loads(tail)
+    except ValueError:
+        os.ftruncate(fd, size - len(tail))
+        return size - len(tail)
+    os.write(fd, b"\n")
+    return size + 1
+
+
+def _is_passing(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _PASSING
+
+
+# --- many hosts: a database -------------------------------------------------------------------
+
+# What Optuna's cache in front of a database calls beside the public methods.
+_OF_THE_CACHE = ("_create_new_trial", "_get_trials", "_get_best_trial_id", "_set_trial_param")
+
+
+def _database(url: str) -> BaseStorage:
+    """A database whose connections are checked before use, and which is waited for when it goes away."""
+    return _patient_database()(url, engine_kwargs={"pool_pre_ping": True})
+
+
+@functools.cache
+def _patient_database() -> Callable[..., BaseStorage]:
+    from optuna.storages import BaseStorage, RDBStorage
+
+    class PatientDatabase(RDBStorage):
+        """Optuna's storage in a database, each of whose calls waits for the database while it is away."""
+
+    def waiting(name: str) -> Callable[..., Any]:
+        call = getattr(RDBStorage, name)
+
+        @functools.wraps(call)
+        def method(self: Any, *given: Any, **named: Any) -> Any:
+            return _patiently(lambda: call(self, *given, **named), _is_away, "the database of the study")
+
+        return method
+
+    public = [name for name, member in vars(BaseStorage).items() if name[0] != "_" and callable(member)]
+    for name in (*public, *_OF_THE_CACHE):
+        if callable(getattr(RDBStorage, name, None)):
+            setattr(PatientDatabase, name, waiting(name))
+    return PatientDatabase
+
+
+def _is_away(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that the connection is gone."""
+    from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+
+    while error is not None:
+        if isinstance(error, OperationalError | InterfaceError):
+            return True
+        if isinstance(error, DBAPIError) and error.connection_invalidated:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _patiently(call: Callable[[], Any], passing: Callable[[BaseException], bool], what: str) -> Any:
+    """What a call returns, made again while it fails with something that passes.
+
+    A call that was cut off may have had its effect: a trial may then be queued twice, which
+    `bratune.tune.ledger.Ledger.claim` sees, or be finished already, which is what was wanted.
+    """
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    begun, pause, waited = time.monotonic(), _FIRST_PAUSE_S, False
+    while True:
+        try:
+            return call()
+        except UpdateFinishedTrialError:
+            if not waited:
+                raise
+            return True
+        except Exception as error:
+            if not passing(error):
+                raise
+            if time.monotonic() - begun > _PATIENCE_S:
+                raise StoreError(
+                    f"{what} has been away for {_PATIENCE_S:g} s; the same command goes on once it is back"
+                ) from None
+        if not waited:
+            warnings.warn(f"{what} does not answer; it is waited for", stacklevel=2)
+        waited = True
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 def make_sampler(name: str, seed: int, *, several: bool = True) -> BaseSampler:

@@ -150,8 +150,7 @@ class TrainTrials(TrainedSource):
 
     def left(self) -> int:
         """Trainings that may still be started; settings that were refused unseen do not count."""
-        begun = {t.user_attrs.get("key") for t in self.ledger.trials() if "refused" not in t.user_attrs}
-        return max(self.most - len(begun - {None}), 0)
+        return max(self.most - len(self.ledger.settled() - {None}), 0)  # the refused have no key
 
     # --- trials -----------------------------------------------------------------------------
 

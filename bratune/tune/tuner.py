@@ -152,7 +152,7 @@ class Tuner:
         for ledger in self._ledgers():
             count = ledger.reap()
             if count:
-                self.say(f"{count} unfinished trial(s) of dead workers are queued again")
+                self.say(f"{count} unfinished trial(s) of dead workers are queued again{ledger.often_died()}")
 
     def _ledgers(self) -> Iterator[Ledger]:
         trainings = self.trainings.ledger if self.trainings is not None else None
@@ -304,7 +304,7 @@ class Tuner:
 
     def enqueue_settings(self, named: Any, *, most: int | None = None) -> int:
         """Queue settings that were not measured yet; ``named`` are pairs of a name (or "") and a setting."""
-        known = {t.user_attrs.get("key") for t in self.settings.trials()}
+        known = self.settings.settled()
         fresh = [(name, s) for name, s in named if s.key not in known][:most]
         return self.settings.enqueue(
             (s.key, self.encoding.params(s), {"setting": s.to_dict(), "name": name}) for name, s in fresh

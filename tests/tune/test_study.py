@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ import pytest
 
 from bratune.errors import MissingPackageError, StoreError, UnknownNameError, UsageError
 from bratune.record import Record
+from bratune.tune import storage
 from bratune.tune.constraints import parse_constraint, violations
 from bratune.tune.ledger import Ledger, Worker, derived_seed
 from bratune.tune.storage import SAMPLERS, make_sampler, open_storage
@@ -74,22 +80,88 @@ def _claim_and_die(url: str) -> None:
     os._exit(9)
 
 
+def _abandon(ledger: Ledger) -> None:
+    """Claim a trial in the name of a worker that is dead."""
+    trial = ledger.claim(suggest)
+    assert trial is not None
+    me = ledger.worker
+    trial.set_user_attr("worker", [me.host, me.pid, "1", me.boot])
+
+
+def test_trial_of_a_process_that_died_is_queued_again(tmp_path: Path) -> None:
+    url = urls(tmp_path)["journal"]
+    Ledger(url, "s", ["ms"]).enqueue(items(1))
+    process = multiprocessing.get_context("spawn").Process(target=_claim_and_die, args=(url,))
+    process.start()
+    process.join()
+    ledger = Ledger(url, "s", ["ms"])
+    assert len(ledger.trials("RUNNING")) == 1
+    assert ledger.reap() == 1
+    (trial,) = ledger.trials("WAITING")
+    assert (trial.user_attrs["key"], trial.user_attrs["note"]) == ("k0", 0)
+    assert trial.system_attrs["fixed_params"] == {"x": 0}
+
+
 @pytest.mark.parametrize("kind", ["sqlite", "journal"])
-def test_trial_of_a_dead_worker_is_queued_once_more_and_then_given_up(
+def test_twenty_deaths_with_one_trial_cost_twenty_retries(tmp_path: Path, kind: str) -> None:
+    ledger = Ledger(urls(tmp_path)[kind], "s", ["ms"])
+    ledger.enqueue(items(2))
+    for death in range(1, 21):
+        _abandon(ledger)
+        assert ledger.reap() == 1
+        assert ledger.enqueue(items(2)) == 0
+        assert sorted(t.user_attrs["key"] for t in ledger.trials("WAITING")) == ["k0", "k1"]
+        assert bool(ledger.often_died()) is (death >= 5)
+    assert "workers died with the same one" in ledger.often_died()
+    seen = {}
+    while (trial := ledger.claim(suggest)) is not None:
+        seen[trial.user_attrs["key"]] = (trial.params["x"], trial.user_attrs["note"])
+        ledger.complete(trial, [1.0])
+    assert seen == {"k0": (0, 0), "k1": (1, 1)}
+    assert ledger.settled() == {"k0", "k1"}
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_a_death_between_failing_and_queueing_again_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("bratune.tune.ledger.MAX_RETRIES", 1)
-    url = urls(tmp_path)[kind]
-    Ledger(url, "s", ["ms"]).enqueue(items(1))
-    for expected in (1, 0):
-        process = multiprocessing.get_context("spawn").Process(target=_claim_and_die, args=(url,))
-        process.start()
-        process.join()
-        ledger = Ledger(url, "s", ["ms"])
-        assert len(ledger.trials("RUNNING")) == 1
+    ledger = Ledger(urls(tmp_path)[kind], "s", ["ms"])
+    ledger.enqueue(items(1))
+    _abandon(ledger)
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "_queue_lost_again", lambda self: None)
         assert ledger.reap() == 1
-        assert len(ledger.trials("WAITING")) == expected
-    assert ledger.enqueue(items(1)) == 0  # it killed two workers
+    assert ledger.trials("WAITING") == []
+    assert ledger.settled() == set()
+    assert ledger.reap() == 0
+    (trial,) = ledger.trials("WAITING")
+    assert trial.user_attrs["key"] == "k0"
+
+
+def test_a_trial_that_was_queued_twice_runs_once(tmp_path: Path) -> None:
+    ledger = Ledger(urls(tmp_path)["journal"], "s", ["ms"])
+    for _ in range(2):
+        ledger.study.enqueue_trial({"x": 0}, user_attrs={"key": "k0"})
+    first = ledger.claim(suggest)
+    assert first is not None
+    assert ledger.claim(suggest) is None
+    ledger.complete(first, [1.0])
+    ledger.study.enqueue_trial({"x": 0}, user_attrs={"key": "k0"})
+    assert ledger.claim(suggest) is None
+    assert ledger.reap() == 0
+    assert ledger.trials("WAITING") == []
+
+
+def test_an_interrupted_trial_is_queued_again_with_what_it_knew(tmp_path: Path) -> None:
+    ledger = Ledger(urls(tmp_path)["journal"], "s", ["ms"])
+    ledger.enqueue(items(1))
+    trial = ledger.claim(suggest)
+    assert trial is not None
+    ledger.release(trial)
+    again = ledger.claim(suggest)
+    assert again is not None
+    assert (again.params["x"], again.user_attrs["key"], again.user_attrs["note"]) == (0, "k0", 0)
+    assert "reason" not in again.user_attrs
 
 
 def test_trial_of_a_living_worker_is_left_alone(tmp_path: Path) -> None:
@@ -130,14 +202,116 @@ def test_journal_with_a_torn_last_line_opens_and_goes_on(tmp_path: Path) -> None
     assert len(Ledger(url, "s", ["ms"]).trials("WAITING")) == 3
 
 
+@pytest.mark.parametrize("tail", [b'{"op_code": 4, "worker_', b'{"op_code": 4', b"\0\0"])
+def test_a_worker_that_died_in_the_middle_of_a_line_spoils_no_line_of_the_others(
+    tmp_path: Path, tail: bytes
+) -> None:
+    url = urls(tmp_path)["journal"]
+    ledger = Ledger(url, "s", ["ms"])
+    ledger.enqueue(items(1))
+    with open(tmp_path / "s.journal", "ab") as file:
+        file.write(tail)
+    ledger.enqueue(items(2))  # the same process goes on, nothing was opened anew
+    assert len(Ledger(url, "s", ["ms"]).trials("WAITING")) == 2
+
+
+def test_a_whole_last_line_of_a_journal_without_its_end_is_kept(tmp_path: Path) -> None:
+    url, path = urls(tmp_path)["journal"], tmp_path / "s.journal"
+    Ledger(url, "s", ["ms"]).enqueue(items(2))
+    before = path.read_bytes()
+    path.write_bytes(before[:-1])
+    open_storage(url)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"my only copy", b"a\nb\n", b'{"a": 1}\n'])
+def test_a_file_that_is_no_journal_is_not_touched(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "s.journal"
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="is no journal of a study and is left as it is"):
+        open_storage(urls(tmp_path)["journal"])
+    assert path.read_bytes() == content
+
+
+def test_a_disk_that_fails_for_a_while_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = urls(tmp_path)["journal"]
+    ledger = Ledger(url, "s", ["ms"])
+    monkeypatch.setattr(storage, "_FIRST_PAUSE_S", 0.001)
+    real, failures = os.fsync, [errno.EIO, errno.ESTALE, errno.ETIMEDOUT]
+
+    def fsync(fd: int) -> None:
+        if failures:
+            raise OSError(failures.pop(), "for a while")
+        real(fd)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.warns(UserWarning, match="does not answer; it is waited for"):
+        ledger.enqueue(items(1))
+    assert failures == []
+    assert len(Ledger(url, "s", ["ms"]).trials("WAITING")) == 1
+
+
+def test_a_full_disk_is_not_waited_for_and_leaves_no_half_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, path = urls(tmp_path)["journal"], tmp_path / "s.journal"
+    ledger = Ledger(url, "s", ["ms"])
+    before = path.read_bytes()
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            ledger.enqueue(items(1))
+    assert path.read_bytes() == before
+
+
+HOLD = """
+import sys, time
+from bratune.tune.storage import open_storage
+open_storage(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_on_a_sqlite_study_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    url = urls(tmp_path)["sqlite"]
+    first = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", HOLD, url],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(
+        StoreError, match=rf"another process \(pid {first.pid}\) works on the study .*journal:///FILE"
+    ):
+        open_storage(url)
+    first.kill()
+    first.communicate()
+    open_storage(url)
+    open_storage(url)  # the same process may
+
+
 def _work(url: str) -> None:
     ledger = Ledger(url, "s", ["ms"])
     while (trial := ledger.claim(suggest)) is not None:
         ledger.complete(trial, [float(trial.params["x"])])
 
 
+@dataclass(frozen=True)
+class Server:
+    url: str
+    stop: Callable[[], None]
+    start: Callable[[], None]
+
+
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """URL of a PostgreSQL server of its own, on this machine only."""
     pytest.importorskip("psycopg", reason="needs the driver: pip install 'bratune[postgres]'")
     if not shutil.which("initdb") or not shutil.which("pg_ctl"):
@@ -156,9 +330,11 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     run("initdb", "-D", f"{folder}/data", "-U", "tuner", "--auth=trust", "--no-sync")
     settings = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-    run("pg_ctl", "-D", f"{folder}/data", "-o", settings, "-l", f"{folder}/log", "-w", "start")
+    start = ("pg_ctl", "-D", f"{folder}/data", "-o", settings, "-l", f"{folder}/log", "-w", "start")
+    stop = ("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "-w", "stop")
+    run(*start)
     try:
-        yield f"postgresql://tuner@127.0.0.1:{port}/postgres"
+        yield Server(f"postgresql://tuner@127.0.0.1:{port}/postgres", lambda: run(*stop), lambda: run(*start))
     finally:
         run("pg_ctl", "-D", f"{folder}/data", "-m", "immediate", "stop")
         shutil.rmtree(folder, ignore_errors=True)
@@ -184,8 +360,36 @@ def test_four_processes_share_a_journal_and_do_everything_once(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_four_processes_share_a_database_and_do_everything_once(postgres: str) -> None:
-    _share_the_work(postgres)
+def test_four_processes_share_a_database_and_do_everything_once(postgres: Server) -> None:
+    _share_the_work(postgres.url)
+
+
+def test_a_database_that_restarts_costs_nothing_but_time(
+    postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_FIRST_PAUSE_S", 0.1)
+    ledger = Ledger(postgres.url, "restarted", ["ms"])
+    ledger.enqueue(items(12))
+    done = []
+    for turn in range(12):
+        if turn % 3 == 1:  # while nothing is asked of it: connections are checked before use
+            postgres.stop()
+            postgres.start()
+        trial = ledger.claim(suggest)
+        assert trial is not None
+        back = threading.Timer(0.5, postgres.start)
+        if turn % 3 == 2:  # while a result is about to be told
+            postgres.stop()
+            back.start()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ledger.complete(trial, [float(trial.params["x"])])
+        if turn % 3 == 2:
+            back.join()
+        done.append(trial.user_attrs["key"])
+    assert done == [f"k{i}" for i in range(12)]
+    assert sorted(t.values[0] for t in ledger.trials("COMPLETE")) == [float(i) for i in range(12)]
+    assert ledger.claim(suggest) is None
 
 
 def test_resumed_study_does_not_repeat_its_draws(tmp_path: Path) -> None:
@@ -233,10 +437,37 @@ def test_storage_that_cannot_be_opened_is_one_sentence(url: str, error: type[Exc
         open_storage(url)
 
 
-def test_password_is_not_shown() -> None:
-    with pytest.raises(UsageError) as caught:
-        open_storage("mysql://me:secret@host/db")
-    assert "secret" not in str(caught.value)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://me:secret@host/db",
+        "postgresql://me:secret@127.0.0.1:1/db",
+        "postgresql://me:s@crets@ecret@127.0.0.1:1/db",
+        "postgresql+psycopg://me:%73ecret@127.0.0.1:1/db",
+        "postgresql://me@127.0.0.1:1/db?password=secret",
+        "postgresql+nothing://me:secret@host/db",
+    ],
+)
+def test_password_is_not_shown(url: str) -> None:
+    with pytest.raises((UsageError, StoreError, MissingPackageError)) as caught:
+        open_storage(url)
+    assert "ecret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "bratune tune --storage postgresql://me:se@cret@h/d -b 1",
+            "bratune tune --storage postgresql://me@h/d -b 1",
+        ),
+        ("postgresql://h/d?user=me&password=x&y=1", "postgresql://h/d?user=me&password=***&y=1"),
+        ("sqlite:////a/b@c.db", "sqlite:////a/b@c.db"),
+        ("10:30 at a@b", "10:30 at a@b"),
+    ],
+)
+def test_texts_lose_their_passwords_and_nothing_else(text: str, shown: str) -> None:
+    assert storage.without_password(text) == shown
 
 
 def test_unknown_sampler_lists_the_known() -> None:
