@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bratune.cli import options
+
 if TYPE_CHECKING:
     from bratune.report.compare import Comparison
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--format", "style", type=click.Choice(["table", "json", "md"]), default="table", show_default=True
 )
-@click.option("--seed", default=0, show_default=True, help="Of the resampling.")
+@click.option("--seed", type=options.Seed(), default=0, show_default=True, help="Of the resampling.")
 def command(
     sets: tuple[str, ...],
     threshold: str,

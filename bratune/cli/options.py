@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +30,7 @@ __all__ = [
     "Numbers",
     "Percent",
     "Resolution",
+    "Seed",
     "backend_names",
     "cluster_option",
     "config_file",
@@ -132,6 +134,22 @@ class Numbers(ParamType):
             raise UsageError(
                 f"{_flag(param)} {value!r} is not a list of whole numbers; 7 or 1,4,16,-2 would be"
             ) from None
+
+
+class Seed(ParamType):
+    """A whole number that every generator of random numbers takes."""
+
+    name = "integer"
+    largest = 2**32 - 1
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number; raises `UsageError`."""
+        text = str(value).strip()
+        if not re.fullmatch(r"\d{1,10}", text) or int(text) > self.largest:
+            raise UsageError(
+                f"{_flag(param)} {text[:40]} is no seed; whole numbers from 0 to {self.largest} are"
+            )
+        return int(text)
 
 
 class Name(ParamType):
@@ -270,7 +288,7 @@ work_options = _stack(
         help="Pictures to feed.  [default: synthetic]",
     ),
     click.option(
-        "--seed", type=int, default=0, show_default=True, help="Seed of weights, images and routes."
+        "--seed", type=Seed(), default=0, show_default=True, help="Seed of weights, images and routes."
     ),
 )
 

@@ -51,7 +51,9 @@ FORMATS = ("table", "json", "csv", "md")
     multiple=True,
     help="Only this backend; repeatable.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of weights, images and proposals.")
+@click.option(
+    "--seed", type=options.Seed(), default=0, show_default=True, help="Of weights, images and proposals."
+)
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights: tune for them.")
 @options.trust_option
 @click.option("--trained-res", type=options.Resolution(), help="Image size they were trained at.")

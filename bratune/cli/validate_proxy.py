@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     help="Other pictures, for accuracy.",
 )
 @click.option("--device", default="auto", show_default=True, help="To compute on.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything.")
+@click.option("--seed", type=options.Seed(), default=0, show_default=True, help="Of everything.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder (--study).")
 def command(**asked: Any) -> int:
     """Check how well the fidelity score ranks settings, for given weights or in a committed study.

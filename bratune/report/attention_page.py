@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bratune.errors import MissingPackageError, UsageError
+from bratune.errors import MissingPackageError
 from bratune.report.attention_map import Look
+from bratune.work.pictures import open_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,15 +41,10 @@ def open_image(path: Path, height: int, width: int) -> Image:
         UsageError: the file is missing or is no picture.
         MissingPackageError: Pillow is not installed.
     """
-    _pillow()
-    from PIL import ImageOps, UnidentifiedImageError
+    picture = open_picture(path, upright=True)
+    from PIL import ImageOps
 
-    image, _ = _pillow()
-    try:
-        with image.open(path) as opened:
-            found: Image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (width, height))
-    except (OSError, UnidentifiedImageError) as error:
-        raise UsageError(f"{path} cannot be read as a picture: {error}") from None
+    found: Image = ImageOps.fit(picture, (width, height))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bratune.errors import MissingPackageError, UsageError
+from bratune.errors import UsageError
 from bratune.work.inputs import DEVIATION, MEAN, SUFFIXES
+from bratune.work.pictures import BICUBIC, each_readable, open_picture
 
 __all__ = ["Pictures", "load_pictures"]
 
@@ -42,7 +44,7 @@ class Pictures:
 def load_pictures(
     folder: str | Path, height: int, width: int, *, count: int, labels: bool = False, seed: int = 0
 ) -> Pictures:
-    """Up to ``count`` pictures of a folder, drawn with a fixed seed.
+    """Up to ``count`` pictures of a folder, drawn with a fixed seed; what cannot be read is left out.
 
     The shorter side is scaled so that the centre crop of ``height x width`` keeps 87.5 % of it.
 
@@ -56,7 +58,7 @@ def load_pictures(
         seed: Which pictures are drawn.
 
     Raises:
-        UsageError: there are no pictures, or no classes, or a file is no picture.
+        UsageError: there are no pictures that can be read, or no classes.
         MissingPackageError: Pillow is not installed.
     """
     root = Path(folder)
@@ -71,8 +73,14 @@ def load_pictures(
         )
     if labels:
         files = [p for p in files if p.parent != root]
-    chosen = sorted(random.Random(seed).sample(files, min(count, len(files))))
-    images = torch.stack([_read(path, height, width) for path in chosen])
+    drawn = random.Random(seed).sample(files, len(files))
+    # A picture that cannot be read makes room for the next that was drawn.
+    readable = each_readable(drawn, lambda path: _read(path, height, width))
+    pictures = sorted(itertools.islice(readable, count), key=lambda pair: pair[0])
+    if not pictures:
+        raise UsageError(f"none of the {len(files)} pictures below {root} can be read")
+    chosen = [path for path, _ in pictures]
+    images = torch.stack([image for _, image in pictures])
     found = [names.index(p.relative_to(root).parts[0]) for p in chosen] if labels else []
     text = "\n".join([f"{height}x{width}", *(f"{p.relative_to(root)}:{p.stat().st_size}" for p in chosen)])
     return Pictures(
@@ -84,18 +92,10 @@ def load_pictures(
 
 
 def _read(path: Path, height: int, width: int) -> Tensor:
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise MissingPackageError("pillow", "reading pictures", "vision") from None
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UsageError(f"the picture {path} cannot be read: {error}") from None
+    picture = open_picture(path)
     scale = max(height / picture.height, width / picture.width) / CROP
     size = (max(round(picture.width * scale), width), max(round(picture.height * scale), height))
-    picture = picture.resize(size, Image.Resampling.BICUBIC)
+    picture = picture.resize(size, BICUBIC)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     picture = picture.crop((left, top, left + width, top + height))
     pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)

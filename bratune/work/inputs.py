@@ -7,13 +7,15 @@ level one sends them to the same places. Synthetic images therefore have the spe
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bratune.errors import MissingPackageError, UnknownNameError, UsageError
+from bratune.errors import UnknownNameError, UsageError
 from bratune.problem import Problem
+from bratune.work.pictures import BICUBIC, each_readable, open_picture
 
 __all__ = ["folder_images", "local_routes", "make_images", "make_routes", "natural_images", "picture_files"]
 
@@ -55,28 +57,23 @@ def natural_images(batch: int, height: int, width: int, *, seed: int) -> Tensor:
 def folder_images(folder: Path, batch: int, height: int, width: int) -> Tensor:
     """Pictures of a folder, scaled to ``height x width`` and normalised, ``[batch, 3, height, width]``.
 
-    Files are taken in the order of their names, and again from the first where there are too few.
+    Files are taken in the order of their names, and again from the first where there are too few. One that
+    cannot be read is left out, with a warning.
 
     Raises:
-        UsageError: the folder holds no picture, or a file is none.
+        UsageError: the folder holds no picture that can be read.
         MissingPackageError: Pillow is not installed.
     """
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise MissingPackageError("pillow", "reading pictures", "vision") from None
 
-    files = picture_files(folder)
-    images = []
-    for index in range(batch):
-        path = files[index % len(files)]
-        try:
-            with Image.open(path) as picture:
-                scaled = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        except (OSError, UnidentifiedImageError) as error:
-            raise UsageError(f"the picture {path} cannot be read: {error}") from None
+    def read(path: Path) -> Tensor:
+        scaled = open_picture(path).resize((width, height), BICUBIC)
         pixels = torch.frombuffer(bytearray(scaled.tobytes()), dtype=torch.uint8)
-        images.append(pixels.view(height, width, 3).permute(2, 0, 1) / 255.0)
+        return pixels.view(height, width, 3).permute(2, 0, 1) / 255.0
+
+    found = [image for _, image in itertools.islice(each_readable(picture_files(folder), read), batch)]
+    if not found:
+        raise UsageError(f"none of the pictures in the folder {folder} can be read")
+    images = [found[index % len(found)] for index in range(batch)]
     mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
     return (torch.stack(images) - mean) / deviation
 

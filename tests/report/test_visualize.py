@@ -213,10 +213,10 @@ def test_visualize_writes_both_files_and_says_that_random_weights_mean_nothing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", "missing.png"], "cannot be read as a picture"),
+        (["--image", "missing.png"], "cannot be read"),
         (["--image", "{file}", "--query", "middle"], "is not x,y in pixels"),
         (["--image", "{file}", "--model", "resnet"], "no model is called"),
-        (["--image", "{text}"], "cannot be read as a picture"),
+        (["--image", "{text}"], "cannot be read"),
     ],
 )
 def test_bad_requests_are_one_sentence(

@@ -58,7 +58,10 @@ def test_a_folder_without_pictures_and_a_broken_picture_are_errors(tmp_path: Pat
     with pytest.raises(UsageError, match="no pictures"):
         folder_images(tmp_path / "nowhere", 1, 8, 8)
     (tmp_path / "broken.jpg").write_bytes(b"not a jpeg")
-    with pytest.raises(UsageError, match=r"broken\.jpg cannot be read"):
+    with (
+        pytest.warns(UserWarning, match=r"broken\.jpg cannot be read"),
+        pytest.raises(UsageError, match="none of the pictures"),
+    ):
         folder_images(tmp_path, 1, 8, 8)
 
 
