@@ -123,6 +123,10 @@ class Record:
     n_samples: int | None = None
     n_discarded: int | None = None
     n_processes: int | None = None
+    # which pass of how many: what one worker process measured in turn with the other cells of its group. Rows
+    # of earlier versions have neither and are one process.
+    pass_number: int | None = None
+    passes: int | None = None
     median_ms: float | None = None
     ci_lo_ms: float | None = None
     ci_hi_ms: float | None = None
@@ -142,6 +146,10 @@ class Record:
     bound: str = ""
     speedup: float | None = None
     baseline: str = ""
+    # how many times faster than the baseline within the rounds of this pass, and its 95 % interval
+    ratio: float | None = None
+    ratio_lo: float | None = None
+    ratio_hi: float | None = None
     # memory
     peak_alloc_mb: float | None = None
     peak_reserved_mb: float | None = None
@@ -154,6 +162,8 @@ class Record:
     sm_clock_mhz: float | None = None
     temp_c: float | None = None
     throttle_reasons: str = ""
+    # of the time that a call wanted a processor, the share that it waited for one
+    cpu_wait_pct: float | None = None
     flush_mb: float | None = None
     foreign_processes: int | None = None
     # fidelity
@@ -324,6 +334,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 # Never 0 where they are known: a time or a size of 0 is the mark of a broken row, not a measurement.
 _POSITIVE = frozenset(
     {"median_ms", "ci_lo_ms", "ci_hi_ms", "p10_ms", "p90_ms", "min_ms", "images_per_s", "speedup"}
+    | {"pass_number", "passes", "ratio", "ratio_lo", "ratio_hi"}
     | {"batch", "height", "width", "heads", "head_dim", "stage", "image_height", "image_width"}
 )
 _ANY_SIGN = frozenset({"temp_c", "seed"})

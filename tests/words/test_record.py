@@ -181,3 +181,14 @@ def test_a_plain_cell_has_the_name_that_it_had_before_there_were_forms() -> None
 def test_a_row_without_its_cell_says_so() -> None:
     with pytest.raises(StoreError, match="describes no cell"):
         Record(cell_id="abc").to_cell()
+
+
+def test_a_row_without_a_pass_is_one_process_and_a_row_with_one_keeps_it() -> None:
+    row = Record.of(CELL, MACHINE, median_ms=2.0, pass_number=2, passes=3, cpu_wait_pct=0.0, ratio=1.5)
+    again = Record.from_json(row.to_json())
+    assert (again.pass_number, again.passes, again.cpu_wait_pct, again.ratio) == (2, 3, 0.0, 1.5)
+    old = {k: v for k, v in row.to_dict().items() if k not in ("pass_number", "passes", "ratio")}
+    assert Record.from_dict(old).pass_number is None
+    for name in ("pass_number", "ratio_lo"):
+        with pytest.raises(StoreError, match=f"{name} should be above 0"):
+            Record.from_dict({**row.to_dict(), name: 0})
