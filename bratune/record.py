@@ -116,6 +116,7 @@ class Record:
     # sources that compute the cell, files that it reads, how it was sampled: with the versions, what a row is
     # reused by
     source_hash: str = ""
+    backend_package: str = ""
     checkpoint_hash: str = ""
     images_hash: str = ""
     sampling: str = ""

@@ -3,6 +3,10 @@
 A backend is loaded when it is first asked for. Other packages add theirs through the entry-point group
 ``bratune.backends`` (name = what the command line calls it, value = ``module:Class``); how:
 ``kernels/README.md``. What cannot be loaded keeps its place in the list, and says why.
+
+The code of another package runs only where somebody asks for its backend by name, or where the environment
+allows it: ``BRATUNE_BACKENDS=mine,theirs``, or ``all``. Then it is also among those that ``auto`` and a sweep
+over all backends try. Nobody else's package can take a name of ours, or be imported because it is installed.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import os
 from typing import TYPE_CHECKING, Any
 
 from bratune.backend import Backend, Config
@@ -20,7 +25,21 @@ from bratune.problem import Problem
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BACKENDS", "GROUP", "Unavailable", "choose", "get", "names", "preference"]
+__all__ = [
+    "ALLOW_VARIABLE",
+    "BACKENDS",
+    "GROUP",
+    "Unavailable",
+    "choose",
+    "get",
+    "known_names",
+    "names",
+    "package_of",
+    "preference",
+]
+
+# Names of backends of other packages, with commas, that may be tried without being asked for; or `all`.
+ALLOW_VARIABLE = "BRATUNE_BACKENDS"
 
 GROUP = "bratune.backends"
 
@@ -74,9 +93,24 @@ class Unavailable:
 
 
 def names() -> tuple[str, ...]:
-    """Every backend's name: the built-in ones in order of preference, then those of other packages."""
-    added = sorted({point.name for point in _entry_points()} - set(BACKENDS))
-    return (*BACKENDS, *added)
+    """The backends that are tried: the built-in ones in order of preference, then those that are allowed."""
+    allowed = {name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",")}
+    return (*BACKENDS, *(name for name in _added() if "all" in allowed or name in allowed))
+
+
+def known_names() -> tuple[str, ...]:
+    """Every name that `get` knows: those of `names`, and those that have to be asked for."""
+    return (*BACKENDS, *_added())
+
+
+def package_of(name: str) -> str:
+    """The package and version that a backend of somebody else comes from; empty for a built-in one."""
+    points = [] if name in _BUILT_IN else [point for point in _entry_points() if point.name == name]
+    return ", ".join(f"{_distribution(p)} {p.dist.version if p.dist else ''}".strip() for p in points)
+
+
+def _added() -> tuple[str, ...]:
+    return tuple(sorted({point.name for point in _entry_points()} - set(BACKENDS)))
 
 
 @functools.cache
@@ -86,10 +120,11 @@ def get(name: str) -> Backend:
     Raises:
         UnknownNameError: no backend has this name.
     """
-    sources = [(_BUILT_IN[name], "bratune")] if name in _BUILT_IN else []
-    sources += [(point.value, _distribution(point)) for point in _entry_points() if point.name == name]
+    if name in _BUILT_IN:
+        return _load(name, _BUILT_IN[name], "bratune")
+    sources = [(point.value, _distribution(point)) for point in _entry_points() if point.name == name]
     if not sources:
-        raise UnknownNameError("backend", name, ("auto", *names()))
+        raise UnknownNameError("backend", name, ("auto", *known_names()))
     if len(sources) > 1:
         owners = ", ".join(f"{owner} ({value})" for value, owner in sources)
         return Unavailable(
@@ -105,7 +140,7 @@ def choose(problem: Problem, machine: Machine) -> Backend:
     Raises:
         UnsupportedError: every backend refuses; the message has every reason.
     """
-    return get(_chosen_name(problem, machine))
+    return get(_chosen_name(problem, machine, preference(problem, machine)))
 
 
 def preference(problem: Problem, machine: Machine) -> tuple[str, ...]:
@@ -125,9 +160,9 @@ def preference(problem: Problem, machine: Machine) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen_name(problem: Problem, machine: Machine) -> str:
+def _chosen_name(problem: Problem, machine: Machine, order: tuple[str, ...]) -> str:
     refusals = []
-    for name in preference(problem, machine):
+    for name in order:
         reasons = get(name).why_not(problem, machine)
         if not reasons:
             return name

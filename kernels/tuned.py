@@ -29,6 +29,7 @@ from bratune.errors import BratuneError, ConfigError
 from bratune.kernels import registry
 from bratune.machine import Machine
 from bratune.problem import Problem
+from bratune.text import is_name
 
 __all__ = [
     "MODES",
@@ -219,7 +220,16 @@ def _read(file: str, stamp: tuple[int, int]) -> tuple[_Row, ...]:
         if int(data["schema"]) > SCHEMA:
             raise ConfigError(f"its schema {data['schema']} is newer than this version reads ({SCHEMA})")
         return tuple(_plan_rows(data, file))
-    except (OSError, ValueError, KeyError, TypeError, BratuneError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        OSError,
+        ValueError,
+        KeyError,
+        RecursionError,
+        TypeError,
+        BratuneError,
+    ) as error:
         warnings.warn(f"the plan {file} was left out: {error}", stacklevel=4)
         return ()
 
@@ -228,14 +238,24 @@ def _plan_rows(data: Mapping[str, Any], file: str) -> Iterator[_Row]:
     machine = Machine.from_dict(data["machine"])
     for stage in data["stages"]:
         if stage.get("problem") and stage.get("backend"):
+            if not is_name(stage["backend"]) or not _is_plain(stage["config"]):
+                raise ConfigError("a stage has no name of a backend, or settings that are no plain values")
+            problem = Problem.from_dict(stage["problem"])
+            if problem.batch * problem.tokens * problem.heads * problem.head_dim >= 2**63:
+                raise ConfigError("a stage has more elements than any memory holds")
             yield _Row(
-                problem=Problem.from_dict(stage["problem"]),
+                problem=problem,
                 machine=machine_key(machine),
                 architecture=architecture(machine),
                 backend=stage["backend"],
                 config=json.dumps(stage["config"], sort_keys=True),
                 source=file,
             )
+
+
+def _is_plain(config: Any) -> bool:
+    """Whether settings are names with plain values."""
+    return isinstance(config, dict) and all(isinstance(value, int | float | str) for value in config.values())
 
 
 _said: set[str] = set()

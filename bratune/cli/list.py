@@ -61,6 +61,11 @@ def _backends(device: str) -> Rows:
     for name in registry.names():
         reasons = registry.get(name).why_not(problem, machine)
         found.append({"backend": name, "here": "; ".join(reasons) or "accepts biformer_tiny stage 1 at 224"})
+    for name in registry.known_names():
+        if name not in registry.names():
+            package = registry.package_of(name)
+            text = f"of {package}, not loaded: --backend {name} or {registry.ALLOW_VARIABLE}={name} does"
+            found.append({"backend": name, "here": text})
     return found
 
 

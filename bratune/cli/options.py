@@ -201,10 +201,10 @@ def _tasks() -> Iterable[str]:
 
 
 def backend_names() -> Iterable[str]:
-    """Every registered backend."""
-    from bratune.kernels.registry import names
+    """Every registered backend, those of other packages too: naming one is asking for it."""
+    from bratune.kernels.registry import known_names
 
-    return names()
+    return known_names()
 
 
 def _routes() -> Iterable[str]:

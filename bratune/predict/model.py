@@ -211,7 +211,7 @@ def _why_not(cell: Cell, gpu: GPU, machine: Machine) -> tuple[str, ...]:
         return (reason,)
     reasons: list[str] = []
     for problem, name in _stage_backends(cell):
-        if name in registry.names():
+        if name in registry.known_names():
             reasons += registry.get(name).why_not(problem, machine)
         needed = problem.io_bytes + _backend_workspace(problem, name)
         if machine.memory_bytes and needed > machine.memory_bytes:
@@ -224,7 +224,7 @@ def _why_not(cell: Cell, gpu: GPU, machine: Machine) -> tuple[str, ...]:
 def _backend_workspace(problem: Any, name: str) -> int:
     from bratune.kernels import registry
 
-    return registry.get(name).workspace_bytes(problem) if name in registry.names() else 0
+    return registry.get(name).workspace_bytes(problem) if name in registry.known_names() else 0
 
 
 def _memory(cell: Cell) -> dict[str, Any]:

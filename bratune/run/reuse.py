@@ -158,7 +158,7 @@ def _circumstances(machine: Machine, cell: Cell, settings: MeterSettings) -> dic
 
 
 def _circumstances_of(record: Record) -> dict[str, str]:
-    names = (*_MACHINE_FIELDS, "source_hash", "checkpoint_hash", "images_hash", "sampling")
+    names = (*_MACHINE_FIELDS, "source_hash", "backend_package", "checkpoint_hash", "images_hash", "sampling")
     return {name: str(getattr(record, name) or "") for name in names}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bratune.cell import Cell
 from bratune.errors import UsageError
+from bratune.kernels import registry
 
 __all__ = ["contents_of"]
 
@@ -22,9 +23,11 @@ __all__ = ["contents_of"]
 def contents_of(cell: Cell) -> dict[str, str]:
     """Twelve hexadecimal digits for each kind of file: ``checkpoint_hash`` and ``images_hash``.
 
-    Empty for a kind that the cell does not read, and for files that are not there.
+    Empty for a kind that the cell does not read, and for files that are not there. ``backend_package`` is the
+    package of somebody else, with its version, that backends of the cell come from.
     """
-    found: dict[str, str] = {}
+    packages = [registry.package_of(name) for name in dict.fromkeys(cell.backend.split(","))]
+    found = {"backend_package": ", ".join(filter(None, packages))}
     for kind, name in (
         ("checkpoint", _of_file),
         ("images", functools.partial(_of_folder, cell.problem.batch)),

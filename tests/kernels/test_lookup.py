@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,42 @@ def test_plan_cannot_make_a_backend_run_that_refuses() -> None:
     backend, config = tuned.choose(call(plan), H200)
     assert backend.name in registry.names()
     assert config is None
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("machine",), []),
+        (("machine", "memory_gib"), "much"),
+        (("machine", "memory_gib"), float("inf")),
+        (("machine", "compute_capability"), 9),
+        (("stages",), [1]),
+        (("stages", 0, "problem"), [1]),
+        (("stages", 0, "problem", "batch"), 10**400),
+        (("stages", 0, "backend"), "../x"),
+        (("stages", 0, "backend"), 7),
+        (("stages", 0, "config"), {"a": {}}),
+        (("schema",), None),
+    ],
+)
+def test_a_plan_that_is_damaged_anywhere_is_left_out_and_others_count(
+    tmp_path: Path, path: tuple[Any, ...], value: Any
+) -> None:
+    plan = make_plan(backend="dense")
+    data = plan.to_dict()
+    inner: Any = data
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    plan.save(tmp_path / "b.json")
+    with pytest.warns(UserWarning, match=r"a\.json was left out"):
+        found = tuned.lookup(call(plan, 2), H200, plans=[tmp_path])
+    assert found is not None
+    assert found.source.endswith("b.json")
+
+
+def test_a_plan_that_nests_without_end_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.warns(UserWarning, match=r"a\.json was left out"):
+        assert tuned.lookup(call(make_plan()), H200, plans=[tmp_path]) is None

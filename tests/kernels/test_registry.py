@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from sample_plans import make_plan
 
 from bratune.backend import Backend
+from bratune.cell import Cell
+from bratune.cli import run
 from bratune.errors import UnknownNameError, UnsupportedError
 from bratune.kernels import api, registry
 from bratune.machine import Machine
 from bratune.problem import Problem
+from bratune.record import Record
+from bratune.run.reuse import key_of
+from bratune.work.contents import contents_of
 
 CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="a CPU")
 GPU = Machine(kind="cuda", device="cuda:0", gpu_key="h100", gpu_name="a GPU", compute_capability="9.0")
@@ -108,12 +114,67 @@ def test_the_registry_loads_no_backend_and_no_torch() -> None:
 
 def test_a_backend_of_another_package_runs_by_its_name(install: Callable[..., None]) -> None:
     install({"mine": "stranger_backends:Mine"})
-    assert registry.names() == (*registry.BACKENDS, "mine")
+    assert registry.known_names() == (*registry.BACKENDS, "mine")
+    assert registry.package_of("mine") == "stranger 1.0"
+    assert registry.package_of("gather") == ""
     assert torch.equal(attend("mine"), attend("reference"))
 
 
-def test_built_in_backends_are_preferred_to_those_of_others(install: Callable[..., None]) -> None:
+@pytest.mark.parametrize("allowed", ["mine", "all", "other, mine"])
+def test_a_backend_of_another_package_is_tried_where_it_is_allowed(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, allowed: str
+) -> None:
     install({"mine": "stranger_backends:Mine"})
+    assert registry.names() == registry.BACKENDS
+    monkeypatch.setenv(registry.ALLOW_VARIABLE, allowed)
+    assert registry.names() == (*registry.BACKENDS, "mine")
+    assert registry.preference(PROBLEM, GPU)[-1] == "mine"
+
+
+def test_an_installed_package_is_not_imported_unless_it_is_asked_for(
+    install: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loud.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + MODULE)
+    install({"mine": "loud:Mine", "gather": "loud:Gather"})
+    problem = PROBLEM.replace(batch=5)  # not chosen for before
+    registry.choose(problem, CPU)
+    attend("auto")
+    attend("gather")
+    for name in registry.names():
+        registry.get(name)
+    assert run(["list", "backends"]) == 0
+    assert run(["explain", "--device", "cpu"]) == 0
+    assert run(["profile", "--device", "cpu", "--dry-run"]) == 0
+    plan = make_plan(backend="mine").save(tmp_path / "plans" / "plan.json")
+    monkeypatch.setenv("BRATUNE_CONFIG_DIR", str(plan.parent))
+    attend("auto")
+    assert not (tmp_path / "ran").exists()
+    registry.get("mine")
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_row_names_the_package_of_a_strange_backend_and_is_not_reused_for_another_version(
+    install: Callable[..., None],
+) -> None:
+    install({"mine": "stranger_backends:Mine"})
+    cell = Cell(part="attention", problem=PROBLEM, backend="mine")
+    assert contents_of(cell)["backend_package"] == "stranger 1.0"
+    assert contents_of(cell.replace(backend="gather"))["backend_package"] == ""
+    row = Record.of(cell, CPU, median_ms=1.0, **contents_of(cell))
+    assert key_of(row) != key_of(row.replace(backend_package="stranger 1.1"))
+
+
+def test_nobody_takes_the_name_of_a_built_in_backend(install: Callable[..., None]) -> None:
+    install({"gather": "stranger_backends:Gather"})
+    assert registry.known_names() == registry.BACKENDS
+    assert type(registry.get("gather")).__module__ == "bratune.kernels.gather"
+
+
+def test_built_in_backends_are_preferred_to_those_of_others(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install({"mine": "stranger_backends:Mine"})
+    monkeypatch.setenv(registry.ALLOW_VARIABLE, "mine")
     assert registry.choose(PROBLEM, CPU).name in registry.BACKENDS
 
 
@@ -125,14 +186,13 @@ def test_built_in_backends_are_preferred_to_those_of_others(install: Callable[..
         ("broken", "stranger_backends:Broken", "fails to load: RuntimeError: no licence found"),
         ("half", "stranger_backends:Half", "of stranger is no backend: it lacks"),
         ("misnamed", "stranger_backends:Misnamed", "calls itself 'another'; both names must be the same"),
-        ("gather", "stranger_backends:Gather", "'gather' is taken more than once: bratune .*, stranger"),
     ],
 )
 def test_what_cannot_be_used_is_listed_and_says_why(
     install: Callable[..., None], name: str, value: str, reason: str
 ) -> None:
     install({name: value})
-    assert name in registry.names()
+    assert name in registry.known_names()
     with pytest.raises(UnsupportedError, match=reason) as refusal:
         attend(name)
     assert refusal.value.reasons == registry.get(name).why_not(PROBLEM, CPU)
