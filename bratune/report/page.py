@@ -16,8 +16,9 @@ from urllib.parse import quote
 from bratune.errors import MissingPackageError
 from bratune.record import EVIDENCE, Record
 from bratune.report import assets
-from bratune.report.panel import Key, Panel
-from bratune.report.sections import Section, sections
+from bratune.report.figures.panel import Key, Panel
+from bratune.report.figures.section import Section
+from bratune.report.sections import sections
 from bratune.report.style import EVIDENCE_WORDS
 from bratune.report.tables import to_csv
 

@@ -15,9 +15,20 @@ from bratune.machine import Machine
 from bratune.predict.model import bound_cell, predict_cell
 from bratune.problem import Problem
 from bratune.record import EVIDENCE, Record
-from bratune.report import bar_infos, bars, infos, point_infos, points, style
+from bratune.report import style
 from bratune.report.demo import modelled_records
-from bratune.report.panel import Panel
+from bratune.report.figures import (
+    energy,
+    facts,
+    peers,
+    plans,
+    resolution,
+    roofline,
+    speedup,
+    stages,
+    throughput,
+)
+from bratune.report.figures.panel import Panel
 from bratune.report.published import read_timm
 from bratune.report.sections import sections
 
@@ -67,7 +78,7 @@ def measured(cell: Cell, ms: float, **more: object) -> Record:
 
 
 def test_throughput_is_the_batch_over_the_median_with_the_interval_turned_round() -> None:
-    (bar,) = bar_infos.throughputs([measured(model(), 2.0)])
+    (bar,) = throughput.infos([measured(model(), 2.0)])
     assert bar.images_per_s == pytest.approx(500)
     assert bar.lo == pytest.approx(1000 / 2.4)
     assert bar.hi == pytest.approx(1000 / 1.8)
@@ -80,49 +91,47 @@ def test_the_most_trusted_evidence_wins_and_of_equals_the_latest() -> None:
     modelled = predict_cell(cell, A100)
     old, new = measured(cell, 2.0), measured(cell, 3.0)
     for records in ([modelled, old, new], [old, new, modelled]):
-        (bar,) = bar_infos.throughputs(records)
+        (bar,) = throughput.infos(records)
         assert bar.evidence == "measured"
         assert bar.images_per_s == pytest.approx(1000 / 3)
 
 
 def test_of_several_mixtures_of_backends_the_fastest_is_shown() -> None:
     mixtures = ("dense,sparse,dense,gather", "dense,dense,dense,gather")
-    found = bar_infos.throughputs(
-        [measured(model(b), ms) for b, ms in zip(mixtures, (4.0, 2.0), strict=True)]
-    )
+    found = throughput.infos([measured(model(b), ms) for b, ms in zip(mixtures, (4.0, 2.0), strict=True)])
     assert [(b.series, round(b.images_per_s)) for b in found] == [("biformer_tiny · best per stage", 500)]
 
 
 def test_another_function_is_another_series() -> None:
     changed = model(topk="1,2,4,-2").replace(task="classification", n_win="8,8,8,0")
-    (bar,) = bar_infos.throughputs([measured(changed, 2.0)])
+    (bar,) = throughput.infos([measured(changed, 2.0)])
     assert bar.series == "biformer_tiny (S 8, k 1/2/4/-2) · gather"
 
 
 def test_a_bound_is_beside_a_bar_and_never_one() -> None:
     cell = model()
-    bars_found = bar_infos.throughputs([predict_cell(cell, A100), bound_cell(cell, A100)])
+    bars_found = throughput.infos([predict_cell(cell, A100), bound_cell(cell, A100)])
     assert [b.evidence for b in bars_found] == ["modelled"]
     assert bars_found[0].bound is not None
     assert bars_found[0].bound > bars_found[0].images_per_s
 
 
 def test_a_measured_model_on_a_known_board_gets_a_bound() -> None:
-    records = infos.with_bounds([measured(model(), 2.0)])
+    records = facts.with_bounds([measured(model(), 2.0)])
     assert [r.evidence for r in records] == ["measured", "bound"]
-    (bar,) = bar_infos.throughputs(records)
+    (bar,) = throughput.infos(records)
     assert bar.bound is not None
 
 
 def test_failures_are_no_times() -> None:
     failed = Record.of(model(), MACHINE, outcome="oom", reason="out of memory")
-    assert bar_infos.throughputs([failed]) == []
+    assert throughput.infos([failed]) == []
 
 
 def test_speedups_are_over_gather_on_the_same_call() -> None:
     records = [measured(attention(s, b), ms) for s, b, ms in ((1, "gather", 4.0), (1, "triton", 1.0))]
     records += [measured(attention(2, "triton"), 1.0)]
-    cells = bar_infos.speedups(records)
+    cells = speedup.infos(records)
     assert {(c.backend, c.stage): round(c.speedup, 6) for c in cells} == {
         ("gather", 1): 1,
         ("triton", 1): 4,
@@ -134,25 +143,25 @@ def test_speedups_are_over_gather_on_the_same_call() -> None:
 
 def test_a_speedup_over_a_model_is_no_measurement() -> None:
     records = [predict_cell(attention(), A100), measured(attention(1, "triton"), 0.01)]
-    assert {c.evidence for c in bar_infos.speedups(records)} == {"modelled"}
+    assert {c.evidence for c in speedup.infos(records)} == {"modelled"}
 
 
 def test_part_times_count_every_block_of_the_stage() -> None:
-    rows = bar_infos.part_times([measured(attention(3), 0.5), measured(attention().replace(part="mlp"), 1.0)])
+    rows = stages.infos([measured(attention(3), 0.5), measured(attention().replace(part="mlp"), 1.0)])
     assert {(r.part, r.stage): r.ms for r in rows} == {("attention", 3): 2.0, ("mlp", 1): 4.0}
 
 
 def test_a_roofline_point_is_useful_operations_over_time_and_least_bytes() -> None:
     cell = attention()
-    roofs, found = point_infos.roofline([measured(cell, 0.1)])
-    assert roofs == [point_infos.Roof("a100 bfloat16", 312, 2039)]
+    roofs, found = roofline.infos([measured(cell, 0.1)])
+    assert roofs == [roofline.Roof("a100 bfloat16", 312, 2039)]
     assert found[0].tflops == pytest.approx(2 * cell.problem.attention_macs / 0.1 / 1e9)
     assert found[0].intensity == pytest.approx(2 * cell.problem.attention_macs / cell.problem.io_bytes)
 
 
 def test_a_cpu_has_no_roof() -> None:
     cpu = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="some CPU", sm_count=2)
-    assert point_infos.roofline([Record.of(attention(), cpu, median_ms=1.0)]) == ([], [])
+    assert roofline.infos([Record.of(attention(), cpu, median_ms=1.0)]) == ([], [])
 
 
 def test_the_front_holds_what_nothing_beats_and_the_default_is_marked() -> None:
@@ -160,7 +169,7 @@ def test_the_front_holds_what_nothing_beats_and_the_default_is_marked() -> None:
         measured(model(topk=k), ms, peak_alloc_mb=mb)
         for k, ms, mb in (("1,4,16,-2", 3.0, 30.0), ("1,1,1,-2", 1.0, 10.0), ("2,2,2,-2", 2.0, 40.0))
     ]
-    found = {p.setting.split(", ")[1]: p for p in point_infos.plan_points(records)}
+    found = {p.setting.split(", ")[1]: p for p in plans.infos(records)}
     assert {k: p.on_front for k, p in found.items()} == {
         "top-k 1,4,16,-2": False,
         "top-k 1,1,1,-2": True,
@@ -186,7 +195,7 @@ def test_the_chosen_plan_is_marked_by_its_setting() -> None:
         measured(model("triton,dense,dense,gather-sdpa", "1,1,1,-2"), 1.0, peak_alloc_mb=1.0),
         measured(model("dense", "1,1,1,-2"), 1.0, peak_alloc_mb=1.0),
     ]
-    marks = {p.setting: p.mark for p in point_infos.plan_points(records, plan)}
+    marks = {p.setting: p.mark for p in plans.infos(records, plan)}
     assert sorted(marks.values()) == ["", "chosen"]
 
 
@@ -211,13 +220,13 @@ def test_tuned_settings_show_what_was_verified() -> None:
             row("c", 2.0, 40.0, 0.01, front=False),
         ],
     }
-    found = point_infos.tuned_points(plan)
+    found = plans.tuned_points(plan)
     assert [(p.setting, p.mark, p.divergence) for p in found] == [
         ("b", "chosen", 0.02),
         ("c", "", 0.01),
         ("a", "default", 0.0),
     ]
-    memory, fidelity = points.pareto_panels(found)
+    memory, fidelity = plans.panels(found)
     assert memory.layout["yaxis"]["title"]["text"] == "peak memory, MB"
     assert fidelity.layout["yaxis"]["title"]["text"] == "divergence of the outputs"
     front = fidelity.data[0]
@@ -241,12 +250,12 @@ def test_the_report_says_what_routed_regions_hold_where_it_was_looked_at() -> No
 
 
 def test_one_setting_is_no_front() -> None:
-    assert point_infos.plan_points([measured(model(), 1.0, peak_alloc_mb=1.0)]) == []
+    assert plans.infos([measured(model(), 1.0, peak_alloc_mb=1.0)]) == []
 
 
 def test_the_formula_grows_as_the_paper_says() -> None:
     """Dense attention as N^2, S growing with the map as N^(4/3); S fixed ends as N^2, too."""
-    rows = point_infos.complexity(channels=1, sides=(2**15, 2**17))
+    rows = resolution.complexity(channels=1, sides=(2**15, 2**17))
     by_rule = {rule: [r.gmacs for r in rows if r.rule == rule] for rule in ("dense", "S ~ N^(1/3)", "S = 7")}
     growth = {rule: math.log(b / a, 16) for rule, (a, b) in by_rule.items()}
     assert growth["dense"] == pytest.approx(2, abs=0.02)
@@ -257,8 +266,8 @@ def test_the_formula_grows_as_the_paper_says() -> None:
 
 def test_scaling_needs_three_sizes() -> None:
     sizes = [measured(attention(side=side), side / 100) for side in (128, 256, 512)]
-    assert [p.side for p in point_infos.scaling(sizes)] == [128, 256, 512]
-    assert point_infos.scaling(sizes[:2]) == []
+    assert [p.side for p in resolution.infos(sizes)] == [128, 256, 512]
+    assert resolution.infos(sizes[:2]) == []
 
 
 def test_energy_is_shown_where_it_was_measured() -> None:
@@ -266,7 +275,7 @@ def test_energy_is_shown_where_it_was_measured() -> None:
         measured(model(), 1.0, joules_per_image=0.5, energy_method="counter"),
         measured(attention(), 1.0),
     ]
-    (bar,) = bar_infos.energies(records)
+    (bar,) = energy.infos(records)
     assert (bar.joules, bar.method) == (0.5, "counter")
 
 
@@ -288,7 +297,7 @@ def test_a_timm_table_becomes_published_rows(tmp_path: Path) -> None:
     assert (first.torch, first.cuda, first.batch) == ("2.4.0", "12.4", 256)
     assert first.images_per_s == pytest.approx(2749.1)
     assert gmacs["resnet50"] == 4.11
-    found = point_infos.peers([*rows, measured(model(), 2.0)], gmacs)
+    found = peers.infos([*rows, measured(model(), 2.0)], gmacs)
     assert {(p.gpu, p.model) for p in found} == {
         ("rtx4090", "swin_tiny_patch4_window7_224"),
         ("rtx4090", "resnet50"),
@@ -321,23 +330,23 @@ def test_what_was_measured_is_drawn_solid() -> None:
 
 
 def test_measured_and_modelled_rows_of_one_series_are_separate_traces() -> None:
-    rows = bar_infos.throughputs([measured(model(), 2.0), predict_cell(model(), gpus.resolve("h200"))])
-    (panel,) = bars.throughput_panels(rows)
+    rows = throughput.infos([measured(model(), 2.0), predict_cell(model(), gpus.resolve("h200"))])
+    (panel,) = throughput.panels(rows)
     patterns = sorted("pattern" in trace["marker"] for trace in panel.data)
     assert patterns == [False, True]
     assert {trace["offsetgroup"] for trace in panel.data} == {"biformer_tiny · gather"}
 
 
 def all_panels() -> list[Panel]:
-    records = infos.with_bounds(modelled_records([A100, gpus.resolve("rtx4090")]))
-    roofs, under = point_infos.roofline(records)
+    records = facts.with_bounds(modelled_records([A100, gpus.resolve("rtx4090")]))
+    roofs, under = roofline.infos(records)
     return [
-        *bars.throughput_panels(bar_infos.throughputs(records)),
-        *bars.stack_panels(bar_infos.part_times(records)),
-        *bars.heat_panels(bar_infos.speedups(records)),
-        *points.roofline_panels(roofs, under),
-        *points.pareto_panels(point_infos.plan_points(records)),
-        *points.scaling_panels(point_infos.complexity(), point_infos.scaling(records)),
+        *throughput.panels(throughput.infos(records)),
+        *stages.panels(stages.infos(records)),
+        *speedup.panels(speedup.infos(records)),
+        *roofline.panels(roofs, under),
+        *plans.panels(plans.infos(records)),
+        *resolution.panels(resolution.complexity(), resolution.infos(records)),
     ]
 
 

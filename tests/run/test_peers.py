@@ -15,7 +15,7 @@ from bratune.machine import detect
 from bratune.measure.settings import MeterSettings
 from bratune.profile import peers
 from bratune.record import Record
-from bratune.report.point_infos import peers as peer_points
+from bratune.report.figures.peers import infos as peer_points
 from bratune.store import Store
 from bratune.work.request import Request, make_request
 

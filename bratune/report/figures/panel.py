@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 
 from bratune.record import EVIDENCE
 
-__all__ = ["MOST_PANELS", "ROW_PX", "Key", "Panel", "by", "most_telling", "trust"]
+__all__ = [
+    "MOST_PANELS",
+    "ROW_PX",
+    "Key",
+    "Panel",
+    "by",
+    "most_telling",
+    "number",
+    "trust",
+    "without_shared_model",
+]
 
 # More panels than this are left to the table; a page is for reading.
 MOST_PANELS = 4
@@ -50,3 +60,18 @@ def by(rows: Sequence[Any], *fields: str) -> dict[str, list[Any]]:
     for row in rows:
         groups[" · ".join(str(getattr(row, f)) for f in fields)].append(row)
     return dict(groups)
+
+
+def number(value: float) -> str:
+    """Three significant digits, without exponents."""
+    if value >= 100:
+        return f"{value:,.0f}".replace(",", " ")
+    return f"{value:.3g}"
+
+
+def without_shared_model(work: str, names: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """A title and short names: the model moves into the title where all series share it."""
+    models = {name.partition(" · ")[0] for name in names}
+    if len(models) != 1 or len(names) == 1:
+        return work, {name: name for name in names}
+    return f"{models.pop()}, {work}", {name: name.partition(" · ")[2] or name for name in names}

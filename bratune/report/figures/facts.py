@@ -1,8 +1,6 @@
-"""Infos: what every figure shows, as plain numbers; here, what all of them share.
+"""Facts: what all figures say of a record, in words and numbers.
 
-Records go in, named tuples come out (`bar_infos`, `point_infos`); figures draw them, tables list them, tests
-compare them. Nothing there knows a colour. Where several records speak of one thing, the most trusted
-evidence wins (`bratune.record.EVIDENCE`).
+Where several records speak of one thing, the most trusted evidence wins (`bratune.record.EVIDENCE`).
 """
 
 from __future__ import annotations
