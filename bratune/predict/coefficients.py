@@ -10,7 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["UNCALIBRATED", "Coefficients"]
+from bratune.errors import UsageError
+
+__all__ = ["HOSTS", "UNCALIBRATED", "Coefficients", "host_us_of"]
 
 # Standard deviation of log(measured / modelled) that an uncalibrated model is believed to have: 95 % of
 # times within a factor of 3.
@@ -18,6 +20,30 @@ UNCALIBRATED_SPREAD = math.log(3) / 1.96
 # The same for calibrated coefficients that are carried to a board on which nothing was measured, as long as
 # no second board's records say what that costs: 95 % within a factor of 1.6, on top of the fit's own spread.
 TRANSFER_SPREAD = math.log(1.6) / 1.96
+
+
+# Host microseconds per operation of eager PyTorch. Public measurements: 10 to 20 on current hosts, 8 where
+# nothing else runs; a published BiFormer-S took 59 per kernel. ``bratune doctor`` measures its own.
+HOSTS = {"fast": 8.0, "typical": 15.0, "slow": 60.0}
+
+
+def host_us_of(text: str) -> float:
+    """The microseconds of ``--host``: a name of `HOSTS`, or a number.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text in HOSTS:
+        return HOSTS[text]
+    try:
+        us = float(text.removesuffix("us"))
+    except ValueError:
+        us = 0.0
+    if not 0 < us < 1e4:
+        raise UsageError(
+            f"--host {text} is neither one of {', '.join(HOSTS)} nor microseconds per operation, e.g. 12"
+        )
+    return us
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +63,7 @@ class Coefficients:
         kernel_us: Shortest time of a kernel on the device.
         factors: Measured over modelled device time, by backend (or part, where no backend computes it).
         spreads: Standard deviation of its logarithm, by the same names.
-        host_fitted: Whether `host_us` comes from records.
+        host_fitted: Whether `host_us` comes from records, or was given; else it may be any of `HOSTS`.
         sources: Keys of the GPUs whose records were used.
         records: How many records were used.
         transfer: Standard deviation that carrying to another board adds, in log.
@@ -47,7 +73,7 @@ class Coefficients:
     cache: float = 0.80
     compute: float = 0.50
     cores: float = 0.60
-    host_us: float = 8.0
+    host_us: float = HOSTS["typical"]
     compiled_host_us: float = 4.0
     gap_us: float = 1.6
     graph_gap_us: float = 1.2

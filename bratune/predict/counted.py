@@ -7,6 +7,7 @@ that `bratune.predict.parts` lists for models of ours, so that one set of rates 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 import re
@@ -20,7 +21,17 @@ from bratune.errors import BratuneError, UnknownNameError
 if TYPE_CHECKING:
     from bratune.kernels.accounting import Operation
 
-__all__ = ["KINDS", "Load", "count_peer", "load_of", "loads", "peer_loads", "product_kind", "timm_models"]
+__all__ = [
+    "KINDS",
+    "NARROW_WINDOW",
+    "Load",
+    "count_peer",
+    "load_of",
+    "loads",
+    "peer_loads",
+    "product_kind",
+    "timm_models",
+]
 
 # Inner or outer channels below which a product leaves the matrix units half empty.
 NARROW = 128
@@ -176,12 +187,14 @@ def count_peer(
     from bratune.kernels.accounting import count
 
     if not timm.is_model(name):
-        raise UnknownNameError("model of timm", name, timm.list_models(name.split("_")[0] + "*")[:12])
+        raise UnknownNameError(
+            "model of timm", name, difflib.get_close_matches(name, timm.list_models(), 8, 0.3)
+        )
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with torch.device("meta"):
-            model = timm.create_model(name).eval()
+            model = _sized(timm, name, image).eval()
             x = torch.empty(batch, 3, *image)
         account = count(
             lambda: model(x).sum().backward() if gradients else model(x),
@@ -196,6 +209,16 @@ def count_peer(
     finally:
         logging.disable(level)
     return Counter(account.by_operation)
+
+
+def _sized(timm: Any, name: str, image: tuple[int, int]) -> Any:
+    """The model for images of this size, where its weights have a size."""
+    if image != tuple(timm.get_pretrained_cfg(name).input_size[1:]):
+        try:
+            return timm.create_model(name, img_size=image)
+        except TypeError:  # it takes any
+            pass
+    return timm.create_model(name)
 
 
 @functools.lru_cache(maxsize=64)

@@ -19,14 +19,19 @@ from bratune.errors import UnsupportedError
 from bratune.gpus import GPU
 from bratune.machine import Machine
 from bratune.predict import parts, work
-from bratune.predict.coefficients import UNCALIBRATED, Coefficients
-from bratune.predict.estimate import estimate
+from bratune.predict.coefficients import HOSTS, UNCALIBRATED, UNCALIBRATED_SPREAD, Coefficients
+from bratune.predict.estimate import Estimate, estimate, is_peer, peer_loads_of
+from bratune.predict.public import public_rates
 from bratune.predict.roofline import rates
 from bratune.record import Record
 
-__all__ = ["ModelEngine", "absent_machine", "bound_cell", "predict_cell"]
+__all__ = ["ModelEngine", "absent_machine", "basis", "bound_cell", "interval_ms", "predict_cell"]
 
 Z95 = 1.96
+# What a part, or attention alone, may be off by beyond what whole models are, in log at 95 %.
+PART_REACH = math.log(2)
+# What a host's time per operation differs by between models, at 95 %.
+HOST_FACTOR = 1.3
 # What speedups are relative to: what the paper describes and the official code does.
 BASELINE = "gather"
 
@@ -82,27 +87,75 @@ def predict_cell(
     if found is None:
         return Record.of(cell, machine, evidence="modelled", outcome="unsupported", reason="; ".join(reasons))
     floor_ms = _floor_ms(cell, gpu)
-    name = _calibration_name(cell)
-    spread = c.spread(name, gpu.key)
+    ms = max(found.ms, floor_ms)
+    lo_ms, hi_ms = interval_ms(cell, gpu, c, found)
+    lo_ms = max(floor_ms, lo_ms)
     return Record.of(
         cell,
         machine,
         evidence="modelled",
         outcome="modelled",
-        reason="; ".join(filter(None, (c.describe(name, gpu.key), found.detail))),
-        median_ms=found.ms,
-        ci_lo_ms=max(floor_ms, found.ms * math.exp(-Z95 * spread)),
-        ci_hi_ms=found.ms * math.exp(Z95 * spread),
-        noise_pct=50 * (math.exp(Z95 * spread) - max(floor_ms / found.ms, math.exp(-Z95 * spread))),
+        reason="; ".join(filter(None, (basis(cell, gpu, c, found), found.detail))),
+        median_ms=ms,
+        ci_lo_ms=min(lo_ms, ms),
+        ci_hi_ms=max(hi_ms, ms),
+        noise_pct=50 * (hi_ms - lo_ms) / ms,
         host_ms=found.host_ms,
         launch_bound=found.launch_bound,
         bound=found.bound,
-        roofline_pct=100 * floor_ms / found.ms,
-        gb_s=found.memory_bytes / found.ms / 1e6,
-        **_derived(cell, found.ms),
+        roofline_pct=100 * floor_ms / ms,
+        gb_s=found.memory_bytes / ms / 1e6,
+        **_derived(cell, ms),
         **_memory(cell),
-        **_speedup(cell, gpu, c, found.ms),
+        **_speedup(cell, gpu, c, ms),
     )
+
+
+def interval_ms(cell: Cell, gpu: GPU, c: Coefficients, found: Estimate) -> tuple[float, float]:
+    """The 95 % interval of an estimate, in milliseconds.
+
+    Where records of its backend or part were fitted, it follows from their residuals. Else the part of the
+    device's time that public rates speak of is as uncertain as they were on held-out models, the rest is
+    uncalibrated, and a host that nobody described may be any of `bratune.predict.coefficients.HOSTS`.
+    """
+    name = _calibration_name(cell)
+    if found.public is None or name in c.spreads:
+        reach = Z95 * c.spread(name, gpu.key)
+        return found.ms * math.exp(-reach), found.ms * math.exp(reach)
+    p, own = found.public, found.own_ms
+    shared = found.device_ms - own
+    # A rate of a single kind is known less well than the sum of many.
+    part = 0.0 if cell.part == "model" else PART_REACH
+    lo = found.device_ms - math.hypot(
+        shared * (1 - math.exp(-math.hypot(p.lo, part))), own * (1 - math.exp(-Z95 * UNCALIBRATED_SPREAD))
+    )
+    hi = found.device_ms + math.hypot(
+        shared * (math.exp(math.hypot(p.hi, part)) - 1), own * (math.exp(Z95 * UNCALIBRATED_SPREAD) - 1)
+    )
+    if cell.regime != "eager":
+        return max(lo, found.host_ms / HOST_FACTOR), max(hi, found.host_ms * HOST_FACTOR)
+    known = c.host_fitted
+    low = found.host_ms * (1 / HOST_FACTOR if known else HOSTS["fast"] / c.host_us)
+    high = found.host_ms * (HOST_FACTOR if known else HOSTS["slow"] / c.host_us)
+    return max(lo, low), max(hi, high)
+
+
+def basis(cell: Cell, gpu: GPU, c: Coefficients, found: Estimate) -> str:
+    """What an estimate rests on, in words."""
+    name = _calibration_name(cell)
+    if found.public is None or name in c.spreads:
+        return c.describe(name, gpu.key)
+    said = [found.public.basis]
+    own = 100 * found.own_ms / found.device_ms if found.device_ms else 0.0
+    if own >= 0.5:
+        said.append(
+            f"{own:.0f} % of the device's time is in operations that nobody published the like of "
+            "(gathering along routes, routing, attention over routed keys): counted, uncalibrated"
+        )
+    if cell.regime == "eager" and found.launch_bound:
+        usual = "" if c.host_fitted else f" (a typical host; others {HOSTS['fast']:g} to {HOSTS['slow']:g})"
+        said.append(f"the host limits it, at {c.host_us:g} us per operation{usual}")
+    return "; ".join(said)
 
 
 def bound_cell(cell: Cell, gpu: GPU) -> Record:
@@ -139,7 +192,7 @@ def _floor_ms(cell: Cell, gpu: GPU) -> float:
 def _floor_terms(cell: Cell, gpu: GPU) -> tuple[float, float]:
     """Milliseconds that the least bytes and the least arithmetic of a cell take at the published peaks."""
     peak = rates(gpu, cell.problem.dtype)
-    read, written, macs = _least(cell)
+    read, written, macs = _least_of_peer(cell) if is_peer(cell) else _least(cell)
     cache = (gpu.l2_mib or 0.0) * 2**20
     # What is written may stay in the cache as far as it fits; so may what is read, when it is warm.
     moved = max(0.0, read + written - cache) if cell.l2 == "warm" else read + max(0.0, written - cache)
@@ -177,6 +230,12 @@ def _least_of_model(cell: Cell, passes: int) -> tuple[float, float, float]:
     return image * p.item_bytes + weights, weights if p.backward else 0.0, float(linear + attention) * passes
 
 
+def _least_of_peer(cell: Cell) -> tuple[float, float, float]:
+    macs = sum(load.macs for load in peer_loads_of(cell).values())
+    p = cell.problem
+    return float(p.batch * 3 * cell.image[0] * cell.image[1] * p.item_bytes), 0.0, macs
+
+
 def _derived(cell: Cell, ms: float) -> dict[str, Any]:
     p = cell.problem
     values: dict[str, Any] = {}
@@ -198,7 +257,7 @@ def _stage_backends(cell: Cell) -> list[tuple[Any, str]]:
     """The problems of a cell with the backend of each; full attention is not a backend's business."""
     if cell.part == "attention" and cell.backend:
         return [(cell.problem, cell.backend)] if parts.block_of(cell).kind == "routed" else []
-    if cell.part == "model":
+    if cell.part == "model" and not is_peer(cell):
         return [(b.problem, b.backend) for b, _ in parts.model_blocks(cell) if b.kind == "routed"]
     return []
 
@@ -233,7 +292,7 @@ def _memory(cell: Cell) -> dict[str, Any]:
     if cell.part == "attention" and not calls:
         written = sum(op.written for group in parts.groups(cell) for op in group.ops)
         return {"peak_alloc_mb": (cell.problem.io_bytes + written) / 1e6}
-    if not calls:
+    if not calls or is_peer(cell):
         return {}
     workspace = max(_backend_workspace(problem, name) for problem, name in calls)
     if cell.part == "attention":
@@ -250,7 +309,7 @@ def _memory(cell: Cell) -> dict[str, Any]:
 
 def _speedup(cell: Cell, gpu: GPU, c: Coefficients, ms: float) -> dict[str, Any]:
     """Against gather-then-dense on the same board, by the same model."""
-    if not cell.backend:
+    if not cell.backend or is_peer(cell):
         return {}
     base = estimate(cell.replace(backend=BASELINE, config="{}"), gpu, c)
     return {"speedup": base.ms / ms, "baseline": BASELINE}
@@ -289,8 +348,11 @@ class ModelEngine:
     def notice(self) -> str:
         """One sentence for the first line on stderr: the GPU is not here, and what the rows are."""
         c = self.coefficients
-        basis = c.describe("", self.gpu.key) if c.records else "uncalibrated"
-        return f"{self.gpu.name} is not here: rows are modelled, not measured ({basis})"
+        public = public_rates(self.gpu, rates(self.gpu, "float32"), dtype="float16")
+        said = public.basis if public else "uncalibrated"
+        if c.records:
+            said = c.describe("", self.gpu.key)
+        return f"{self.gpu.name} is not here: rows are modelled, not measured ({said})"
 
     def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
         """One modelled row per cell, in the order of the cells."""

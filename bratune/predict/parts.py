@@ -117,7 +117,9 @@ def part_ops(block: Block, part: str) -> tuple[Op, ...]:
     if part == "pos_embed":
         return (*_depthwise(block.rows * dim, 9, item), _add("add position", map_bytes, item))
     if part == "norm":
-        norm = work.elementwise("layer norm", map_bytes, map_bytes, cold=map_bytes, item=item, slots=8)
+        norm = work.elementwise(
+            "layer norm", map_bytes, map_bytes, cold=map_bytes, item=item, slots=8, rate="layer-norm"
+        )
         return norm, norm
     if part == "qkv":
         return (work.matmul("q, k, v", block.padded_rows, dim, 3 * dim, item, cold=True),)
@@ -245,14 +247,16 @@ def _model_groups(cell: Cell) -> tuple[Group, ...]:
     last = found[-1]
     features = float(batch * last.height * last.width * last.dim * item)
     head = (
-        work.elementwise("final norm", features, features, item=item),
+        work.elementwise("final norm", features, features, item=item, rate="layer-norm"),
         work.matmul("head", batch, last.dim, 1000, item),
     )
     return (*parts, Group("head", head))
 
 
 def _norm(stage_elements: float, item: int) -> Op:
-    return work.elementwise("batch norm", stage_elements * item, stage_elements * item, item=item, slots=4)
+    return work.elementwise(
+        "batch norm", stage_elements * item, stage_elements * item, item=item, slots=4, rate="batch-norm"
+    )
 
 
 def _stem(variant: Variant, cell: Cell, first: Stage) -> tuple[Op, ...]:
@@ -260,13 +264,15 @@ def _stem(variant: Variant, cell: Cell, first: Stage) -> tuple[Op, ...]:
     image = float(batch * 3 * cell.image[0] * cell.image[1])
     out = float(batch * first.height * first.width * first.dim)
     if variant.layout != "biformer":
-        return (work.conv_op("patches", image, out, 48, item, depthwise=False), _norm(out, item))
+        return (work.conv_op("patches", image, out, 48, item, depthwise=False, channels=3), _norm(out, item))
     middle = out * 2  # half the channels on four times the positions
     return (
-        work.conv_op("stem 1", image, middle, 27, item, depthwise=False),
+        work.conv_op("stem 1", image, middle, 27, item, depthwise=False, channels=3),
         _norm(middle, item),
         work.elementwise("GELU", middle * item, middle * item, item=item, slots=12),
-        work.conv_op("stem 2", middle, out, 9 * first.dim // 2, item, depthwise=False),
+        work.conv_op(
+            "stem 2", middle, out, 9 * first.dim // 2, item, depthwise=False, channels=first.dim // 2
+        ),
         _norm(out, item),
     )
 
@@ -274,5 +280,13 @@ def _stem(variant: Variant, cell: Cell, first: Stage) -> tuple[Op, ...]:
 def _downsample(before: Stage, after: Stage, batch: int, item: int) -> tuple[Op, ...]:
     elements_in = float(batch * before.height * before.width * before.dim)
     elements_out = float(batch * after.height * after.width * after.dim)
-    conv = work.conv_op("downsample", elements_in, elements_out, 9 * before.dim, item, depthwise=False)
+    conv = work.conv_op(
+        "downsample",
+        elements_in,
+        elements_out,
+        9 * before.dim,
+        item,
+        depthwise=False,
+        channels=before.dim,
+    )
     return conv, _norm(elements_out, item)

@@ -31,6 +31,7 @@ __all__ = [
     "carried_fits",
     "public_rates",
     "published_figures",
+    "used_matrix",
 ]
 
 # Under autocast these compute and write in float32; without it they move what an elementwise kernel moves.
@@ -39,6 +40,17 @@ _WIDENED = ("layer-norm", "softmax")
 WITHOUT_AUTOCAST = math.log(1.2)
 OTHER_LAYOUT = math.log(1.15)
 FULL_WIDTH = math.log(1.3)
+BACKWARD = math.log(1.3)
+OTHER_MAKER = math.log(1.5)
+# Operations per clock and multiprocessor of the matrix units that the rates of several boards are brought to.
+# Units of twice that rate are used 1.4 times as well: the square root predicts the one board that has them
+# from the others with half the error, with compiled models (docs/predict.md).
+PER_CLOCK = 512.0
+# A board with more than this for each multiprocessor is unlike every board that was measured: operations per
+# clock, and bytes per second and Hz.
+FARTHEST_PER_CLOCK = 1100.0
+FARTHEST_BYTES = 8.0
+FAR = math.log(1.6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +140,22 @@ def carried_fits() -> Mapping[str, Mapping[str, Any]]:
     return found
 
 
+def used_matrix(board: GPU, matrix: float) -> float:
+    """The matrix peak that rates of several boards are carried by, in operations per second.
+
+    Args:
+        board: The board.
+        matrix: Its peak for the data type.
+    """
+    clocks = (board.sm_count or 1) * (board.boost_mhz or 1.0) * 1e6
+    return matrix / math.sqrt(max(1.0, matrix / clocks / PER_CLOCK))
+
+
+def _far(board: GPU, peak: Rates) -> bool:
+    clocks = peak.sm_count * (board.boost_mhz or 1.0) * 1e6
+    return peak.matrix / clocks > FARTHEST_PER_CLOCK or peak.memory / clocks > FARTHEST_BYTES
+
+
 def public_rates(
     board: GPU,
     peak: Rates,
@@ -136,6 +164,7 @@ def public_rates(
     layout: str = "nchw",
     amp: bool = False,
     dtype: str = "",
+    backward: bool = False,
 ) -> PublicRates | None:
     """The rates of a board from public measurements.
 
@@ -146,6 +175,7 @@ def public_rates(
         layout: ``nchw`` or ``nhwc``.
         amp: Autocast, which every published eager measurement had.
         dtype: Long name; float32 is carried from half precision by the two peaks.
+        backward: Whether gradients are computed, which is carried from forward passes.
 
     Returns:
         None for a CPU and for data types that nobody measured anything like.
@@ -165,6 +195,12 @@ def public_rates(
         widen.append(WITHOUT_AUTOCAST)
     if dtype == "float32":
         widen.append(FULL_WIDTH)
+    if backward:
+        widen.append(BACKWARD)
+    if not same and _far(board, peak):
+        widen.append(FAR)
+    if board.capability == (0, 0):
+        widen.append(OTHER_MAKER)
     macs, moved = dict(found["macs"]), dict(found["moved"])
     if plain:
         for kind in _WIDENED:
@@ -177,12 +213,12 @@ def public_rates(
     else:
         basis = (
             f"rates of timm's models on {', '.join(found['gpus'])} ({way}, fitted {_data()['date']}), "
-            "carried over by specifications"
+            "carried over by specifications" + (", which are unlike theirs" if _far(board, peak) else "")
         )
     return PublicRates(
         macs=macs,
         moved=moved,
-        matrix=peak.matrix / 2,
+        matrix=(peak.matrix if same else used_matrix(board, peak.matrix)) / 2,
         memory=peak.memory,
         lo=-math.hypot(found["lo"], *widen),
         hi=math.hypot(found["hi"], *widen),

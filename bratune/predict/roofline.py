@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bratune.errors import UsageError
 from bratune.gpus import GPU
 from bratune.predict.coefficients import Coefficients
 from bratune.predict.work import Op
 
-__all__ = ["OpTime", "Rates", "op_time", "rates"]
+if TYPE_CHECKING:
+    from bratune.predict.public import PublicRates
+
+__all__ = ["OpTime", "Rates", "op_time", "public_time", "rates"]
 
 # Bytes that one multiprocessor reads from the last-level cache per clock, sustained. Public measurements:
 # A100 5400 GB/s, H100 PCIe 6900, L40 5200; the rest are put with their nearest relative.
@@ -114,6 +118,25 @@ def op_time(op: Op, peak: Rates, c: Coefficients, *, warm: bool = False) -> OpTi
     }
     bound = max(times, key=lambda name: times[name])
     return OpTime(us=times[bound] * 1e6, bound=bound, memory_bytes=memory_bytes)
+
+
+def public_time(op: Op, kind: str, peak: Rates, public: PublicRates, *, warm: bool = False) -> OpTime:
+    """The working time of one kernel at the rates that public measurements of real models gave.
+
+    What stays in the cache is read at the cache's rate as far behind its ideal as memory is; a kernel that
+    does not fill the board is as much slower as in `op_time`.
+    """
+    moved = op.read + op.written
+    memory_bytes = moved if moved > peak.cache_bytes else (0.0 if warm else op.cold)
+    through_cache = moved - memory_bytes + op.reread
+    busy = _busy(op.blocks, peak.sm_count)
+    feeding = max(min(1.0, op.blocks / (_SATURATING_SHARE * peak.sm_count)), 1 / peak.sm_count)
+    compute = public.macs_us(kind, op.rate_macs) / busy
+    moving = public.moved_us(kind, memory_bytes + through_cache * peak.memory / peak.cache) / feeding
+    bound = "cores" if kind == "depthwise" else "compute"
+    if moving >= compute:
+        bound = "memory" if memory_bytes >= through_cache else "cache"
+    return OpTime(us=compute + moving, bound=bound, memory_bytes=memory_bytes)
 
 
 def _busy(blocks: float, sm_count: int) -> float:

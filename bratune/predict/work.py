@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from bratune.predict.counted import NARROW_WINDOW, product_kind
 from bratune.problem import Problem, ceil_div
 
 __all__ = [
@@ -37,6 +38,9 @@ BLOCK_ROWS = 64
 SOFTMAX_SLOTS = 10
 # Instructions per multiply-add of a depthwise convolution written without reuse (load, convert, address).
 DEPTHWISE_SLOTS = 5
+# The public rate of a kind of kernel. A fused attention, a sort and a gather along routes have none: the last
+# is timed like a copy and counts as unknown nevertheless.
+_RATES = {"copy": "copy", "gather": "copy", "reduce": "pool"}
 # Elements that one block of an elementwise kernel handles.
 ELEMENTS_PER_BLOCK = 2048
 
@@ -57,6 +61,7 @@ class Op:
         slots: Instructions on the general cores, one lane each.
         blocks: Independent blocks, which decide how much of the device is busy.
         launches: Kernels that it really is, where several small ones are counted together.
+        rate: Whose public rate it takes, one of `bratune.predict.counted.KINDS`; empty: see `rate_kind`.
     """
 
     name: str
@@ -69,6 +74,19 @@ class Op:
     slots: float = 0.0
     blocks: float = 1.0
     launches: int = 1
+    rate: str = ""
+
+    @property
+    def rate_kind(self) -> str:
+        """The kind of operation whose public rate it takes; empty where nobody published its like."""
+        if self.rate or self.kind != "pointwise":
+            return self.rate or _RATES.get(self.kind, "")
+        return "softmax" if self.name.startswith("softmax") else "elementwise"
+
+    @property
+    def rate_macs(self) -> float:
+        """Multiply-adds, those of a depthwise convolution on the general cores included."""
+        return self.slots / DEPTHWISE_SLOTS if self.rate == "depthwise" else self.macs
 
     def scaled(self, name: str, bytes_factor: float, work_factor: float, launches: int) -> Op:
         """The same kernel with more or less of everything, e.g. its backward pass."""
@@ -91,7 +109,14 @@ def pad_to(value: int, multiple: int) -> int:
 
 
 def elementwise(
-    name: str, read: float, written: float, *, cold: float = 0.0, item: int = 2, slots: float = 1
+    name: str,
+    read: float,
+    written: float,
+    *,
+    cold: float = 0.0,
+    item: int = 2,
+    slots: float = 1,
+    rate: str = "",
 ) -> Op:
     """A kernel that does a little with every element that it writes."""
     elements = max(read, written) / item
@@ -103,6 +128,7 @@ def elementwise(
         cold=cold,
         slots=elements * slots,
         blocks=elements / ELEMENTS_PER_BLOCK,
+        rate=rate,
     )
 
 
@@ -151,13 +177,31 @@ def matmul(
         cold=left * item if cold else 0.0,
         macs=batch * pad_to(rows, TILE) * pad_to(inner, TILE) * pad_to(cols, TILE),
         blocks=tiles,
+        rate=product_kind(inner, cols) if weights else "batched",
     )
 
 
 def conv_op(
-    name: str, elements_in: float, elements_out: float, taps: int, item: int, *, depthwise: bool
+    name: str,
+    elements_in: float,
+    elements_out: float,
+    taps: int,
+    item: int,
+    *,
+    depthwise: bool,
+    channels: int = 0,
 ) -> Op:
-    """A convolution with ``taps`` multiply-adds per output element."""
+    """A convolution with ``taps`` multiply-adds per output element.
+
+    Args:
+        name: What it computes.
+        elements_in: Numbers that it reads.
+        elements_out: Numbers that it writes.
+        taps: Multiply-adds per number that it writes.
+        item: Bytes of a number.
+        depthwise: Every channel by itself.
+        channels: Fewer of its channels before and behind.
+    """
     macs = elements_out * taps
     return Op(
         name=name,
@@ -168,6 +212,7 @@ def conv_op(
         macs=0.0 if depthwise else macs,
         slots=macs * DEPTHWISE_SLOTS if depthwise else 0.0,
         blocks=elements_out / ELEMENTS_PER_BLOCK,
+        rate="depthwise" if depthwise else "conv" if channels >= NARROW_WINDOW else "conv-narrow",
     )
 
 

@@ -35,7 +35,7 @@ from bratune.kernels.accounting import Operation
 from bratune.predict.coefficients import TRANSFER_SPREAD
 from bratune.predict.counted import KINDS, Load, count_peer, loads, timm_models
 from bratune.predict.fit import PRIOR_RECORDS
-from bratune.predict.public import PublishedFigure
+from bratune.predict.public import PublishedFigure, used_matrix
 from bratune.predict.roofline import rates
 
 __all__ = ["Source", "calibrate", "count_models", "parse_name", "read_folder"]
@@ -452,6 +452,7 @@ def joint(group: Sequence[Table]) -> tuple[Floats, Floats]:
 
 def _carried(group: Sequence[Table], say: Any) -> dict[str, Any]:
     """One fit of several boards, its error that of each board predicted from the others."""
+    group = [_as_carried(table) for table in group]
     errors: dict[str, Floats] = {}
     for table in group:
         found, _ = joint([t for t in group if t is not table])
@@ -476,6 +477,13 @@ def _carried(group: Sequence[Table], say: Any) -> dict[str, Any]:
         "slower": {t.source.board.key: round(float(f), 3) for t, f in zip(group, slower, strict=True)},
         "boards": boards,
     }
+
+
+def _as_carried(table: Table) -> Table:
+    """The table with multiply-adds at the peak that rates are carried by."""
+    board, peak = table.source.board, rates(table.source.board, table.source.dtype).matrix
+    factor = np.array([peak / used_matrix(board, peak) if what == "macs" else 1.0 for _, what in COLUMNS])
+    return dataclasses.replace(table, ideal=table.ideal * factor)
 
 
 def _carried_reach(errors: Sequence[Floats]) -> tuple[float, float, float]:

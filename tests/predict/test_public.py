@@ -11,7 +11,13 @@ from torch import nn
 from bratune import gpus
 from bratune.kernels.accounting import ATTENTION, count
 from bratune.predict.counted import KINDS, Load, load_of, loads, peer_loads
-from bratune.predict.public import calibration_fits, carried_fits, public_rates, published_figures
+from bratune.predict.public import (
+    calibration_fits,
+    carried_fits,
+    public_rates,
+    published_figures,
+    used_matrix,
+)
 from bratune.predict.roofline import rates
 
 
@@ -110,11 +116,9 @@ def test_a_board_that_was_held_out_is_predicted_from_the_others() -> None:
     carried = carried_fits()
     assert set(carried) == {"eager", "compile"}
     assert set(carried["eager"]["boards"]) == set(MEASURED)
-    assert carried["eager"]["held_out"]["median_pct"] <= 20
     for way in carried.values():
-        # A board of the table with published rates; those of the last one are estimates.
-        known = [error for key, error in way["boards"].items() if key != "rtxpro6000-maxq"]
-        assert all(error["median_pct"] <= 22 for error in known)
+        assert way["held_out"]["median_pct"] <= 20
+        assert all(error["median_pct"] <= 25 for error in way["boards"].values())
         assert all(error["covered_pct"] >= 85 for error in way["boards"].values())
 
 
@@ -152,6 +156,7 @@ def test_a_board_without_measurements_is_carried_and_its_interval_is_wider() -> 
     assert not carried.own
     assert "carried over" in carried.basis
     assert "on this board" in own.basis
+    assert "unlike theirs" in carried.basis
     assert carried.hi > own.hi
     assert carried.lo < own.lo
     # Twice the bytes take twice as long, at the bandwidth of the board.
@@ -167,6 +172,13 @@ def test_without_autocast_norms_do_not_go_through_float32_and_the_interval_is_wi
     assert cast is not None
     assert plain.moved["layer-norm"] == plain.moved["elementwise"] < cast.moved["layer-norm"]
     assert plain.hi > cast.hi
+
+
+def test_wider_matrix_units_are_used_less_well() -> None:
+    """A GeForce is taken at its peak, a board with four times the rate per clock at half of it."""
+    geforce, a100 = gpus.resolve("rtx4090"), gpus.resolve("a100")
+    assert used_matrix(geforce, 165.2e12) == pytest.approx(165.2e12, rel=0.001)
+    assert used_matrix(a100, 312e12) == pytest.approx(156e12, rel=0.01)
 
 
 def test_nothing_public_speaks_of_a_cpu_or_of_float64() -> None:
