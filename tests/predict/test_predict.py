@@ -516,6 +516,7 @@ def test_an_unknown_host_widens_a_small_batch_upwards_and_a_known_one_does_not()
     assert row.median_ms is not None
     assert row.ci_hi_ms == pytest.approx(row.median_ms * HOSTS["slow"] / HOSTS["typical"])
     assert known.ci_hi_ms == pytest.approx(row.median_ms * 1.3)
+    assert row.ci_hi_ms is not None
     # A published BiFormer-S took 59 us per kernel: inside.
     assert row.ci_hi_ms > estimate(whole(), A100).launches * 59e-3
     assert "15 us per operation (a typical host; others 8 to 60)" in row.reason
@@ -538,13 +539,15 @@ def test_counts_of_our_models_agree_with_what_runs() -> None:
     import torch
 
     from bratune.kernels.accounting import count
-    from bratune.kernels.biformer import build
+    from bratune.kernels.biformer import BiFormer, build
     from bratune.kernels.published import as_published
     from bratune.predict.counted import loads
     from bratune.predict.parts import groups
 
     with torch.device("meta"):
-        model = as_published(build("biformer_small", backend="gather")).eval()
+        plain = build("biformer_small", backend="gather")
+        assert isinstance(plain, BiFormer)
+        model = as_published(plain).eval()
         x = torch.empty(8, 3, 224, 224)
     run = loads(count(lambda: model(x), weights=model, fused_attention=True).by_operation)
     cell = whole(batch=8, backend="gather")
