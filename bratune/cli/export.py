@@ -17,6 +17,7 @@ MEANT_FOR = {
     "head": ("mmseg", "mmdet"),
     "bases": ("mmseg", "mmdet"),
     "scale": ("yolo",),
+    "force": ("timm", "hydra", "mmseg", "mmdet", "yolo"),
 }
 
 
@@ -33,6 +34,7 @@ MEANT_FOR = {
 @click.option("--head", default="", help="sfpn or upernet (mmseg), retinanet or mask_rcnn (mmdet).")
 @click.option("--base", "bases", multiple=True, metavar="FILE", help="Config to inherit from; repeatable.")
 @click.option("--scale", type=click.Choice(["n", "s", "m", "l", "x"]), help="Size (yolo).  [default: n]")
+@click.option("--force", is_flag=True, help="Also a plan of another task than the target's.")
 def command(plan: Path, target: str, output: Path, **more: Any) -> None:
     """Write PLAN as a config that training code loads.
 

@@ -156,10 +156,14 @@ def identifier(plan: Plan, name: str = "") -> str:
     return f"{plan.model}_bratune_{key}_{size}"
 
 
-def header(plan: Plan) -> str:
+def header(plan: Plan, *, has_backends: bool = False) -> str:
     """What a reader of an export must know, as comments of Python or YAML.
 
     Every text of a plan stands on the line of its comment, whatever is in it.
+
+    Args:
+        plan: What is exported.
+        has_backends: The export holds the backends; else they are listed here, for they are lost.
     """
     end = plan.end_to_end
     lines = [
@@ -171,9 +175,15 @@ def header(plan: Plan) -> str:
         "Fields marked `model` change what is computed: weights must be trained with them.",
         "Fields marked `cost` change time and memory only.",
     ]
+    if has_backends:
+        return _as_comments(lines)
     backends = ", ".join(f"stage {i + 1} {name}" for i, name in enumerate(plan.backends) if name)
     lines.append(f"Backends (cost; the official code has no such argument): {backends}")
     configs: Mapping[int, str] = {i + 1: text for i, text in enumerate(plan.setting.configs) if text != "{}"}
     if configs:
         lines.append(f"Backend settings (cost): {json.dumps(configs)}")
+    return _as_comments(lines)
+
+
+def _as_comments(lines: list[str]) -> str:
     return "\n".join(f"# {one_line(line)}" for line in lines)

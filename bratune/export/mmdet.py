@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from bratune.export import mm
 from bratune.export.fields import Field
@@ -16,7 +16,12 @@ _DROP_PATH = {"biformer_tiny": 0.1, "biformer_small": 0.2, "biformer_base": 0.3}
 
 
 def mmdet_config(
-    plan: Plan, *, style: str = "0.x", head: str = "retinanet", bases: Sequence[str] = ()
+    plan: Plan,
+    *,
+    style: str = "0.x",
+    head: str = "retinanet",
+    bases: Sequence[str] = (),
+    replaced: Collection[str] = (),
 ) -> str:
     """The source of the config.
 
@@ -25,6 +30,7 @@ def mmdet_config(
         style: ``0.x`` or ``1.x``; see `bratune.export.mm`.
         head: ``retinanet`` or ``mask_rcnn``.
         bases: Config files to inherit from, e.g. a dataset.
+        replaced: What they define; see `bratune.export.mm.base_names`.
 
     Raises:
         PlanError: the backbone cannot hold the plan.
@@ -44,14 +50,21 @@ def mmdet_config(
     kind = "RetinaNet" if head == "retinanet" else "MaskRCNN"
     body = _retinanet(dims) if head == "retinanet" else _mask_rcnn(dims)
     decay = 1e-4 if head == "retinanet" else 0.05
+    first = "    _delete_=True,\n" if "model" in replaced else ""
+    metric = "['bbox']" if head == "retinanet" else "['bbox', 'segm']"
+    half = ""
+    if style == "0.x":  # what its training code asks for, None where it computes in float32
+        half = mm.setting("fp16", "", replaced) if plan.dtype != "float32" else "fp16 = None\n"
     return (
         f"{mm.preamble(plan, style, bases)}"
         f"# Tuned for images of {plan.height}x{plan.width} after padding to a multiple of 32.\n"
-        f"model = dict(\n    type='{kind}',\n"
+        f"model = dict(\n{first}    type='{kind}',\n"
         + ("    pretrained=None,\n" if style == "0.x" else "")
         + f"{preprocessor}{mm.backbone(plan, style, f'an mmdet {style} config', rate, extra)}\n{body})\n"
-        f"{mm.training(style, lr=1e-4, decay=decay, epochs=12)}"
-        "find_unused_parameters = True\n"
+        + mm.training(
+            style, lr=1e-4, decay=decay, epochs=12, schedule="step", metric=metric, replaced=replaced
+        )
+        + f"{half}find_unused_parameters = True\n"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from bratune.export import mm
 from bratune.tune.plan import Plan
@@ -21,7 +21,14 @@ _DROP_PATH = {
 }
 
 
-def mmseg_config(plan: Plan, *, style: str = "0.x", head: str = "sfpn", bases: Sequence[str] = ()) -> str:
+def mmseg_config(
+    plan: Plan,
+    *,
+    style: str = "0.x",
+    head: str = "sfpn",
+    bases: Sequence[str] = (),
+    replaced: Collection[str] = (),
+) -> str:
     """The source of the config.
 
     Args:
@@ -29,6 +36,7 @@ def mmseg_config(plan: Plan, *, style: str = "0.x", head: str = "sfpn", bases: S
         style: ``0.x`` or ``1.x``; see `bratune.export.mm`.
         head: ``sfpn`` or ``upernet``.
         bases: Config files to inherit from, e.g. a dataset.
+        replaced: What they define; see `bratune.export.mm.base_names`.
 
     Raises:
         PlanError: the backbone cannot hold the plan.
@@ -37,7 +45,13 @@ def mmseg_config(plan: Plan, *, style: str = "0.x", head: str = "sfpn", bases: S
     mm.check_names(style, head, HEADS)
     dims = list(get_variant(plan.model).dims)
     rate = _DROP_PATH.get((head, plan.model), 0.15)
-    crop = f"crop_size = ({plan.height}, {plan.width})  # model: what the plan was tuned at\n"
+    size = f"({plan.height}, {plan.width})"
+    # Before mmengine only the dataset's pipelines crop, with a size of their own.
+    crop = (
+        f"# The plan was tuned at {size}: let the pipelines of the dataset crop to that.\n"
+        if style == "0.x"
+        else f"crop_size = {size}  # model: what the plan was tuned at\n"
+    )
     body = _sfpn(dims) if head == "sfpn" else _upernet(dims)
     preprocessor = ""
     if style == "1.x":
@@ -47,16 +61,18 @@ def mmseg_config(plan: Plan, *, style: str = "0.x", head: str = "sfpn", bases: S
             "size=crop_size),\n"
         )
     schedule = (
-        mm.training(style, lr=2e-4, decay=1e-4, iterations=80_000)
+        {"lr": 2e-4, "decay": 1e-4, "iterations": 80_000, "schedule": "cosine"}
         if head == "sfpn"
-        else mm.training(style, lr=6e-5, decay=0.01, iterations=160_000)
+        else {"lr": 6e-5, "decay": 0.01, "iterations": 160_000, "schedule": "poly"}
     )
+    training = mm.training(style, metric="'mIoU'", replaced=replaced, **schedule)  # type: ignore[arg-type]
+    first = "    _delete_=True,\n" if "model" in replaced else ""
     return (
         f"{mm.preamble(plan, style, bases)}{crop}norm_cfg = dict(type='SyncBN', requires_grad=True)\n"
-        f"model = dict(\n    type='EncoderDecoder',\n    pretrained=None,\n{preprocessor}"
+        f"model = dict(\n{first}    type='EncoderDecoder',\n    pretrained=None,\n{preprocessor}"
         f"{mm.backbone(plan, style, f'an mmseg {style} config', rate)}\n{body}"
         "    train_cfg=dict(),\n    test_cfg=dict(mode='whole'),\n)\n"
-        f"{schedule}"
+        f"{training}"
     )
 
 

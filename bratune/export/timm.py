@@ -69,7 +69,7 @@ _TIMM_ONLY = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrain
 
 def _own_arguments(pretrained, arguments):
     if pretrained:
-        raise ValueError("{name} has no weights to download; load yours with checkpoint_path=FILE")
+        raise ValueError("{name} has no weights to download; load yours with load_state_dict")
     return {{k: v for k, v in arguments.items() if k not in _TIMM_ONLY and v is not None}}
 
 

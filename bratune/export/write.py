@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bratune.errors import PlanError, UnknownNameError
-from bratune.export import hydra, mmdet, mmseg, timm, yolo
+from bratune.errors import PlanError, UnknownNameError, UsageError
+from bratune.export import hydra, mm, mmdet, mmseg, timm, yolo
 from bratune.export.fields import identifier
 from bratune.files import write_text
 from bratune.tune.plan import Plan
@@ -14,6 +14,14 @@ from bratune.tune.plan import Plan
 __all__ = ["TARGETS", "export"]
 
 TARGETS = ("plan", "timm", "hydra", "mmseg", "mmdet", "yolo")
+# What a plan must have been tuned for.
+TASKS_OF = {
+    "timm": ("classification",),
+    "hydra": ("classification",),
+    "mmseg": ("segmentation",),
+    "mmdet": ("detection",),
+    "yolo": ("yolo", "detection"),
+}
 _SUFFIX = {"plan": ".json", "yolo": ".yaml", "hydra": ".yaml"}
 
 
@@ -27,6 +35,7 @@ def export(
     head: str = "",
     bases: Sequence[str] = (),
     scale: str = "n",
+    force: bool = False,
 ) -> Path:
     """Write a plan for a target; returns the file.
 
@@ -39,8 +48,10 @@ def export(
         head: For ``mmseg`` and ``mmdet``; by default S-FPN or RetinaNet.
         bases: For ``mmseg`` and ``mmdet``: config files to inherit from.
         scale: For ``yolo``.
+        force: Export a plan of another task than the target's too.
 
     Raises:
+        UsageError: the plan is for another task, or a base cannot be read.
         UnknownNameError: a target, style, head or scale is not known.
         PlanError: the target cannot hold the plan, or the file cannot be written.
     """
@@ -52,11 +63,22 @@ def export(
         path = path / f"{identifier(plan, name)}{suffix}"
     if target == "timm" and not name and path.stem.isidentifier():
         name = path.stem  # the module and the model that it registers have one name
+    wanted = TASKS_OF.get(target, ())
+    if wanted and plan.task not in wanted and not force:
+        raise UsageError(
+            f"the plan is for {plan.task} at {plan.height}x{plan.width}, {plan.setting}, and {target} is for "
+            f"{' or '.join(wanted)}: `bratune tune --task {wanted[0]}` makes one, --force exports this one"
+        )
+    replaced = mm.base_names(bases, path.parent) if target in ("mmseg", "mmdet") else frozenset()
     texts = {
         "timm": lambda: timm.timm_module(plan, name),
         "hydra": lambda: hydra.hydra_group(plan, name),
-        "mmseg": lambda: mmseg.mmseg_config(plan, style=style, head=head or "sfpn", bases=bases),
-        "mmdet": lambda: mmdet.mmdet_config(plan, style=style, head=head or "retinanet", bases=bases),
+        "mmseg": lambda: mmseg.mmseg_config(
+            plan, style=style, head=head or "sfpn", bases=bases, replaced=replaced
+        ),
+        "mmdet": lambda: mmdet.mmdet_config(
+            plan, style=style, head=head or "retinanet", bases=bases, replaced=replaced
+        ),
         "yolo": lambda: yolo.yolo_fragment(plan, scale),
     }
     if target == "plan":

@@ -46,7 +46,7 @@ def yolo_fragment(plan: Plan, scale: str = "n") -> str:
     repeats = [max(round(n * depth), 1) for n in (3, 6, 6, 3)]
     stem = channels[0] // 4
     p3, p4, p5 = channels
-    return f"""{header(plan)}
+    return f"""{header(plan, has_backends=True)}
 #
 # One line registers the block, before the model is made:
 #   import bratune.export.yolo_block

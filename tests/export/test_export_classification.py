@@ -188,14 +188,17 @@ def test_plan_with_one_s_per_stage_is_refused_where_it_cannot_be_held(tmp_path: 
     uneven = Plan(**{f: getattr(plan, f) for f in plan.__dataclass_fields__} | {"setting": setting})
     for target in ("timm", "mmseg", "mmdet"):
         with pytest.raises(PlanError, match="takes one S for all stages"):
-            export(uneven, target, tmp_path)
+            export(uneven, target, tmp_path, force=True)
     assert export(uneven, "plan", tmp_path / "plan.json").exists()
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_command_writes_every_target(tmp_path: Path, target: str) -> None:
     path = make_plan().save(tmp_path / "plan.json")
-    result = CliRunner().invoke(command, [str(path), "--to", target, "-o", str(tmp_path / "out")])
+    result = CliRunner().invoke(
+        command,
+        [str(path), "--to", target, "-o", str(tmp_path / "out"), *(["--force"] if target != "plan" else [])],
+    )
     assert result.exit_code == 0, result.output
     written = Path(result.stdout.splitlines()[0])
     assert written.exists()
@@ -216,7 +219,7 @@ def test_wrong_requests_say_what_would_work(
     tmp_path: Path, options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        export(make_plan(), output=tmp_path, **options)
+        export(make_plan(), output=tmp_path, force=True, **options)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import yaml
 from sample_plans import make_plan
 
 import bratune
-from bratune.errors import PlanError
+from bratune.errors import PlanError, UsageError
 from bratune.export.write import export
 from bratune.export.yolo import SCALES
 from bratune.export.yolo_block import BRABlock
@@ -59,6 +59,152 @@ def test_config_loads_with_a_complete_backbone(
     assert ("optim_wrapper" in config) == (style == "1.x")
 
 
+# Bases in the shape of the frameworks' own: a model on ResNet, SGD with momentum, their runtime.
+BASES = {
+    "models/resnet.py": """
+norm_cfg = dict(type='BN', requires_grad=True)
+model = dict(
+    type='OtherModel',
+    data_preprocessor=dict(type='OtherPreprocessor', size_divisor=8),
+    backbone=dict(type='ResNetV1c', depth=50, num_stages=4, out_indices=(0, 1, 2, 3), style='pytorch'),
+    neck=dict(type='FPN', in_channels=[256, 512, 1024, 2048], relu_before_extra_convs=True),
+    train_cfg=dict(other=1),
+)
+""",
+    "datasets/data.py": """
+dataset_type = 'CustomDataset'
+crop_size = (256, 256)
+data = dict(samples_per_gpu=4, train=dict(pipeline=[dict(type='RandomCrop', crop_size=crop_size)]))
+evaluation = dict(interval=1, metric='other')
+""",
+    "schedules/schedule.py": """
+optimizer = dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=0.0001)
+optimizer_config = dict(grad_clip=dict(max_norm=35, norm_type=2))
+lr_config = dict(policy='step', warmup='linear', warmup_ratio=0.5, gamma=0.5, step=[16, 22])
+runner = dict(type='EpochBasedRunner', max_epochs=24)
+optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', momentum=0.9), clip_grad=dict(norm=1))
+param_scheduler = [dict(type='MultiStepLR', milestones=[16])]
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=24, other=1)
+""",
+    "runtime.py": """
+checkpoint_config = dict(interval=1, other=1)
+log_config = dict(interval=50, hooks=[dict(type='TextLoggerHook')])
+dist_params = dict(backend='nccl')
+log_level = 'INFO'
+load_from = None
+resume_from = 'old.pth'
+workflow = [('train', 1)]
+""",
+    "all.py": "_base_ = ['models/resnet.py', './datasets/data.py', 'schedules/schedule.py', 'runtime.py']\n",
+}
+# What the training code of the generation before mmengine reads of a config.
+READ = ("optimizer", "optimizer_config", "lr_config", "runner", "checkpoint_config", "evaluation", "device")
+
+
+def with_bases(folder: Path) -> None:
+    for name, text in BASES.items():
+        path = folder / "_base_" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def every_key(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        return set(value).union(*map(every_key, value.values()))
+    return set().union(*map(every_key, value)) if isinstance(value, list | tuple) else set()
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("target", "head"),
+    [("mmseg", "sfpn"), ("mmseg", "upernet"), ("mmdet", "retinanet"), ("mmdet", "mask_rcnn")],
+)
+def test_config_replaces_what_its_bases_say_of_model_and_training(
+    mmengine: Any, tmp_path: Path, target: str, head: str, style: str, nested: bool
+) -> None:
+    with_bases(tmp_path)
+    plan = dense_plan("segmentation" if target == "mmseg" else "detection")
+    names = (
+        ["all.py"]
+        if nested
+        else ["models/resnet.py", "datasets/data.py", "schedules/schedule.py", "runtime.py"]
+    )
+    bases = [f"_base_/{name}" for name in names]
+    alone = load(export(plan, target, tmp_path / "alone", style=style, head=head))
+    config = load(export(plan, target, tmp_path, style=style, head=head, bases=bases))
+    assert "_delete_" not in every_key(dict(config)) | every_key(dict(alone))
+    ours = {key: value for key, value in alone.items() if key != "crop_size"}
+    assert {key: config[key] for key in ours} == ours  # with a base as without
+    assert config.data.samples_per_gpu == 4
+    assert config.log_level == "INFO"
+    if style == "0.x":
+        assert set(READ) <= set(alone)
+        assert config.resume_from is None
+        assert "crop_size" not in alone  # the pipelines of a dataset have their own
+        assert ("fp16" in alone) == (target == "mmdet")
+    else:
+        assert alone.param_scheduler[-1].end in (80_000, 160_000, 12)
+        assert [s.type for s in config.param_scheduler] == [s.type for s in alone.param_scheduler]
+
+
+def test_optimizer_of_a_config_is_made_by_torch(mmengine: Any, tmp_path: Path) -> None:
+    with_bases(tmp_path)
+    path = export(dense_plan(), "mmseg", tmp_path, bases=["_base_/all.py"])
+    arguments = dict(load(path).optimizer)
+    kind, _ = arguments.pop("type"), arguments.pop("paramwise_cfg")
+    getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(1))], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, r"the base base.py cannot be read at .*-o in the folder where it will stand would work"),
+        ("x = (", "the base base.py at .* is no Python config"),
+        ("_base_ = f()", "the base base.py computes its own bases"),
+        ("_base_ = 'gone.py'", "the base gone.py cannot be read"),
+        ("_base_ = 'base.py'\nmodel = dict()", ""),  # a circle ends
+        ("open('ran', 'w')\nmodel = dict()", ""),  # nothing of it runs
+    ],
+)
+def test_bases_are_read_as_text_when_the_config_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "base.py").write_text(text)
+    if words:
+        with pytest.raises(UsageError, match=words):
+            export(dense_plan(), "mmseg", tmp_path, bases=["base.py"])
+    else:
+        assert "_delete_=True" in export(dense_plan(), "mmseg", tmp_path, bases=["base.py"]).read_text()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "task"),
+    [
+        ("mmseg", "classification"),
+        ("mmseg", "detection"),
+        ("mmdet", "segmentation"),
+        ("yolo", "classification"),
+    ],
+)
+def test_plan_of_another_task_is_refused_unless_forced(tmp_path: Path, target: str, task: str) -> None:
+    plan = dense_plan(task)
+    with pytest.raises(UsageError, match=f"the plan is for {task} .*--force exports this one"):
+        export(plan, target, tmp_path)
+    assert export(plan, target, tmp_path, force=True).exists()
+
+
+def test_backends_are_said_to_be_lost_only_where_they_are(tmp_path: Path) -> None:
+    lost = "the official code has no such argument"
+    plan = dense_plan(backend="dense")
+    assert lost in export(plan, "mmseg", tmp_path, style="0.x").read_text()
+    assert lost not in export(plan, "mmseg", tmp_path, style="1.x").read_text()
+    assert lost not in export(dense_plan("yolo"), "yolo", tmp_path).read_text()
+
+
 def test_config_inherits_from_the_bases_that_were_named(mmengine: Any, tmp_path: Path) -> None:
     base = "data = dict(samples_per_gpu=4)\nmodel = dict(backbone=dict(type='ResNet'))\n"
     (tmp_path / "data.py").write_text(base)
@@ -97,7 +243,7 @@ def test_norms_stay_in_evaluation_mode_where_detection_asks_for_it(mmengine: Any
 
 def test_stl_plan_has_no_dense_backbone(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="no backbone for biformer_stl"):
-        export(make_plan(model="biformer_stl"), "mmseg", tmp_path)
+        export(make_plan(model="biformer_stl", task="segmentation"), "mmseg", tmp_path)
 
 
 def test_cost_and_model_fields_are_marked(tmp_path: Path) -> None:

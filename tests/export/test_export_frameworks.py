@@ -70,7 +70,7 @@ def test_before_mmengine_the_segmentor_is_built_and_runs(plan: Plan, tmp_path: P
     from mmcv.cnn.utils import revert_sync_batchnorm
 
     register_official(mmseg.models.BACKBONES)
-    config = Config.fromfile(str(export(plan, "mmseg", tmp_path, style="0.x", head=head)))
+    config = Config.fromfile(str(export(plan, "mmseg", tmp_path, force=True, style="0.x", head=head)))
     model = revert_sync_batchnorm(mmseg.models.build_segmentor(config.model))
     labels = torch.zeros(1, 1, 96, 128, dtype=torch.int64)
     meta = {"ori_shape": (96, 128, 3), "img_shape": (96, 128, 3), "pad_shape": (96, 128, 3), "flip": False}
@@ -87,7 +87,7 @@ def test_before_mmengine_the_detector_is_built_and_runs_up_to_its_operators(
     from mmcv import Config
 
     register_official(mmdet.models.BACKBONES)
-    config = Config.fromfile(str(export(plan, "mmdet", tmp_path, style="0.x", head=head)))
+    config = Config.fromfile(str(export(plan, "mmdet", tmp_path, force=True, style="0.x", head=head)))
     model = mmdet.models.build_detector(config.model)
     maps = model.eval().extract_feat(IMAGE)
     assert [m.shape[1] for m in maps] == [256] * 5
@@ -112,7 +112,7 @@ def test_with_mmengine_the_segmentor_is_built_and_runs(plan: Plan, tmp_path: Pat
     from mmseg.structures import SegDataSample
 
     init_default_scope("mmseg")
-    config = Config.fromfile(str(export(plan, "mmseg", tmp_path, style="1.x", head=head)))
+    config = Config.fromfile(str(export(plan, "mmseg", tmp_path, force=True, style="1.x", head=head)))
     model = revert_sync_batchnorm(MODELS.build(config.model)).eval()
     sample = SegDataSample(gt_sem_seg=PixelData(data=torch.zeros(1, 96, 128, dtype=torch.int64)))
     losses = model(IMAGE, [sample], mode="loss")
@@ -133,7 +133,7 @@ def test_with_mmengine_the_detector_is_built_and_runs_up_to_its_operators(
     from mmengine.structures import InstanceData
 
     init_default_scope("mmdet")
-    config = Config.fromfile(str(export(plan, "mmdet", tmp_path, style="1.x", head=head)))
+    config = Config.fromfile(str(export(plan, "mmdet", tmp_path, force=True, style="1.x", head=head)))
     model = MODELS.build(config.model).eval()
     maps = model.extract_feat(IMAGE)
     assert [m.shape[1] for m in maps] == [256] * 5
@@ -167,7 +167,7 @@ def test_ultralytics_builds_and_trains_the_model_file(
 
     from bratune.export.yolo_block import BRABlock
 
-    path = export(plan, "yolo", tmp_path)
+    path = export(plan, "yolo", tmp_path, force=True)
     model = DetectionModel(str(path), ch=3, nc=5, verbose=False)
     blocks: list[Any] = [m.block.attn for m in model.modules() if isinstance(m, BRABlock)]
     routed = [(a.n_win, a.topk, a.backend) for a in blocks[:2]]

@@ -73,6 +73,7 @@ def shape(path: Path) -> Any:
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_text_of_a_plan_changes_no_statement_and_no_key(tmp_path: Path, target: str, payload: str) -> None:
     options: dict[str, Any] = {"style": "1.x"} if target in ("mmseg", "mmdet") else {}
+    options["force"] = True
     options |= {"name": "mine"} if target in ("timm", "hydra") else {}
     for place in PLACES:
         sound = plan_with(place, "x")
@@ -85,7 +86,7 @@ def test_a_text_of_a_plan_changes_no_statement_and_no_key(tmp_path: Path, target
 def test_a_config_arrives_as_it_is_in_a_row_of_a_model_file(tmp_path: Path) -> None:
     text = 'it\'s 64: "quoted", [x]'
     plan = plan_with("config", text)
-    data = yaml.safe_load(export(plan, "yolo", tmp_path).read_text())
+    data = yaml.safe_load(export(plan, "yolo", tmp_path, force=True).read_text())
     rows = [row[3] for row in data["backbone"] if row[2] == "BRABlock" and row[3][-1] != -2]
     assert [row[-1] for row in rows] == [{"block": text}] * 2
 
