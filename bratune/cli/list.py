@@ -51,11 +51,11 @@ def _backends(device: str) -> Rows:
     """Backends with their answer to the first stage of the default model on this machine."""
     from bratune.kernels import registry
     from bratune.machine import detect
-    from bratune.variant import get_variant, stages
+    from bratune.work.request import make_request
 
     machine = detect(device)
-    dtype = "bfloat16" if machine.is_cuda else "float32"
-    problem = stages(get_variant("biformer_tiny"), 224, 224, dtype=dtype)[0].problem
+    request = make_request(machine)
+    problem = request.stages(request.models[0], 1)[0].problem
     assert problem is not None
     found: Rows = []
     for name in registry.names():

@@ -22,6 +22,7 @@ from bratune.variant import parse_resolution
 
 __all__ = [
     "CONTEXT",
+    "DTYPE_HELP",
     "DTYPE_NAMES",
     "BatchSize",
     "Dtype",
@@ -42,6 +43,7 @@ __all__ = [
     "request_values",
     "target_options",
     "trust_option",
+    "way_options",
     "what_options",
     "work_options",
 ]
@@ -56,6 +58,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # For `click.command(context_settings=CONTEXT)`: -h, and BRATUNE_<FLAG> for every flag.
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "BRATUNE"}
 
+DTYPE_HELP = "fp32, fp16, bf16 or fp64.  [default: fp32 on a CPU, bf16 on a GPU, fp16 where it has none]"
 DTYPE_NAMES = {
     "fp32": "float32",
     "fp16": "float16",
@@ -257,11 +260,13 @@ work_options = _stack(
     click.option(
         "-b", "--batch-size", type=BatchSize(), multiple=True, help="Images per call, or auto; repeatable."
     ),
-    click.option(
-        "--dtype", type=Dtype(), help="fp32, fp16, bf16 or fp64.  [default: bf16 on a GPU, fp32 on a CPU]"
-    ),
+    click.option("--dtype", type=Dtype(), help=DTYPE_HELP),
     click.option("--amp", is_flag=True, help="Autocast to --dtype and keep float32 weights."),
-    click.option("--channels-last", is_flag=True, help="Images and maps in channels-last memory order."),
+    click.option(
+        "--channels-last/--no-channels-last",
+        default=None,
+        help="Images and maps in channels-last memory order.  [default: no]",
+    ),
     click.option(
         "--direction",
         type=Name("direction", lambda: ("fwd", "fwd-bwd")),
@@ -292,7 +297,7 @@ work_options = _stack(
     ),
 )
 
-measuring_options = _stack(
+way_options = _stack(
     click.option(
         "--regime",
         type=Name("regime", lambda: ("eager", "graph", "compile")),
@@ -304,6 +309,10 @@ measuring_options = _stack(
         type=Name("cache state", lambda: ("cold", "warm", "both")),
         help="cold, warm or both.  [default: cold on a GPU, warm on a CPU]",
     ),
+)
+
+measuring_options = _stack(
+    way_options,
     click.option(
         "--min-time", type=Duration(), metavar="TIME", help="Time at least this long per cell, e.g. 0.5s."
     ),

@@ -5,34 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from bratune.cli import options
 from bratune.errors import UsageError
 
 if TYPE_CHECKING:
     from bratune.cell import Cell
     from bratune.gpus import GPU
     from bratune.record import Record
+    from bratune.work.request import Request
 
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 BACKENDS = ("gather", "gather-sdpa", "dense", "triton")
+BATCHES = (1, 64)
 
 
-@click.command("predict")
+@click.command("predict", context_settings=options.CONTEXT)
 @click.option("--gpu", "keys", multiple=True, help="Short key of a GPU, e.g. a100; repeatable.")
 @click.option("--gpu-spec", "specs", multiple=True, type=click.Path(path_type=Path), help="YAML of a board.")
-@click.option("--model", "name", default="biformer_small", show_default=True, help="Model.")
-@click.option("--task", default="classification", show_default=True, help="Task; gives S and the resolution.")
-@click.option("--res", "--img-size", "resolution", help="Image size: 512 or 800x1333.")
-@click.option("-b", "--batch-size", "batches", multiple=True, type=click.IntRange(1), help="Repeatable.")
-@click.option("--dtype", default="bf16", show_default=True, help="fp16, bf16, fp32 or fp64.")
-@click.option("--direction", type=click.Choice(["fwd", "fwd-bwd"]), default="fwd", show_default=True)
-@click.option(
-    "--regime", type=click.Choice(["eager", "graph", "compile"]), default="eager", show_default=True
-)
-@click.option("--backend", "backends", multiple=True, help="Repeatable; by default the common ones.")
+@options.what_options
+@options.work_options
+@options.way_options
 @click.option(
     "--compile/--no-compile",
     "compiled",
@@ -53,19 +48,12 @@ BACKENDS = ("gather", "gather-sdpa", "dense", "triton")
 def command(
     keys: tuple[str, ...],
     specs: tuple[Path, ...],
-    name: str,
-    task: str,
-    resolution: str | None,
-    batches: tuple[int, ...],
-    dtype: str,
-    direction: str,
-    regime: str,
-    backends: tuple[str, ...],
     compiled: bool,
     paths: tuple[Path, ...],
     checked: tuple[Path, ...],
     output: Path | None,
     style: str,
+    **asked: Any,
 ) -> None:
     """Estimate times on a GPU that is not here, with an interval and a bound beside every row.
 
@@ -77,15 +65,16 @@ def command(
         _validate(checked, style)
         return
     from bratune.predict import fit
-    from bratune.predict.model import bound_cell, predict_cell
+    from bratune.predict.model import absent_machine, bound_cell, predict_cell
+    from bratune.work.request import make_request
 
-    boards = _boards(keys, specs)
-    full = DTYPES.get(dtype, dtype)
-    cells = _cells(name, task, resolution, batches or (1, 64), full, direction, regime, backends or BACKENDS)
     coefficients = fit.stored_coefficients(*paths)
+    values = options.request_values(asked) | {"regimes": asked["regime"], "l2": asked["l2"]}
+    values["batches"] = values["batches"] or BATCHES
+    values["backends"] = values["backends"] or BACKENDS
     rows: list[Record] = []
-    for board in boards:
-        for cell in cells:
+    for board in _boards(keys, specs):
+        for cell in _cells(make_request(absent_machine(board), **values)):
             rows += [predict_cell(cell, board, coefficients, compiled=compiled), bound_cell(cell, board)]
     if output:
         from bratune.store import Store
@@ -108,53 +97,16 @@ def _boards(keys: Sequence[str], specs: Sequence[Path]) -> list[GPU]:
     return [*map(gpus.resolve, keys), *map(gpus.load_spec, specs)]
 
 
-def _cells(
-    name: str,
-    task: str,
-    resolution: str | None,
-    batches: Sequence[int],
-    dtype: str,
-    direction: str,
-    regime: str,
-    backends: Sequence[str],
-) -> list[Cell]:
-    """Attention of every routed stage and the whole model, for every batch and backend."""
-    from bratune import variant as variants
-    from bratune.cell import Cell
+def _cells(request: Request) -> list[Cell]:
+    """Attention of every routed stage and the whole model, by every backend."""
+    from bratune.work.cells import scenes
 
-    variant, job = variants.get_variant(name), variants.get_task(task)
-    image = variants.parse_resolution(resolution) if resolution else (job.height, job.width)
-    found = []
-    for batch in batches:
-        stages = variants.stages(
-            variant, *image, batch=batch, n_win=job.n_win, dtype=dtype, direction=direction
-        )
-        first = next(s.problem for s in stages if s.problem is not None)
-        for backend in backends:
-            whole = Cell(
-                part="model",
-                problem=first,
-                backend=backend,
-                model=name,
-                task=task,
-                image=image,
-                n_win=",".join(str(job.n_win) for _ in stages),
-                topk=",".join(str(s.topk) for s in stages),
-                regime=regime,
-            )
-            for stage in stages:
-                if stage.kind == "routed" and stage.problem is not None:
-                    found.append(
-                        whole.replace(
-                            part="attention",
-                            problem=stage.problem,
-                            stage=stage.index,
-                            block_count=stage.blocks,
-                            n_win=str(stage.n_win),
-                            topk=str(stage.topk),
-                        )
-                    )
-            found.append(whole)
+    found: list[Cell] = []
+    for scene in scenes(request):
+        routed = [stage for stage in scene.stages if stage.kind == "routed"]
+        for backend in request.backends:
+            found += [scene.stage_cell("attention", stage, backend=backend) for stage in routed]
+            found.append(scene.model_cell((backend,)))
     return found
 
 

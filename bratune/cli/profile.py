@@ -220,7 +220,7 @@ def _job(asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunn
     request = make_request(target.machine, **values)
     if target.absent:
         gpus.check_dtype(target.absent, request.dtype)
-    settings, flags = _settings(asked, on_gpu=target.machine.is_cuda)
+    settings, flags = _settings(asked, target.machine)
     return _Job(target, replayed, request, settings, flags, tuple(asked["stage"]), path)
 
 
@@ -345,11 +345,12 @@ def _say_what_is_missing(rows: Sequence[Record]) -> None:
         )
 
 
-def _settings(asked: dict[str, Any], *, on_gpu: bool) -> tuple[MeterSettings, list[str]]:
+def _settings(asked: dict[str, Any], machine: Machine) -> tuple[MeterSettings, list[str]]:
     """How long to measure, and the flags that say so."""
+    from bratune.defaults import defaults_for
     from bratune.measure.settings import MeterSettings
 
-    effort = asked["effort"] or ("standard" if on_gpu else "quick")
+    effort = asked["effort"] or defaults_for(machine).effort
     changes = options.meter_changes(asked)
     flags = ["--effort", effort]
     for flag, name, unit in (

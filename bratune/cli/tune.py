@@ -31,12 +31,10 @@ FORMATS = ("table", "json", "csv", "md")
 @options.target_options
 @options.what_options
 @click.option("-b", "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images.")
-@click.option(
-    "--dtype", type=options.Dtype(), help="fp32, fp16 or bf16.  [default: bf16 on a GPU, else fp32]"
-)
+@click.option("--dtype", type=options.Dtype(), help=options.DTYPE_HELP)
 @click.option("--amp", is_flag=True, help="Autocast to --dtype and keep float32 weights.")
 @click.option(
-    "--channels-last/--no-channels-last", default=True, help="Memory order.  [default: channels last]"
+    "--channels-last/--no-channels-last", default=None, help="Memory order of images.  [default: no]"
 )
 @click.option(
     "--direction",
@@ -197,13 +195,15 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
 
 
 def _request(asked: dict[str, Any], machine: Machine) -> Request:
+    from bratune import defaults
     from bratune.tune.request import Request
     from bratune.variant import get_task
 
-    models = asked["model"] or ("biformer_tiny",)
+    usual = defaults.defaults_for(machine)
+    models = asked["model"] or (defaults.MODEL,)
     if len(models) > 1:
         raise UsageError(f"tune takes one model, not {len(models)}: {', '.join(models)}")
-    task = get_task(asked["task"] or "classification")
+    task = get_task(asked["task"] or defaults.TASK)
     height, width = task.padded(*(asked["res"] or (task.height, task.width)))
     if asked["checkpoint"] and not asked["checkpoint"].is_file():
         raise UsageError(f"--checkpoint {asked['checkpoint']}: there is no such file")
@@ -211,6 +211,8 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
         from bratune.work.modules import check_checkpoint
 
         check_checkpoint(models[0], task.name, str(asked["checkpoint"]))
+    if asked["l2"] == "both":
+        raise UsageError("a plan is made for one cache state and --l2 both is two; cold or warm would do")
     n_win = asked["n_win"] or ()
     return Request(
         model=models[0],
@@ -218,12 +220,12 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
         height=height,
         width=width,
         batch=asked["batch_size"],
-        dtype=asked["dtype"] or ("bfloat16" if machine.is_cuda else "float32"),
+        dtype=asked["dtype"] or usual.dtype,
         amp=asked["amp"],
         direction=asked["direction"],
-        layout="nhwc" if asked["channels_last"] else "nchw",
+        layout={None: usual.layout, True: "nhwc", False: "nchw"}[asked["channels_last"]],
         regimes=tuple(asked["regime"]) or ("eager",),
-        l2=asked["l2"] or ("cold" if machine.is_cuda else "warm"),
+        l2=asked["l2"] or usual.l2,
         backends=tuple(asked["backend"]),
         per_stage_s=asked["per_stage_s"],
         checkpoint=str(asked["checkpoint"] or ""),
@@ -246,7 +248,7 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
         trials=asked["trials"] or 0,
         sampler=asked["sampler"],
         table=not asked["no_lut"],
-        effort=asked["effort"] or ("standard" if machine.is_cuda else "quick"),
+        effort=asked["effort"] or usual.effort,
         budget_s=asked["budget"] or 0.0,
         seed=asked["seed"],
     )

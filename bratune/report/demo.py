@@ -17,15 +17,16 @@ from bratune.cell import Cell
 from bratune.errors import StoreError
 from bratune.gpus import GPU
 from bratune.predict.fit import stored_coefficients
-from bratune.predict.model import bound_cell, predict_cell
+from bratune.predict.model import absent_machine, bound_cell, predict_cell
 from bratune.problem import Problem, split_map
 from bratune.record import Record
+from bratune.work.cells import Scene, scenes
+from bratune.work.request import make_request
 
 __all__ = ["demo_records", "modelled_records"]
 
 BOARDS = ("h200", "a100", "rtx4090")
 BACKENDS = ("gather", "gather-sdpa", "dense", "triton")
-PARTS = ("pos_embed", "norm", "qkv", "routing", "lepe", "proj", "mlp")
 SCALING_SIDES = (128, 224, 320, 448, 640, 768, 1024, 1536)
 
 
@@ -53,45 +54,24 @@ def modelled_records(
 ) -> list[Record]:
     """Modelled and bound rows of a model on boards: parts, backends, and attention over resolution."""
     coefficients = stored_coefficients()
-    cells = [c for b in batches for c in _model_cells(model, task, b, dtype)]
-    cells += _scaling_cells(model, dtype)
     rows = []
     for board in boards:
-        for cell in cells:
+        request = make_request(
+            absent_machine(board), models=(model,), task=task, batches=batches, dtype=dtype, backends=BACKENDS
+        )
+        cells = [cell for scene in scenes(request) for cell in _model_cells(scene)]
+        for cell in cells + _scaling_cells(model, dtype):
             rows.append(predict_cell(cell, board, coefficients))
             if cell.part == "model":
                 rows.append(bound_cell(cell, board))
     return [dataclasses.replace(row, timestamp_utc="") for row in rows]
 
 
-def _model_cells(model: str, task: str, batch: int, dtype: str) -> list[Cell]:
-    variant, job = variants.get_variant(model), variants.get_task(task)
-    stages = variants.stages(variant, job.height, job.width, batch=batch, n_win=job.n_win, dtype=dtype)
-    first = next(s.problem for s in stages if s.problem is not None)
-    whole = Cell(
-        part="model",
-        problem=first,
-        backend=BACKENDS[0],
-        model=model,
-        task=task,
-        image=(job.height, job.width),
-        n_win=",".join(str(job.n_win) for _ in stages),
-        topk=",".join(str(s.topk) for s in stages),
-    )
-    found = [whole.replace(backend=backend) for backend in BACKENDS]
-    for stage in stages:
-        if stage.kind != "routed" or stage.problem is None:
-            continue
-        block = whole.replace(
-            part="attention",
-            problem=stage.problem,
-            stage=stage.index,
-            block_count=stage.blocks,
-            n_win=str(stage.n_win),
-            topk=str(stage.topk),
-        )
-        found += [block.replace(backend=backend) for backend in BACKENDS]
-        found += [block.replace(part=part, backend="") for part in PARTS]
+def _model_cells(scene: Scene) -> list[Cell]:
+    found = [scene.model_cell((backend,)) for backend in BACKENDS]
+    for stage in (stage for stage in scene.stages if stage.kind == "routed"):
+        found += [scene.stage_cell("attention", stage, backend=backend) for backend in BACKENDS]
+        found += scene.part_cells(stage)
     return found
 
 

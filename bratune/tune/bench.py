@@ -5,6 +5,7 @@ It asks an engine and does not know whether that one measures here, elsewhere, o
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,15 +19,15 @@ from bratune.tune.request import Request
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
 from bratune.tune.table import Entry
-from bratune.variant import stages
+from bratune.variant import get_task, stages
+from bratune.work import request as work_request
+from bratune.work.cells import BASELINE, Scene, scenes
 
 __all__ = ["Bench", "Offers", "registry_offers"]
 
 # For an attention call: the backends that accept it, each with its settings, the preferred first.
 Offers = Callable[[Problem], Sequence[tuple[str, tuple[str, ...]]]]
 
-# Full attention is computed by the layer itself; with this name it writes no scores, as `auto` would not.
-FULL_BACKEND = "gather-sdpa"
 # Slow on purpose: it is there to be compared with.
 ORACLE = "reference"
 
@@ -115,20 +116,34 @@ class Bench:
 
     # --- cells ------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def scene(self) -> Scene:
+        """What the cells of the request have in common, the weights among it."""
+        own, first = self.request, self.request.reference
+        asked = work_request.Request(
+            models=(own.model,),
+            task=get_task(own.task),
+            image=(own.height, own.width),
+            batches=(own.batch,),
+            n_win=first.n_win,
+            topks=first.topks,
+            dtype=own.dtype,
+            amp=own.amp,
+            layout=own.layout,
+            direction=own.direction,
+            backends=own.backends or (BASELINE,),
+            routes=("recorded",),
+            regimes=own.regimes,
+            l2=(own.l2,),
+            seed=own.seed,
+            checkpoint=own.checkpoint,
+        )
+        return scenes(asked)[0]
+
     def block_cell(self, entry: Entry) -> Cell:
         """The cell of one block with an option."""
         stage = self.space.stage(entry.stage, entry.n_win, entry.topk)
-        assert stage.problem is not None
-        return self._cell(
-            "block",
-            stage.problem,
-            stage=stage.index,
-            block_count=stage.blocks,
-            n_win=str(entry.n_win),
-            topk=str(entry.topk),
-            backend=entry.backend,
-            config=entry.config,
-        )
+        return self.scene.block_cell(stage, entry.backend, entry.config)
 
     def model_cell(self, setting: Setting) -> Cell:
         """The cell of the whole model with a setting."""
@@ -143,34 +158,11 @@ class Bench:
             dtype=space.dtype,
             direction=space.direction,
         )
-        first = next(stage for stage in found if stage.kind == "routed")
-        assert first.problem is not None
         configs = {
             str(i + 1): json.loads(setting.configs[i]) for i in space.routed if setting.configs[i] != "{}"
         }
-        return self._cell(
-            "model",
-            first.problem,
-            n_win=",".join(str(stage.n_win) for stage in found),
-            topk=",".join(map(str, setting.topks)),
-            backend=",".join(name or FULL_BACKEND for name in setting.backends),
-            config=json.dumps(configs),
-            regime=setting.regime,
-        )
-
-    def _cell(self, part: str, problem: Problem, **values: object) -> Cell:
-        request = self.request
-        common: dict[str, object] = {
-            "model": request.model,
-            "task": request.task,
-            "image": (request.height, request.width),
-            "regime": request.regimes[0],
-            "l2": request.l2,
-            "layout": request.layout,
-            "amp": request.amp,
-            "seed": request.seed,
-        }
-        return Cell(part=part, problem=problem, **{**common, **values})  # type: ignore[arg-type]
+        cell = self.scene.model_cell(setting.backends, stages=found, configs=configs)
+        return cell.replace(regime=setting.regime)
 
     # --- records ----------------------------------------------------------------------------
 

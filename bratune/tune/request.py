@@ -74,7 +74,7 @@ class Request:
     dtype: str = "float32"
     amp: bool = False
     direction: str = "fwd"
-    layout: str = "nhwc"
+    layout: str = "nchw"
     regimes: tuple[str, ...] = ("eager",)
     l2: str = "cold"
     backends: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ class Setting:
     backends: tuple[str, ...] = ()
     configs: tuple[str, ...] = ()
     regime: str = "eager"
-    layout: str = "nhwc"
+    layout: str = "nchw"
 
     def __post_init__(self) -> None:
         count = len(self.n_win)

@@ -182,7 +182,8 @@ def _setting_of(cell: Cell) -> tuple[Space, Setting]:
     for stage, config in cell.settings.items():
         configs[int(stage) - 1] = json.dumps(config)
     sides = [max(int(s), 1) for s in cell.n_win.split(",")]
-    setting = space.setting(sides, [int(k) for k in cell.topk.split(",")], cell.backend.split(","), configs)
+    names = cell.backend.split(",") if "," in cell.backend else cell.backend
+    setting = space.setting(sides, [int(k) for k in cell.topk.split(",")], names, configs)
     return space, setting
 
 

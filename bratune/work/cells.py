@@ -1,5 +1,7 @@
 """Which cells a request stands for: attention by every backend, the rest of a block, the block, the model.
 
+Every verb asks here, so that the same question is the same cell, whoever asks it.
+
 The parts of a block follow each other and each includes the residual addition that ends it, so that their
 times add up to the time of the block.
 """
@@ -7,20 +9,23 @@ times add up to the time of the block.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bratune.cell import Cell
+from bratune.problem import Problem
 from bratune.variant import Stage, get_variant, stages
 from bratune.work.request import Request
 
-__all__ = ["BASELINE", "Scene", "model_stages", "parts_of", "scenes"]
+__all__ = ["BASELINE", "Scene", "joined_backends", "model_stages", "parts_of", "scenes"]
 
 # What speedups are relative to: the implementation that the paper describes and the official code has.
 BASELINE = "gather"
-# Backends that stand for the two forms of full attention: scores written out, and fused.
+# Backends that stand for the two forms of full attention: scores written out, and fused. The first is what
+# these two backends run, the second is what every other name does (`bratune.kernels.full_attention`).
 FULL_ATTENTION_FORMS = (BASELINE, "gather-sdpa")
+_WRITES_SCORES = ("reference", BASELINE)
 
 
 def parts_of(layout: str, kind: str) -> tuple[str, ...]:
@@ -65,53 +70,121 @@ class Scene:
         kinds = self.request.routes if stage.kind == "routed" else ("recorded",)
         for kind in kinds:
             for backend in names if stage.problem else ():
-                yield self._cell("attention", stage, backend=backend, route_distribution=kind)
+                yield self.stage_cell("attention", stage, backend=backend, route_distribution=kind)
 
     def part_cells(self, stage: Stage) -> Iterator[Cell]:
         """The parts of a block that no backend computes."""
         for part in parts_of(get_variant(self.model).layout, stage.kind):
             if part != "attention":
-                yield self._cell(part, stage)
+                yield self.stage_cell(part, stage)
 
-    def block_cell(self, stage: Stage, backend: str) -> Cell:
-        """A whole block with a backend."""
-        return self._cell("block", stage, backend=backend)
+    def block_cell(self, stage: Stage, backend: str, config: str = "{}") -> Cell:
+        """A whole block with a backend and its settings."""
+        return self.stage_cell("block", stage, backend=backend, config=config)
 
-    def model_cell(self, backends: Sequence[str]) -> Cell:
-        """The whole model with one backend per stage (or one for all)."""
-        found = self.stages
-        first = next((s for s in found if s.kind == "routed"), found[0])
-        cell = self._cell("model", first, backend=",".join(backends))
-        return cell.replace(
-            stage=0,
-            block_count=1,
+    def stage_cell(self, part: str, stage: Stage, **values: Any) -> Cell:
+        """A part of a block of a stage, or the block; ``values`` are further fields of the cell."""
+        assert stage.problem is not None
+        own: dict[str, Any] = {"stage": stage.index, "block_count": stage.blocks}
+        own |= {"n_win": str(stage.n_win), "topk": str(stage.topk)}
+        return self._cell(part, stage.problem, **own, **values)
+
+    def model_cell(
+        self,
+        backends: Sequence[str],
+        *,
+        form: str = "plain",
+        stages: Sequence[Stage] = (),
+        configs: Mapping[str, Any] | None = None,
+    ) -> Cell:
+        """The whole model.
+
+        Args:
+            backends: One for all stages or one per stage, see `joined_backends`; not for ``published``,
+                which has its own attention.
+            form: See `bratune.cell.FORMS`.
+            stages: Of a setting that is not the request's; by default `Scene.stages`.
+            configs: Settings of the backends by stage, ``{"1": {...}}``.
+        """
+        found = tuple(stages) or self.stages
+        first = next((s for s in found if s.kind == "routed"), None) or next(s for s in found if s.problem)
+        assert first.problem is not None
+        return self._cell(
+            "model",
+            first.problem,
+            form=form,
+            backend="" if form == "published" else joined_backends(found, backends),
+            config=json.dumps(dict(configs or {})),
             n_win=",".join(str(stage.n_win) for stage in found),
             topk=",".join(str(stage.topk) for stage in found),
         )
 
-    def _cell(self, part: str, stage: Stage, **values: Any) -> Cell:
-        request = self.request
-        assert stage.problem is not None
-        data = {"images": request.images, "checkpoint": request.checkpoint}
-        data = {name: path for name, path in data.items() if path}
-        return Cell(
-            part=part,
-            problem=stage.problem,
-            model=self.model,
-            task=request.task.name,
-            image=request.task.padded(*request.image),
-            stage=stage.index,
-            block_count=stage.blocks,
-            n_win=str(stage.n_win),
-            topk=str(stage.topk),
-            regime=self.regime,
-            l2=self.l2,
-            layout=request.layout,
-            amp=request.amp,
-            seed=request.seed,
-            extra=json.dumps(data),
-            **values,
+    def peer_cell(self, name: str) -> Cell:
+        """A model of timm, by the name that timm knows, on the images of this scene.
+
+        It has no routed attention: its problem carries the batch, the dtype and the direction.
+        """
+        height, width = self.request.task.padded(*self.request.image)
+        problem = Problem(
+            batch=self.batch,
+            height=height,
+            width=width,
+            heads=1,
+            head_dim=3,
+            region=(height, width),
+            topk=1,
+            dtype=self.request.dtype,
+            direction=self.request.direction,
         )
+        return self._cell("model", problem, form="timm", model=name, extra="{}")
+
+    def _cell(self, part: str, problem: Problem, **values: Any) -> Cell:
+        request = self.request
+        data = {"images": request.images, "checkpoint": request.checkpoint}
+        common: dict[str, Any] = {
+            "model": self.model,
+            "task": request.task.name,
+            "image": request.task.padded(*request.image),
+            "regime": self.regime,
+            "l2": self.l2,
+            "layout": request.layout,
+            "amp": request.amp,
+            "seed": request.seed,
+            "extra": json.dumps({name: path for name, path in data.items() if path}),
+        }
+        return Cell(part=part, problem=problem, **(common | values))
+
+
+def joined_backends(stages: Sequence[Stage], backends: Sequence[str]) -> str:
+    """The backends of a whole model as its cell spells them: what runs alike is spelt alike.
+
+    One name where every stage runs what that name alone would run, else one per stage joined by ``,``. Full
+    attention has two forms (`FULL_ATTENTION_FORMS`), the fused one where nothing is said; a stage of
+    convolutions has none.
+
+    >>> joined_backends(stages, ("dense", "dense", "dense", "gather-sdpa"))    # the last one is full
+    'dense'
+
+    Args:
+        stages: Of the model.
+        backends: One for all or one per stage.
+    """
+    asked = tuple(backends) * len(stages) if len(backends) == 1 else tuple(backends)
+    pairs = list(zip(stages, asked, strict=True))
+    names = [
+        name if stage.kind == "routed" else "" if stage.kind == "conv" else _full_form(name)
+        for stage, name in pairs
+    ]
+    routed = {name for (stage, _), name in zip(pairs, names, strict=True) if stage.kind == "routed"}
+    full = {name for (stage, _), name in zip(pairs, names, strict=True) if stage.kind == "full"}
+    one = next(iter(routed or full), "")
+    if len(routed | {one}) == 1 and full <= {_full_form(one)}:
+        return one
+    return ",".join(names)
+
+
+def _full_form(backend: str) -> str:
+    return FULL_ATTENTION_FORMS[0 if backend in _WRITES_SCORES else 1]
 
 
 def scenes(request: Request) -> tuple[Scene, ...]:

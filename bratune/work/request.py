@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bratune import defaults
 from bratune.cell import L2_STATES, REGIMES, ROUTE_KINDS
 from bratune.errors import ProblemError, UsageError
 from bratune.machine import Machine
 from bratune.variant import TASKS, Stage, Task, get_task, get_variant, stages
 
 __all__ = ["Request", "auto_batch", "make_request"]
-
-DEFAULT_MODEL = "biformer_tiny"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,7 @@ def make_request(
     topks: Sequence[int] | None = None,
     dtype: str | None = None,
     amp: bool = False,
-    channels_last: bool = False,
+    channels_last: bool | None = None,
     direction: str = "fwd",
     backends: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -140,9 +139,8 @@ def make_request(
 ) -> Request:
     """A request with the defaults that suit a machine.
 
-    Defaults: ``biformer_tiny``, classification at the task's size and S, batch 1, every backend, bfloat16 on
-    a GPU (float16 where it has none) and float32 on a CPU, eager, cold L2 on a GPU and warm on a CPU (where
-    flushing 32 MB would take longer than most cells), recorded routes.
+    Defaults: those of `bratune.defaults`, the task's size and S, batch 1, every backend, eager, recorded
+    routes.
 
     Raises:
         UsageError: a value does not fit; ProblemError for S and top-k.
@@ -154,10 +152,11 @@ def make_request(
 
     if images:
         picture_files(Path(images))
-    chosen = get_task(task or "classification")
-    names = tuple(models) or (DEFAULT_MODEL,)
-    dtype = dtype or _default_dtype(machine)
-    states = {"both": ("cold", "warm"), None: ("cold",) if machine.is_cuda else ("warm",)}
+    chosen = get_task(task or defaults.TASK)
+    names = tuple(models) or (defaults.MODEL,)
+    usual = defaults.defaults_for(machine)
+    layouts = {None: usual.layout, True: "nhwc", False: "nchw"}
+    states = {"both": ("cold", "warm"), None: (usual.l2,)}
     request = Request(
         models=names,
         task=chosen,
@@ -165,9 +164,9 @@ def make_request(
         batches=(1,),
         n_win=tuple(n_win) or (chosen.n_win,),
         topks=None if topks is None else tuple(topks),
-        dtype=dtype,
+        dtype=dtype or usual.dtype,
         amp=amp,
-        layout="nhwc" if channels_last else "nchw",
+        layout=layouts[channels_last],
         direction=direction,
         backends=tuple(b for b in tuple(backends) or registry.names() if b not in set(skip)),
         routes=tuple(routes) or ("recorded",),
@@ -182,12 +181,6 @@ def make_request(
         check_checkpoint(name, chosen.name, checkpoint)
     numbers = {auto_batch(request, machine) if b == "auto" else int(b) for b in batches}
     return dataclasses.replace(request, batches=tuple(sorted(numbers)) or (1,))
-
-
-def _default_dtype(machine: Machine) -> str:
-    if not machine.is_cuda:
-        return "float32"
-    return "float16" if (0, 0) < machine.capability < (8, 0) else "bfloat16"
 
 
 def auto_batch(request: Request, machine: Machine) -> int:

@@ -20,6 +20,7 @@ FLOORS = (
         "bratune.cell",
         "bratune.record",
         "bratune.backend",
+        "bratune.defaults",
         "bratune.engine",
         "bratune.store",
         "bratune.data",
