@@ -429,8 +429,10 @@ def test_explain_shows_the_fastest_measured_s(tmp_path: Path) -> None:
     elsewhere = dataclasses.replace(CPU, gpu_name="another")
     assert stored_blocks(elsewhere, [tmp_path]) == ()
     lines = n_win_table(facts, lambda fact: "measure it").rows
-    assert lines[0] == Note(("1", "7", "13.0"), "S=14, 1.500 ms per block with dense (measured: 7, 14)")
-    assert lines[1] == Note(("2", "7", "10.4"), "not measured yet: measure it")
+    assert lines[0] == Note(
+        ("1", "7", "64", "14.6", "15"), "S=14, 1.500 ms per block with dense (measured: 7, 14)"
+    )
+    assert lines[1] == Note(("2", "7", "64", "11.6", "23"), "not measured yet: measure it")
 
 
 def test_explain_counts_padding_pairs_and_gathered_bytes() -> None:
