@@ -177,7 +177,7 @@ def test_a_stage_of_convolutions_has_no_backend() -> None:
 
 
 def test_predicted_rows_join_measured_ones_in_the_report() -> None:
-    from bratune.report.infos import with_bounds
+    from bratune.report.figures.facts import with_bounds
 
     (scene,) = scenes(make_request(absent_machine(A100), models=("biformer_tiny",)))
     cell = scene.model_cell(("triton",))
