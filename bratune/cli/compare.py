@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import click
-
-from bratune.cli import options
 
 if TYPE_CHECKING:
     from bratune.report.compare import Comparison
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 @click.option(
     "--format", "style", type=click.Choice(["table", "json", "md"]), default="table", show_default=True
 )
-@click.option("--seed", type=options.Seed(), default=0, show_default=True, help="Of the resampling.")
 def command(
     sets: tuple[str, ...],
     threshold: str,
@@ -32,13 +30,12 @@ def command(
     across: bool,
     limit: str | None,
     style: str,
-    seed: int,
 ) -> int:
     """Compare every set of records with the first, cell by cell.
 
     A set is a file, a folder, PATH@gpu (one machine of several), or a GPU key (the records that ship). Ratios
-    are of B over A: below 1 is faster. Several records of one cell are several fresh processes; with one per
-    side, only large differences can be told from the luck of a process.
+    are of B over A: below 1 is faster. What is compared are passes, each a fresh process; with one on a side
+    nothing is called faster or slower. What all cells moved by together is named and divided out.
 
     Exit code 3 with --fail-on-regression when a cell is SLOWER by at least that share.
     """
@@ -52,7 +49,6 @@ def command(
         margin=parse_percent(threshold) / 100,
         confidence=confidence,
         across=across,
-        seed=seed,
     )
     _show(result, style)
     if share is None:
@@ -70,12 +66,14 @@ def _show(result: Comparison, style: str) -> None:
             data = row._asdict() | {
                 "verdict": verdict.verdict,
                 "ratio": verdict.ratio,
-                "lo": verdict.lo,
-                "hi": verdict.hi,
-                "processes": verdict.processes,
+                "lo": verdict.lo or None,
+                "hi": None if verdict.hi == float("inf") else verdict.hi,
+                "passes": verdict.passes,
                 "settles": verdict.settles,
             }
             click.echo(json.dumps(data))
+        for sentence in result.drifts:
+            click.echo(sentence, err=True)
         return
     cells = [
         (
@@ -84,7 +82,7 @@ def _show(result: Comparison, style: str) -> None:
             f"{row.base_ms:.4g}",
             f"{row.other_ms:.4g}",
             f"{row.verdict.ratio:.3f}",
-            f"{row.verdict.lo:.3f} to {row.verdict.hi:.3f}",
+            f"{row.verdict.lo:.3f} to {row.verdict.hi:.3f}" if row.verdict.lo else "one process",
             row.verdict.verdict,
             "" if row.evidence == "measured" else row.evidence,
         )
@@ -104,15 +102,12 @@ def _show(result: Comparison, style: str) -> None:
 
 
 def _explain(result: Comparison) -> None:
-    """What the table leaves open, on stderr."""
-    for row in result.rows:
-        if row.verdict.settles:
-            click.echo(f"{row.what}: {row.verdict.settles}", err=True)
-    if any(row.verdict.assumed for row in result.rows):
-        click.echo(
-            "one process on a side: its own effect was assumed to be 3 %; more fresh processes would show it",
-            err=True,
-        )
+    """What the table leaves open, on stderr, each sentence once."""
+    for sentence in result.drifts:
+        click.echo(sentence, err=True)
+    advice = Counter(row.verdict.settles for row in result.rows if row.verdict.settles)
+    for sentence, count in advice.most_common():
+        click.echo(f"{count} {'cell is' if count == 1 else 'cells are'} undecided: {sentence}", err=True)
     if result.refused:
         click.echo(
             f"{result.refused} cells were run differently and left out; --across compares them", err=True

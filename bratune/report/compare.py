@@ -2,31 +2,24 @@
 
 Two records are compared when they describe the same work: part, model, stage, backend, S, top-k, sizes, dtype
 and direction. How they were run (regime, cache state, autocast, layout, determinism) must be the same too,
-unless the caller says otherwise. Several records of one cell in a set are several fresh processes.
+unless the caller says otherwise. Several records of one cell in a set are passes, each a fresh process.
 """
 
 from __future__ import annotations
 
 import importlib.resources
-import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from bratune import gpus, store
 from bratune.errors import StoreError, UnknownNameError, UsageError
+from bratune.measure.verdict import CONFIDENCE, MARGIN, Verdict, judge_runs
 from bratune.record import Record
-from bratune.report.verdict import (
-    DEFAULT_CONFIDENCE,
-    DEFAULT_MARGIN,
-    Process,
-    Verdict,
-    decide,
-    process_of_interval,
-    process_of_samples,
-)
+from bratune.store.pooled import passes_of
 
 __all__ = [
     "Compared",
@@ -69,12 +62,10 @@ class RecordSet:
     Attributes:
         label: What the user called it.
         records: Finished rows with a time.
-        samples: Raw samples by ``(run_id, cell_id, timestamp_utc)``.
     """
 
     label: str
     records: tuple[Record, ...]
-    samples: Mapping[tuple[str, str, str], tuple[float, ...]]
 
     @property
     def gpu_key(self) -> str:
@@ -112,11 +103,13 @@ class Comparison:
         rows: In the order of the first set.
         only_in_one: Cells that only one of the two sets holds, over all pairs.
         refused: Cells left out because they were run differently.
+        drifts: What all cells of a set moved by together, in words.
     """
 
     rows: tuple[Compared, ...]
     only_in_one: int
     refused: int
+    drifts: tuple[str, ...] = ()
 
 
 def load_set(argument: str) -> RecordSet:
@@ -154,63 +147,56 @@ def _of_machine(label: str, path: Path, key: str) -> RecordSet:
     rows = [r for r in rows if not key or r.gpu_key == key]
     if not rows:
         raise StoreError(f"{path} holds no record with a time")
-    return RecordSet(label, tuple(rows), _read_samples(path))
-
-
-def _read_samples(path: Path) -> dict[tuple[str, str, str], tuple[float, ...]]:
-    """Raw samples beside the records; lines that cannot be read are left out (the summary remains)."""
-    found: dict[tuple[str, str, str], tuple[float, ...]] = {}
-    for file in store.record_files([path]):
-        beside = file.with_name(file.name.removesuffix(".jsonl") + store.SAMPLES_SUFFIX)
-        if not beside.exists():
-            continue
-        for line in beside.read_text("utf-8").splitlines():
-            try:
-                data = json.loads(line)
-                key = (str(data["run_id"]), str(data["cell_id"]), str(data["timestamp_utc"]))
-                found[key] = tuple(map(float, data["samples_ms"]))
-            except (ValueError, KeyError, TypeError):
-                continue
-    return found
+    return RecordSet(label, tuple(rows))
 
 
 def compare(
     sets: Sequence[RecordSet],
     *,
-    margin: float = DEFAULT_MARGIN,
-    confidence: float = DEFAULT_CONFIDENCE,
+    margin: float = MARGIN,
+    confidence: float = CONFIDENCE,
     across: bool = False,
-    seed: int = 0,
 ) -> Comparison:
     """Every set against the first, cell by cell.
 
     Args:
         sets: Two or more.
-        margin: See `bratune.report.verdict.decide`.
+        margin: See `bratune.measure.verdict.judge_runs`.
         confidence: Of the intervals.
         across: Compare cells that were run differently, too.
-        seed: Of the resampling.
 
     Raises:
         UsageError: fewer than two sets, no cell in common, or the only common cells were run differently.
     """
     if len(sets) < 2:
         raise UsageError("a comparison needs two or more sets of records")
-    base, rows, alone, refused = sets[0], [], 0, 0
+    base, alone, refused = sets[0], 0, 0
+    rows: list[Compared] = []
+    drifts: list[str] = []
     mismatch = ""
     base_groups = _groups(base, across)
     for other in sets[1:]:
         other_groups = _groups(other, across)
         other_work = {key[: len(WHAT)] for key in other_groups}
+        common: list[tuple[list[Record], list[Record]]] = []
         for key, mine in base_groups.items():
             theirs = other_groups.get(key)
             if theirs is not None:
-                rows.append(_compared(base, mine, other, theirs, margin, confidence, seed))
+                common.append((mine, theirs))
             elif key[: len(WHAT)] in other_work:
                 refused += 1
                 mismatch = mismatch or _mismatch(base, mine[0], other)
             else:
                 alone += 1
+        judged = judge_runs(
+            [(passes_of(mine), passes_of(theirs)) for mine, theirs in common],
+            margin=margin,
+            confidence=confidence,
+        )
+        if judged.sentence:
+            drifts.append(f"{other.label}: {judged.sentence}")
+        for (mine, theirs), verdict in zip(common, judged.verdicts, strict=True):
+            rows.append(_compared(base, mine, other, theirs, verdict))
         base_work = {key[: len(WHAT)] for key in base_groups}
         alone += sum(key[: len(WHAT)] not in base_work for key in other_groups)
     if not rows and refused:
@@ -220,7 +206,7 @@ def compare(
     if not rows:
         labels = ", ".join(s.label for s in sets)
         raise UsageError(f"no cell is in the first set and another one: {labels}")
-    return Comparison(tuple(rows), alone, refused)
+    return Comparison(tuple(rows), alone, refused, tuple(drifts))
 
 
 def _groups(found: RecordSet, across: bool) -> dict[tuple[object, ...], list[Record]]:
@@ -241,43 +227,17 @@ def _mismatch(base: RecordSet, record: Record, other: RecordSet) -> str:
 
 
 def _compared(
-    base: RecordSet,
-    mine: Sequence[Record],
-    other: RecordSet,
-    theirs: Sequence[Record],
-    margin: float,
-    confidence: float,
-    seed: int,
+    base: RecordSet, mine: Sequence[Record], other: RecordSet, theirs: Sequence[Record], verdict: Verdict
 ) -> Compared:
-    a, b = (
-        [_process(found, r, number) for number, r in enumerate(rows)]
-        for found, rows in ((base, mine), (other, theirs))
-    )
     kinds = sorted({r.evidence for r in mine}) + sorted({r.evidence for r in theirs})
     return Compared(
         what=describe(mine[0]),
         base=base.label,
         other=other.label,
-        base_ms=_median(mine),
-        other_ms=_median(theirs),
-        verdict=decide(a, b, margin=margin, confidence=confidence, seed=seed),
+        base_ms=median(passes_of(mine).values),
+        other_ms=median(passes_of(theirs).values),
+        verdict=verdict,
         evidence="/".join(dict.fromkeys(kinds)),
-    )
-
-
-def _median(rows: Sequence[Record]) -> float:
-    values = sorted(r.median_ms for r in rows if r.median_ms is not None)
-    middle = len(values) // 2
-    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
-
-
-def _process(found: RecordSet, record: Record, number: int) -> Process:
-    samples = found.samples.get((record.run_id, record.cell_id, record.timestamp_utc))
-    if samples:
-        return process_of_samples(samples, seed=number)
-    assert record.median_ms is not None
-    return process_of_interval(
-        record.median_ms, record.ci_lo_ms or record.median_ms, record.ci_hi_ms or record.median_ms
     )
 
 
@@ -294,7 +254,7 @@ def describe(record: Record) -> str:
 
 
 def regressions(comparison: Comparison, limit: float) -> list[Compared]:
-    """The cells that are surely slower (the interval is above 1) and by at least ``limit``."""
+    """The cells that are surely slower and by at least ``limit``, beyond what everything moved by."""
     return [
         row for row in comparison.rows if row.verdict.verdict == "SLOWER" and row.verdict.ratio >= 1 + limit
     ]

@@ -12,6 +12,7 @@ from bratune.store.lines import (
     read_records,
     record_files,
 )
+from bratune.store.pooled import pool, pooled
 
 __all__ = [
     "SAMPLES_SUFFIX",
@@ -20,6 +21,8 @@ __all__ = [
     "batches",
     "locked",
     "mend_end",
+    "pool",
+    "pooled",
     "read",
     "read_fields",
     "read_records",

@@ -63,7 +63,7 @@ def test_every_common_cell_gets_a_verdict(tmp_path: Path, samples: bool) -> None
     b = write(tmp_path / "b.jsonl", 0.8, samples=samples)
     found = compare([load_set(str(a)), load_set(str(b))])
     assert [row.verdict.verdict for row in found.rows] == ["FASTER", "FASTER"]
-    assert [row.verdict.processes for row in found.rows] == [(5, 5), (5, 5)]
+    assert [row.verdict.passes for row in found.rows] == [(5, 5), (5, 5)]
     assert found.rows[0].verdict.ratio == pytest.approx(0.8, rel=0.01)
     assert found.rows[0].evidence == "measured"
 
