@@ -1,12 +1,13 @@
 """The CPU as a device: wall clock, and a cache made cold by streaming through a buffer of its size.
 
-Its one sensor is the time that the host of a virtual machine gives to others. Unlike heat it passes at no
-time that could be waited for: samples taken meanwhile are kept, and the row says so.
+Its sensors are the time that threads of this process wait for a processor, sample by sample
+(`bratune.measure.waiting`), and the time that the host of a virtual machine gives to others. Unlike heat, the
+latter passes at no time that could be waited for: samples taken meanwhile are kept, and the row says so.
 """
 
 from __future__ import annotations
 
-import time
+from time import perf_counter, perf_counter_ns, sleep
 
 import torch
 
@@ -17,6 +18,7 @@ from bratune.measure.device import Call, Memory, Prepared, Sample
 from bratune.measure.memory import cpu_memory
 from bratune.measure.stolen import STOLEN, StolenTime
 from bratune.measure.telemetry import Reading
+from bratune.measure.waiting import Waiting
 
 __all__ = ["CpuDevice"]
 
@@ -42,14 +44,15 @@ class CpuDevice:
         self.flush_bytes = FLUSH_FACTOR * machine.l2_bytes
         self._buffer = torch.zeros(self.flush_bytes // 8, dtype=torch.int64)
         self._stolen = stolen or StolenTime()
+        self._waiting = Waiting()
 
     def now(self) -> float:
         """See `Device.now`."""
-        return time.perf_counter()
+        return perf_counter()
 
     def sleep(self, seconds: float) -> None:
         """See `Device.sleep`."""
-        time.sleep(seconds)
+        sleep(seconds)
 
     def prepare(self, call: Call, regime: str) -> Prepared:
         """See `Device.prepare`; there are no CUDA graphs on a CPU."""
@@ -68,9 +71,11 @@ class CpuDevice:
 
     def time(self, run: Call) -> Sample:
         """See `Device.time`: the wall time of the call."""
-        start = time.perf_counter_ns()
-        run()
-        return Sample((time.perf_counter_ns() - start) / 1e6)
+        self._waiting.lap_ms()
+        start = perf_counter_ns()
+        output = run()
+        elapsed = (perf_counter_ns() - start) / 1e6
+        return Sample(elapsed, waited_ms=self._waiting.lap_ms(), output=output)
 
     def memory(self, probe: Call) -> Memory:
         """See `Device.memory`; the flush buffer is not counted."""
@@ -78,6 +83,7 @@ class CpuDevice:
 
     def read(self) -> Reading:
         """Whether the host gave a tenth or more of the time since the last reading to others."""
+        self._waiting.refresh()
         return Reading(throttle_reasons=(STOLEN,) if self._stolen.share() >= _STOLEN_SHARE else ())
 
     def foreign_processes(self) -> int | None:

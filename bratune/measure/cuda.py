@@ -7,7 +7,7 @@ enqueued: where launching takes longer than computing it contains the launches, 
 
 from __future__ import annotations
 
-import time
+from time import perf_counter, perf_counter_ns, sleep
 
 import torch
 
@@ -64,11 +64,11 @@ class CudaDevice:
 
     def now(self) -> float:
         """See `Device.now`."""
-        return time.perf_counter()
+        return perf_counter()
 
     def sleep(self, seconds: float) -> None:
         """See `Device.sleep`."""
-        time.sleep(seconds)
+        sleep(seconds)
 
     def prepare(self, call: Call, regime: str) -> Prepared:
         """See `Device.prepare`."""
@@ -81,7 +81,7 @@ class CudaDevice:
 
     def _capture(self, call: Call) -> Prepared:
         """Record the call's kernels once; each replay launches all of them together."""
-        start = time.perf_counter()
+        start = perf_counter()
         graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
@@ -103,7 +103,7 @@ class CudaDevice:
             graph.replay()
             return kept  # the graph writes its result here at every replay
 
-        return Prepared(replay, time.perf_counter() - start, call)
+        return Prepared(replay, perf_counter() - start, call)
 
     def flush(self) -> None:
         """Write a buffer larger than the last-level cache; `time` waits for it."""
@@ -115,12 +115,12 @@ class CudaDevice:
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         begin.record()
-        start = time.perf_counter_ns()
-        run()
-        host_ms = (time.perf_counter_ns() - start) / 1e6
+        start = perf_counter_ns()
+        output = run()
+        host_ms = (perf_counter_ns() - start) / 1e6
         end.record()
         end.synchronize()
-        return Sample(begin.elapsed_time(end), host_ms)
+        return Sample(begin.elapsed_time(end), host_ms, output=output)
 
     def memory(self, probe: Call) -> Memory:
         """See `Device.memory`; the flush buffer is not counted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from bratune.measure.telemetry import Reading
@@ -20,10 +20,14 @@ class Sample:
     Attributes:
         device_ms: From its first to its last work on the device.
         host_ms: Until the host had enqueued it; None where the host does the work itself.
+        waited_ms: Of it, spent waiting for a processor; None where that is not watched.
+        output: What the call returned; the meter lets go of it before the next one.
     """
 
     device_ms: float
     host_ms: float | None = None
+    waited_ms: float | None = None
+    output: object = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class MeterSettings:
         regime: ``eager``, ``graph`` (CUDA graph) or ``compile`` (torch.compile).
         give_up_ms: Stop after three samples when all of them are slower: whoever asks has something clearly
             better already. None never gives up.
+        passes: Fresh processes that a precise answer takes; each of them measures as `per_pass` says.
 
     Raises:
         UsageError: a number is out of range, or a name is not known.
@@ -72,6 +74,7 @@ class MeterSettings:
     l2: str = "cold"
     regime: str = "eager"
     give_up_ms: float | None = None
+    passes: int = 3
 
     def __post_init__(self) -> None:
         for name, known in (("l2", L2_STATES), ("regime", REGIMES)):
@@ -80,6 +83,8 @@ class MeterSettings:
         for name in ("min_time_s", "max_noise_pct", "warmup_s"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if self.passes < 1:
+            raise UsageError(f"passes must be at least 1, not {self.passes}")
         if self.timeout_s <= 0:
             raise UsageError(f"timeout_s must be more than 0, not {self.timeout_s}")
         if not 1 <= self.min_samples <= self.max_samples:
@@ -110,6 +115,20 @@ class MeterSettings:
             f"{self.min_samples} to {self.max_samples} samples, {self.max_noise_pct:g} % noise"
         )
 
+    def per_pass(self) -> MeterSettings:
+        """What one of `passes` fresh processes measures, so that all take about as long as one would.
+
+        Noise within a pass may be larger by the square root of their number: it averages out over them.
+        """
+        fewest = max(_FEWEST, math.ceil(self.min_samples / self.passes))
+        return self.replace(
+            min_time_s=self.min_time_s / self.passes,
+            timeout_s=self.timeout_s / self.passes,
+            max_noise_pct=self.max_noise_pct * math.sqrt(self.passes),
+            min_samples=fewest,
+            max_samples=max(fewest, self.max_samples // self.passes),
+        )
+
     def replace(self, **changes: Any) -> MeterSettings:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)
@@ -125,6 +144,7 @@ class MeterSettings:
 
 
 # Six samples are the fewest for which a 95 % interval of the median exists.
+_FEWEST = 6
 _PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
         "min_time_s": 0.05,
@@ -133,6 +153,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "min_samples": 7,
         "max_samples": 500,
         "warmup_s": 0.02,
+        "passes": 2,
     },
     "standard": {},
     "full": {
@@ -142,5 +163,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "min_samples": 30,
         "max_samples": 50_000,
         "warmup_s": 0.5,
+        "passes": 6,
     },
 }

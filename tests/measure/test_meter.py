@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -332,3 +333,98 @@ def test_what_precedes_a_call_runs_ahead_of_every_sample_and_is_not_timed(l2: st
     assert m.median_ms == 2.0
     sampled = device.log[device.log.index("before") :]
     assert [entry for entry in sampled if entry in order] == order * m.n_samples
+
+
+# --- in turn -----------------------------------------------------------------------------------------------
+
+
+def in_turn(
+    device: FakeDevice, times: Sequence[Sequence[float]], settings: MeterSettings = WARM, **options: object
+) -> tuple[list[Measurement], list[int]]:
+    """Calls whose times come from lists of their own, and the order of their turns."""
+    order: list[int] = []
+    meter = DeviceMeter(device)
+
+    def timed(run: Callable[[], object]) -> Sample:
+        number = run()
+        assert isinstance(number, int)
+        value = times[number][min(order.count(number), len(times[number]) - 1)]
+        order.append(number)
+        device.clock += value / 1e3
+        return Sample(value, waited_ms=device.waits.get(number, 0.0) * value, output=number)  # type: ignore[attr-defined]
+
+    calls = [meter.ready(functools.partial(int, n), settings) for n in range(len(times))]
+    device.time = timed  # type: ignore[method-assign]
+    if not hasattr(device, "waits"):
+        device.waits = {}  # type: ignore[attr-defined]
+    return meter.in_turn(calls, settings, **options), order  # type: ignore[arg-type]
+
+
+def test_every_round_runs_every_call_once_in_an_order_drawn_anew() -> None:
+    found, order = in_turn(FakeDevice(), [[1.0], [2.0], [3.0]])
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert all(sorted(turns) == [0, 1, 2] for turns in rounds)
+    assert len({tuple(turns) for turns in rounds}) > 1
+    assert [m.rounds for m in found] == [tuple(range(6))] * 3
+    assert in_turn(FakeDevice(), [[1.0], [2.0], [3.0]], seed=0)[1] == order
+    assert in_turn(FakeDevice(), [[1.0], [2.0], [3.0]], seed=1)[1] != order
+
+
+def test_a_ratio_within_rounds_does_not_see_what_happens_to_all() -> None:
+    drift = [1.0 + i for i in range(60)]
+    (base, other), _ = in_turn(
+        FakeDevice(), [[4 * d for d in drift], [2 * d for d in drift]], WARM.replace(min_samples=40)
+    )
+    assert other.speedup_over(base) == (2.0, 2.0, 2.0)
+    assert base.noise_pct is not None
+    assert base.noise_pct > 10
+
+
+def test_a_hopeless_call_stops_taking_turns_and_the_one_it_is_compared_with_does_not() -> None:
+    found, order = in_turn(FakeDevice(), [[50.0], [1.0], [10.0]], worse=3.0)
+    assert [m.n_samples for m in found] == [6, 6, 3]
+    assert found[2].stop_reason.startswith("worse: every sample is above 3 ms")
+    assert order.count(0) == 6
+
+
+def test_samples_that_waited_for_a_processor_are_set_aside_but_never_all() -> None:
+    device = FakeDevice()
+    device.waits = {0: 0.5}  # type: ignore[attr-defined]
+    found, _ = in_turn(device, [[1.0], [1.0]])
+    assert [m.cpu_wait_pct for m in found] == [50.0, 0.0]
+    assert (found[0].n_samples, found[0].n_discarded) == (6, 0)
+    assert "waited for a processor in every sample" in found[0].stop_reason
+
+
+def test_a_calm_half_of_the_samples_is_what_counts() -> None:
+    class HalfBusy(FakeDevice):
+        def time(self, run: Callable[[], object]) -> Sample:
+            super().time(run)
+            busy = self.log.count("time") % 2 == 0
+            return Sample(10.0 if busy else 1.0, waited_ms=9.0 if busy else 0.0)
+
+    m = measure(HalfBusy(), WARM.replace(min_samples=12, max_samples=12))
+    assert (m.median_ms, m.n_samples, m.n_discarded) == (1.0, 6, 6)
+    assert m.cpu_wait_pct == pytest.approx(100 * 54 / 66)
+
+
+def test_a_throttled_window_is_set_aside_for_all_who_took_turns_in_it() -> None:
+    found, _ = in_turn(FakeDevice(readings=(HOT, COOL)), [[20.0], [20.0]])
+    assert [m.n_discarded for m in found] == [found[0].n_discarded] * 2
+    assert found[0].n_discarded > 0
+    assert [m.n_samples for m in found] == [6, 6]
+
+
+def test_the_output_of_the_last_timed_call_is_kept() -> None:
+    found, _ = in_turn(FakeDevice(), [[1.0], [2.0]])
+    assert [m.output for m in found] == [0, 1]
+
+
+def test_passes_share_the_time_of_one_long_measurement() -> None:
+    whole = MeterSettings.for_effort("standard")
+    part = whole.per_pass()
+    assert whole.passes == 3
+    assert part.min_time_s * 3 == pytest.approx(whole.min_time_s)
+    assert part.max_noise_pct == pytest.approx(3**0.5 * whole.max_noise_pct)
+    assert part.sampling != whole.sampling
+    assert [MeterSettings.for_effort(e).passes for e in ("quick", "standard", "full")] == [2, 3, 6]
