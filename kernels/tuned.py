@@ -217,6 +217,8 @@ def _read(file: str, stamp: tuple[int, int]) -> tuple[_Row, ...]:
         data = json.loads(Path(file).read_text("utf-8"))
         if not isinstance(data, dict) or data.get("kind") != "bratune-plan":
             return ()
+        if data.get("measured") == "modelled":  # nothing was measured: it decides nothing
+            return ()
         if int(data["schema"]) > SCHEMA:
             raise ConfigError(f"its schema {data['schema']} is newer than this version reads ({SCHEMA})")
         return tuple(_plan_rows(data, file))

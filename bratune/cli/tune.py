@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bratune.cli import options
+from bratune.cli import options, tune_modelled
 from bratune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -140,6 +140,15 @@ FORMATS = ("table", "json", "csv", "md")
     help="What goes to stdout.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be searched.")
+@click.option(
+    "--host", default="", metavar="KIND", help="Of a GPU that is not here: slow, typical, fast or us."
+)
+@click.option(
+    "--plan-run",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="For a GPU that is not here: write the command that measures.",
+)
 @options.config_file
 @click.pass_context
 def command(ctx: click.Context, /, **asked: Any) -> int:
@@ -147,10 +156,12 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
 
     The same command again goes on where it stopped. Without weights and without data nothing is said about
     accuracy: every stage keeps at least the authors' keys per query. With --checkpoint only the cost
-    changes, unless --allow-model-changes.
+    changes, unless --allow-model-changes. For a GPU that is not here (or for several: --gpu a100,h100) the
+    settings are modelled: they are ranked, and which cannot be told apart is said; nothing is installed.
 
     \b
     bratune tune --model biformer_small --res 512 --task segmentation
+    bratune tune --model biformer_small --res 512 --task segmentation --gpu a100,h100,rtx4090
     bratune tune --model biformer_tiny --checkpoint best.pth --images photos --allow-model-changes
     bratune tune --join postgresql://me@host/studies --study NAME --device cuda:3
     """  # noqa: D301
@@ -159,11 +170,15 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
         return 0
     from bratune.tune import session
 
+    if boards := tune_modelled.absent_boards(asked):
+        return tune_modelled.run(asked, boards, lambda machine: _request(asked, machine), _again())
     replayed = _replayed(asked)
     machine = replayed.machine if replayed else _machine(asked)
     if asked["join"]:
         return _join(asked)
     request = _request(asked, machine)
+    if asked["host"] or asked["plan_run"]:
+        raise UsageError("--host and --plan-run are about a GPU that is not here; what is here is measured")
     if asked["dry_run"]:
         _show_space(request, machine)
         return 0

@@ -356,7 +356,15 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def install(plan: Plan, folder: str | os.PathLike[str] | None = None) -> Path:
-    """Put a plan where ``backend="auto"`` finds it, by default in the user's cache; returns its path."""
+    """Put a plan where ``backend="auto"`` finds it, by default in the user's cache; returns its path.
+
+    Raises:
+        PlanError: the plan was modelled, and only what was measured decides.
+    """
+    if plan.measured == "modelled":
+        raise PlanError(
+            f"the plan for {plan.machine.gpu_name} was modelled: only a measured one is put there"
+        )
     return plan.save((user_plans() if folder is None else Path(folder)) / plan.file_name)
 
 
