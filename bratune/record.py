@@ -64,6 +64,7 @@ class Record:
     run_id: str = ""
     cell_id: str = ""
     timestamp_utc: str = ""
+    claimed_by: str = ""  # of a line "started": the process that measures, see `bratune.store.claims`
     evidence: str = "measured"
     outcome: str = "measured"
     reason: str = ""

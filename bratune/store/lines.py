@@ -102,25 +102,43 @@ class Store:
         """Where the rows of each cell stand that are finished so far."""
         return Index(self.path)
 
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[Callable[[Record], None]]:
+        """What writes a record while no other process can write one; for looking before writing.
+
+        Raises:
+            StoreError: the file cannot be written.
+        """
+        try:
+            with locked(self.path) as fd:
+                mend_end(fd)
+                yield lambda record: _write_whole(fd, _line_of(record).encode() + b"\n")
+        except OSError as error:
+            raise self._failure("be written", error) from None
+
     def _append_line(self, path: Path, line: str) -> None:
-        data = line.encode() + b"\n"
         try:
             with locked(path) as fd:
-                end = mend_end(fd)
-                try:
-                    written = 0
-                    while written < len(data):
-                        written += os.write(fd, data[written:])
-                    os.fsync(fd)
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(fd, end)  # a full disk leaves no half line behind
-                    raise
+                _write_whole(fd, line.encode() + b"\n")
         except OSError as error:
             raise self._failure("be written", error) from None
 
     def _failure(self, verb: str, error: OSError) -> StoreError:
         return StoreError(f"records cannot {verb} to {self.path}: {error.strerror or error}")
+
+
+def _write_whole(fd: int, data: bytes) -> None:
+    """Add whole lines to a file that is locked, all or nothing; on return they are on disk."""
+    end = mend_end(fd)
+    try:
+        written = 0
+        while written < len(data):
+            written += os.write(fd, data[written:])
+        os.fsync(fd)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(fd, end)  # a full disk leaves no half line behind
+        raise
 
 
 def _line_of(record: Record) -> str:

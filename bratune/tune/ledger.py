@@ -8,19 +8,15 @@ happens: a death costs a retry, never the trial.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import socket
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bratune.errors import StoreError, UsageError
+from bratune.store.claims import Holder
 from bratune.tune.storage import make_sampler, open_storage, without_password
 
 if TYPE_CHECKING:
@@ -28,7 +24,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
-__all__ = ["Ledger", "Worker", "derived_seed"]
+__all__ = ["Ledger", "derived_seed"]
 
 Proposal = TypeVar("Proposal")
 
@@ -52,44 +48,6 @@ def derived_seed(seed: int, *parts: object) -> int:
     """
     text = json.dumps([seed, *map(str, parts)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A process that claims trials: host, process id, and what tells it from a later one of that id."""
-
-    host: str
-    pid: int
-    started: str
-    boot: str
-
-    @classmethod
-    def current(cls) -> Worker:
-        """This process."""
-        return cls(socket.gethostname(), os.getpid(), _process_start(os.getpid()), _boot_id())
-
-    def is_alive(self) -> bool | None:
-        """Whether it still runs; None when that cannot be seen from this host."""
-        if self.host != socket.gethostname():
-            return None
-        if self.boot != _boot_id():
-            return False
-        return bool(self.started) and _process_start(self.pid) == self.started
-
-
-def _boot_id() -> str:
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
-
-
-def _process_start(pid: int) -> str:
-    """The start time of a process in clock ticks since boot; empty when it is not there or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
 
 
 class Ledger:
@@ -119,7 +77,7 @@ class Ledger:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.name, self.objectives = name, tuple(objectives)
         self.storage = storage if storage is not None else open_storage(url)
-        self.worker = Worker.current()
+        self.worker = Holder.current()
         several = len(self.objectives) > 1
         try:
             self.study: Study = optuna.create_study(
@@ -276,7 +234,7 @@ class Ledger:
         found = 0
         for trial in self.trials("RUNNING"):
             owner = trial.user_attrs.get("worker")
-            alive = Worker(*owner).is_alive() if owner else False
+            alive = Holder(*owner).is_alive() if owner else False
             if not owner and "claimed_s" not in trial.user_attrs and trial.datetime_start is not None:
                 # Popped a moment ago by someone who has not signed it yet, or who died before signing.
                 alive = time.time() - trial.datetime_start.timestamp() < 10.0

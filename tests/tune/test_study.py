@@ -22,9 +22,10 @@ import pytest
 
 from bratune.errors import MissingPackageError, StoreError, UnknownNameError, UsageError
 from bratune.record import Record
+from bratune.store.claims import Holder
 from bratune.tune import storage
 from bratune.tune.constraints import parse_constraint, violations
-from bratune.tune.ledger import Ledger, Worker, derived_seed
+from bratune.tune.ledger import Ledger, derived_seed
 from bratune.tune.storage import SAMPLERS, make_sampler, open_storage
 
 
@@ -173,11 +174,11 @@ def test_trial_of_a_living_worker_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_worker_of_another_boot_or_start_is_dead_and_of_another_host_unknown() -> None:
-    me = Worker.current()
+    me = Holder.current()
     assert me.is_alive() is True
-    assert Worker(me.host, me.pid, "1", me.boot).is_alive() is False
-    assert Worker(me.host, me.pid, me.started, "other boot").is_alive() is False
-    assert Worker("elsewhere", me.pid, me.started, me.boot).is_alive() is None
+    assert Holder(me.host, me.pid, "1", me.boot).is_alive() is False
+    assert Holder(me.host, me.pid, me.started, "other boot").is_alive() is False
+    assert Holder("elsewhere", me.pid, me.started, me.boot).is_alive() is None
 
 
 def test_trial_of_another_host_is_lost_when_its_lease_is_over(tmp_path: Path) -> None:
