@@ -23,8 +23,9 @@ from bratune.measure.settings import MeterSettings
 from bratune.record import Record
 from bratune.run.measure_cell import Result, run_cell
 from bratune.run.repro import command_for
-from bratune.run.reuse import NOT_FINISHED, NOT_STARTED, Cache, source_hash
+from bratune.run.reuse import NOT_FINISHED, NOT_STARTED, Cache, key_of, source_hash
 from bratune.store import Store
+from bratune.store.claims import Claim, Claims
 from bratune.work.cells import BASELINE
 from bratune.work.contents import contents_of
 
@@ -34,6 +35,8 @@ __all__ = ["Baselines", "CellEngine", "LocalEngine", "LocalRunner", "ParallelEng
 _OVERHEAD_S, _COMPILE_S = 180.0, 600.0
 # What cells on other machines may take to notice that the budget is spent, before they are stopped.
 _GRACE_S = 15.0
+# How often a cell of another run is looked at, and after how many of its limits it is taken over.
+_LOOK_S, _LEASES = 1.0, 2.0
 # A backend that is this many times slower than the fastest one so far is not worth a precise time.
 _CLEARLY_WORSE = 3.0
 
@@ -123,6 +126,11 @@ class Baselines:
         return None if fastest is None or _is_baseline(cell) else _CLEARLY_WORSE * fastest
 
 
+def _question(row: Record) -> str:
+    """What a row answers: two runs that ask the same share the work."""
+    return f"{key_of(row)} {row.pass_number} {row.evidence}"
+
+
 def _contest(cell: Cell) -> str:
     return cell.replace(backend="", config="{}").cell_id if cell.backend else ""
 
@@ -172,6 +180,7 @@ class CellEngine:
         self._store = store
         index = store.index() if store and not fresh else None
         self._cache = Cache(runner.machine, settings, index=index, evidence=runner.evidence)
+        self._claims = Claims(store, index, _question) if store and index is not None else None
         self._run_id = run_id
         self._flags = tuple(flags)
         self._cell_limit_s = cell_limit_s
@@ -197,39 +206,69 @@ class CellEngine:
         self._runner.close()
 
     def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
-        """One finished record per cell, in the order of the cells; see `bratune.engine.Engine`."""
+        """One finished record per cell, in the order of the cells; see `bratune.engine.Engine`.
+
+        A cell that another run of the same store is measuring comes last, when that run is done with it.
+        """
+        taken: list[Cell] = []
         for cell in cells:
             if self._cancelled.is_set():
                 return
             if self._on_start:
                 self._on_start(cell)
-            stored = self._cache.find(cell)
-            if stored is not None:
-                self.reused += 1
-                yield self._baselines.compared(cell, stored)
-                continue
-            result = self._turn(cell)
-            if self._cancelled.is_set():
-                return
-            record = self._baselines.compared(cell, self._signed(cell, result.record))
-            self._cache.add(record)
-            if self._store:
-                self._store.append(record, result.samples_ms)
-            yield record
+            record = self._answer(cell)
+            if record is not None:
+                yield record
+            elif not self._cancelled.is_set():
+                taken.append(cell)
+        while taken and not self._cancelled.wait(_LOOK_S):
+            for cell in tuple(taken):
+                record = self._answer(cell)
+                if record is not None:
+                    taken.remove(cell)
+                    yield record
+
+    def _answer(self, cell: Cell) -> Record | None:
+        """The row of a cell, stored or measured; None where another run has it, or this one was cancelled."""
+        stored = self._cache.find(cell)
+        result = None if stored is not None else self._turn(cell)
+        if result is None:
+            stored = stored or self._cache.find(cell)
+            if stored is None:
+                return None
+            self.reused += 1
+            return self._baselines.compared(cell, stored)
+        if self._cancelled.is_set():
+            return None
+        record = self._baselines.compared(cell, self._signed(cell, result.record))
+        self._cache.add(record)
+        if self._store:
+            self._store.append(record, result.samples_ms)
+        return record
 
     def cancel(self) -> None:
         """End `run` in another thread: the cell in flight is killed and leaves no outcome."""
         self._cancelled.set()
         self._runner.interrupt()
 
-    def _turn(self, cell: Cell) -> Result:
+    def _turn(self, cell: Cell) -> Result | None:
+        """What measuring a cell gave; None where another run has it, or has just measured it."""
         left = None if self._deadline is None else self._deadline - self._clock()
         if left is not None and left <= 0:
             return self._out_of_budget(cell, NOT_STARTED)
+        limit = self._limit_of(cell)
         if self._store:
             started = Record.of(cell, self.machine, outcome="started", evidence=self._runner.evidence)
-            self._store.append(self._signed(cell, started))
-        limit = self._limit_of(cell)
+            started = self._signed(cell, started)
+            if self._claims is None:
+                self._store.append(started)
+            elif (
+                self._claims.take(
+                    started, answered=lambda: self._cache.find(cell) is not None, lease_s=_LEASES * limit
+                )
+                is not Claim.OURS
+            ):
+                return None
         result = self._runner.run(
             cell,
             limit_s=limit if left is None else min(limit, left),
