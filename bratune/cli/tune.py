@@ -83,9 +83,16 @@ FORMATS = ("table", "json", "csv", "md")
 @click.option(
     "--calibration-images",
     type=click.IntRange(8),
-    default=128,
+    default=1000,
     show_default=True,
-    help="Pictures of --images to use.",
+    help="Pictures of --images to use, at most.",
+)
+@click.option(
+    "--confidence",
+    type=click.FloatRange(0.5, 0.999),
+    default=0.95,
+    show_default=True,
+    help="Of what is said about lost accuracy.",
 )
 @click.option("--allow-model-changes", is_flag=True, help="With weights: S and top-k may change.")
 @click.option("--allow-more-k", is_flag=True, help="With weights: more keys than in training too.")
@@ -254,6 +261,7 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
         train_steps=asked["train_steps"],
         train_seeds=asked["train_seeds"],
         calibration_images=asked["calibration_images"],
+        confidence=asked["confidence"],
         allow_model_changes=asked["allow_model_changes"],
         allow_more_k=asked["allow_more_k"],
         objective=asked["objective"],

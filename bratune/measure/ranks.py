@@ -67,16 +67,16 @@ def _binomial_tail(successes: int, n: int, p: float) -> float:
         return 0.0
     if p >= 1.0:
         return 1.0
-    logs = [
-        math.lgamma(n + 1)
-        - math.lgamma(i + 1)
-        - math.lgamma(n - i + 1)
-        + i * math.log(p)
-        + (n - i) * math.log1p(-p)
-        for i in range(successes, n + 1)
-    ]
-    top = max(logs)
-    return min(1.0, math.exp(top) * sum(math.exp(value - top) for value in logs))
+    if successes <= n * p:  # the other tail is the smaller one
+        return 1.0 - _binomial_tail(n - successes + 1, n, 1.0 - p)
+    log = math.lgamma(n + 1) - math.lgamma(successes + 1) - math.lgamma(n - successes + 1)
+    term = total = math.exp(log + successes * math.log(p) + (n - successes) * math.log1p(-p))
+    for i in range(successes, n):  # beyond the mean, every term is smaller than the one before
+        term *= (n - i) / (i + 1) * p / (1.0 - p)
+        total += term
+        if term < 1e-17 * total:
+            break
+    return min(1.0, total)
 
 
 def clopper_pearson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -44,8 +44,8 @@ def checkpoint_bounds(
     """Limits for weights that were trained with a setting.
 
     By default nothing that changes the model may change. More keys than in training are not offered
-    either unless asked for: on small networks full attention cost a network trained with k = (1, 4, 16)
-    14 points of accuracy.
+    either unless asked for: they can cost a network that was trained sparse many points of accuracy, and can
+    gain it some (docs/tune.md).
     """
     if not allow_model_changes:
         return Bounds(n_win=reference.n_win, topks=reference.topks)

@@ -20,15 +20,14 @@ from bratune.errors import StoreError
 from bratune.measure.ranks import bootstrap_interval, spearman
 from bratune.record import utc_now
 from bratune.tune.checkpoint_fidelity import CheckpointFidelity
+from bratune.tune.claims import ALLOWED_LOSS, most_lost_labelled
 from bratune.tune.progress import Say
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
 
-__all__ = ["ALLOWED_DROP", "Calibration", "Point", "calibrate", "isotonic", "stratified_settings"]
+__all__ = ["Calibration", "Point", "calibrate", "isotonic", "stratified_settings"]
 
-# Loss of top-1, as a fraction, that each pick rule accepts.
-ALLOWED_DROP = {"safe": 0.002, "balanced": 0.005, "fast": 0.015}
-# Rank correlation whose interval reaches below this is no base for choosing.
+# Rank correlation whose interval reaches below this is no base for an order.
 LEAST_RHO = 0.3
 
 
@@ -43,6 +42,8 @@ class Point:
         disagreement: Share of the proxy's pictures with another top class.
         change_same: Change of top-1 on those very pictures; never beyond ``disagreement``.
         drop: Loss of top-1 on the other pictures, as a fraction.
+        most_lost: Upper limit of that loss, which the number of those pictures leaves open; see
+            `bratune.tune.claims`.
     """
 
     setting: str
@@ -51,6 +52,7 @@ class Point:
     disagreement: float
     change_same: float
     drop: float
+    most_lost: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class Calibration:
         rho: Spearman's correlation of divergence and loss of top-1.
         rho_interval: Bootstrap 95 % interval over the settings.
         additive_rho: Spearman's correlation of summed and joint divergence.
-        limits: Largest divergence by pick rule; see `ALLOWED_DROP`.
+        limits: By pick rule, the largest divergence up to which no more than the rule allows was shown to be
+            lost here, the noise of the test pictures included. They are told, and decide nothing.
         images: Pictures of the proxy.
         test_images: Pictures of top-1.
         top1: Of the reference, on those.
@@ -79,7 +82,7 @@ class Calibration:
 
     @property
     def validated(self) -> bool:
-        """Whether the divergence may decide for these weights."""
+        """Whether the divergence orders the settings of these weights."""
         return self.rho_interval[0] >= LEAST_RHO
 
     @property
@@ -166,6 +169,9 @@ def calibrate(
             disagreement=1 - numbers["agree"] / numbers["images"],
             change_same=numbers["change"],
             drop=float(before.float().mean() - after.float().mean()),
+            most_lost=most_lost_labelled(
+                int((before & ~after).sum()), int((~before & after).sum()), len(before)
+            ),
         )
         points.append(point)
         say(f"{point.setting}: divergence {point.divergence:.4f}, top-1 {-100 * point.drop:+.1f} points")
@@ -188,12 +194,12 @@ def calibrate(
 
 
 def limits_of(points: Sequence[Point]) -> dict[str, float]:
-    """For each pick rule, the largest divergence whose expected loss of top-1 is still accepted."""
+    """For each pick rule, the largest divergence whose loss of top-1 is shown to be accepted, or 0."""
     ordered = sorted(points, key=lambda p: p.divergence)
-    fitted = isotonic([p.drop for p in ordered])
+    fitted = isotonic([p.most_lost for p in ordered])
     return {
         rule: max((p.divergence for p, d in zip(ordered, fitted, strict=True) if d <= allowed), default=0.0)
-        for rule, allowed in ALLOWED_DROP.items()
+        for rule, allowed in ALLOWED_LOSS.items()
     }
 
 
@@ -220,7 +226,7 @@ def read_calibration(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text("utf-8"))
-        limits = {name: float(found["limits"][name]) for name in ALLOWED_DROP}
+        limits = {name: float(found["limits"][name]) for name in ALLOWED_LOSS}
         assert all(math.isfinite(value) for value in limits.values())
         return {"limits": limits, "validated": bool(found["validated"])}
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from bratune.kernels.biformer import build
 from bratune.kernels.checkpoint import load_weights, read_weights
 from bratune.measure.ranks import clopper_pearson
 from bratune.tune import evidence as labels_of
+from bratune.tune.claims import ALLOWED_LOSS, CONFIDENCE, Counts
 from bratune.tune.evidence import Evidence
 from bratune.tune.fidelity import (
     agreement,
@@ -25,7 +27,6 @@ from bratune.tune.fidelity import (
 )
 from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.layer_recall import LayerRecall
-from bratune.tune.pick import KL_LIMITS
 from bratune.tune.pictures import Pictures
 from bratune.tune.recall import model_recall
 from bratune.tune.rerouting import reroute
@@ -88,7 +89,7 @@ class CheckpointFidelity:
         reference: The setting that the weights were trained with (or its like at this resolution).
         pictures: Calibration images; labels make the evidence a measured top-1.
         weights_key: Names the weights.
-        limits: Divergence limits by pick rule, from a calibration of these weights.
+        confidence: Of upper limits of lost top-1, one-sided.
         batch: Images per forward pass.
     """
 
@@ -100,12 +101,12 @@ class CheckpointFidelity:
         pictures: Pictures,
         *,
         weights_key: str = "",
-        limits: dict[str, float] | None = None,
+        confidence: float = CONFIDENCE,
         batch: int = 32,
     ) -> None:
         model.set_backend(BACKEND)
         self.model, self.space, self.reference, self.pictures = model, space, reference, pictures
-        self.batch, self._limits = batch, limits
+        self.batch, self.confidence = batch, confidence
         self._weights_key = weights_key
         self._seen: dict[str, Fidelity] = {}
         self._reference_outputs = self._run(reference)
@@ -120,12 +121,12 @@ class CheckpointFidelity:
         *,
         device: str = "cpu",
         features_only: bool = False,
-        limits: dict[str, float] | None = None,
+        confidence: float = CONFIDENCE,
     ) -> CheckpointFidelity:
         """The fidelity of a weights file; see the class."""
         model = load_checkpoint(space.model, path, features_only=features_only).to(device)
         key = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-        return cls(model, space, reference, pictures, weights_key=key, limits=limits)
+        return cls(model, space, reference, pictures, weights_key=key, confidence=confidence)
 
     @property
     def key(self) -> str:
@@ -135,8 +136,8 @@ class CheckpointFidelity:
 
     @property
     def limits(self) -> dict[str, float]:
-        """Those of a calibration, else the defaults."""
-        return dict(self._limits or KL_LIMITS)
+        """Loss of top-1 that each rule accepts at most; 0 where no answers can be counted."""
+        return dict(ALLOWED_LOSS) if self.has_head else dict.fromkeys(ALLOWED_LOSS, 0.0)
 
     @property
     def has_head(self) -> bool:
@@ -178,21 +179,34 @@ class CheckpointFidelity:
         values = divergence(reference, candidate)
         same = agreement(reference, candidate)
         count, agree = len(same), int(same.sum())
+        counts = Counts(images=count, differ=count - agree)
         found = labels_of.agreement(
             images=count,
             agree=agree,
             bound=clopper_pearson(agree, count),
             kl=float(values.mean()),
             kl_interval=mean_interval(values),
+            most_lost=counts.most_lost(self.confidence),
+            confidence=self.confidence,
         )
         labels = self.pictures.labels
         if labels is not None:
             before, after = reference.argmax(1) == labels, candidate.argmax(1) == labels
             change, interval = paired_change(before, after)
             top1 = float(after.float().mean())
+            lost, gained = int((before & ~after).sum()), int((~before & after).sum())
+            counts = dataclasses.replace(counts, lost=lost, gained=gained)
             numbers = found.values
-            found = labels_of.measured_top1(images=count, change=change, interval=interval, top1=top1)
-            found.values.update(numbers)
+            found = labels_of.measured_top1(
+                images=count,
+                change=change,
+                interval=interval,
+                top1=top1,
+                most_lost=counts.most_lost(self.confidence),
+                confidence=self.confidence,
+            )
+            found.values.update({name: value for name, value in numbers.items() if name not in found.values})
+        found.values["counts"] = dataclasses.asdict(counts)
         return Fidelity(loss=float(values.mean()), evidence=found)
 
     def _judge_features(self, made: Sequence[Tensor]) -> Fidelity:

@@ -11,9 +11,10 @@ from typing import Any
 
 from bratune.errors import UsageError
 from bratune.record import Record, utc_now
+from bratune.tune.claims import ALLOWED_LOSS
 from bratune.tune.evidence import Evidence, prior_only
 from bratune.tune.guard import Fresh, challenge
-from bratune.tune.pick import KL_LIMITS, Verified, pick
+from bratune.tune.pick import Verified, acceptable, pick
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
 from bratune.tune.setting import Setting
 from bratune.tune.table import Entry
@@ -46,7 +47,7 @@ def conclude(tuner: Tuner, fresh: Fresh, *, command: str = "", complete: bool = 
     rule = tuner.request.pick
     if limits is None and rule in ("safe", "balanced", "fast"):
         rule = "fastest"  # the model is the reference's, or its floors hold: only cost is left to choose by
-    found = pick(rule, tuner.verified(), limits=limits)
+    found = pick(rule, tuner.verified(), limits=limits, confidence=tuner.request.confidence)
     chosen, outcome, reason = _decide(tuner, fresh, default, found.chosen, found.reason, rule)
     setting = chosen.setting
     request = tuner.request
@@ -128,18 +129,13 @@ def _decide(
 
 def _rival(tuner: Tuner, default: Verified, rule: str) -> Verified | None:
     """What would be picked were it not for the default, where the search cannot tell which is faster."""
-    if rule not in ("fastest", *KL_LIMITS):
+    if rule not in ("fastest", *ALLOWED_LOSS):
         return None
     limits = tuner.fidelity.limits if tuner.fidelity is not None and tuner.second == "loss" else None
-    limit = (limits or KL_LIMITS).get(rule)
-    others = [
-        v
-        for v in tuner.verified()
-        if v.feasible
-        and v.setting.key != default.setting.key
-        and v.ci[0] <= default.ci[1]
-        and (v.loss is None or limit is None or v.loss <= limit)
-    ]
+    feasible = [v for v in tuner.verified() if v.feasible]
+    if limits is not None and rule in limits:
+        feasible = acceptable(feasible, limits[rule], tuner.request.confidence)
+    others = [v for v in feasible if v.setting.key != default.setting.key and v.ci[0] <= default.ci[1]]
     return min(others, key=lambda v: (v.ms, v.trial), default=None)
 
 

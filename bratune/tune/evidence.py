@@ -103,6 +103,8 @@ def agreement(
     bound: tuple[float, float],
     kl: float,
     kl_interval: tuple[float, float],
+    most_lost: float,
+    confidence: float,
     top: str = "the checkpoint's own setting",
 ) -> Evidence:
     """E2: share of images with the same top class, which bounds the change of top-1 on them.
@@ -113,12 +115,15 @@ def agreement(
         bound: Exact 95 % interval of that share for other images.
         kl: Mean divergence of the outputs, in nats.
         kl_interval: Its bootstrap interval.
+        most_lost: Upper limit of lost top-1 on other images, as a fraction.
+        confidence: Of that limit, one-sided.
         top: What was compared with.
     """
     share = agree / images
     text = (
         f"outputs agree with {top} on {share:.1%} of {images} images (accuracy on them cannot change by more "
-        f"than {100 * (1 - share):.1f} points, on others by {100 * (1 - bound[0]):.1f} at 95 %); "
+        f"than {100 * (1 - share):.1f} points; on others no more than {100 * most_lost:.1f} are lost at "
+        f"{confidence:.0%}); "
         f"KL {kl:.4f} [{kl_interval[0]:.4f}, {kl_interval[1]:.4f}]"
     )
     values = {
@@ -127,15 +132,42 @@ def agreement(
         "agreement_interval": list(bound),
         "kl": kl,
         "kl_interval": list(kl_interval),
+        "most_lost": most_lost,
+        "confidence": confidence,
     }
     return Evidence(level="E2", text=text, values=values)
 
 
-def measured_top1(*, images: int, change: float, interval: tuple[float, float], top1: float) -> Evidence:
-    """E3: paired change of top-1 on labelled images, in points, with its 95 % interval."""
+def measured_top1(
+    *,
+    images: int,
+    change: float,
+    interval: tuple[float, float],
+    top1: float,
+    most_lost: float,
+    confidence: float,
+) -> Evidence:
+    """E3: paired change of top-1 on labelled images, in points, with its 95 % interval.
+
+    Args:
+        images: Images compared.
+        change: Of top-1, as a fraction.
+        interval: Of the change.
+        top1: Afterwards.
+        most_lost: Upper limit of lost top-1 on other images, as a fraction.
+        confidence: Of that limit, one-sided.
+    """
     text = (
         f"top-1 {100 * top1:.1f} % measured on {images} labelled images: {100 * change:+.2f} points "
-        f"[{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}] against the reference"
+        f"[{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}] against the reference; on others no more than "
+        f"{100 * max(most_lost, 0.0):.1f} are lost at {confidence:.0%}"
     )
-    values = {"images": images, "change": change, "interval": list(interval), "top1": top1}
+    values = {
+        "images": images,
+        "change": change,
+        "interval": list(interval),
+        "top1": top1,
+        "most_lost": most_lost,
+        "confidence": confidence,
+    }
     return Evidence(level="E3", text=text, values=values)

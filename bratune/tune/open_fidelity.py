@@ -75,6 +75,7 @@ def _of_checkpoint(request: Request, machine: Machine, say: Say) -> FidelitySour
         labels=request.labels,
         seed=request.seed,
     )
+    _say_order(request.checkpoint, say)
     if len(pictures) < FEW:
         say(f"only {len(pictures)} pictures: rankings by divergence are unsure below {FEW}")
     return CheckpointFidelity.open(
@@ -84,25 +85,18 @@ def _of_checkpoint(request: Request, machine: Machine, say: Say) -> FidelitySour
         pictures,
         device=machine.device,
         features_only=get_task(request.task).features_only,
-        limits=_limits(request.checkpoint, say),
+        confidence=request.confidence,
     )
 
 
-def _limits(checkpoint: str, say: Say) -> dict[str, float] | None:
-    """Calibrated limits of some weights; nothing but 0 where the calibration failed its own gate."""
+def _say_order(checkpoint: str, say: Say) -> None:
+    """Say what a calibration of these weights found about the order in which settings are tried."""
     from bratune.tune.calibration import read_calibration
 
     path = calibration_path(checkpoint)
     found = read_calibration(path)
-    if found is None:
-        say("divergence limits are defaults; `bratune validate-proxy` calibrates them for these weights")
-        return None
-    if not found["validated"]:
-        say(f"{path}: the divergence does not rank these weights' settings, so that no rule may lower it")
-        return dict.fromkeys(found["limits"], 0.0)
-    say(f"divergence limits from {path}")
-    limits: dict[str, float] = found["limits"]
-    return limits
+    if found is not None and not found["validated"]:
+        say(f"{path}: the divergence does not order these weights' settings, so that good ones may come late")
 
 
 def calibrate_checkpoint(

@@ -7,18 +7,16 @@ end.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bratune.errors import UnknownNameError, UsageError
+from bratune.tune.claims import CONFIDENCE, Counts, need_in_words
 from bratune.tune.front import Point, pareto
 from bratune.tune.setting import Setting
 
-__all__ = ["KL_LIMITS", "PICKS", "Pick", "Verified", "check_rule", "pick"]
+__all__ = ["PICKS", "Pick", "Verified", "acceptable", "check_rule", "pick"]
 
-# Largest divergence from the checkpoint's own setting, in nats, before a checkpoint has been calibrated. On
-# small networks with 4 to 12 classes the median loss of accuracy below 0.01 was 0.1 points, the worst 0.5.
-KL_LIMITS = {"safe": 0.003, "balanced": 0.01, "fast": 0.03}
 PICKS = ("balanced", "safe", "fast", "knee", "fastest", "lightest", "trial:N")
 
 
@@ -31,7 +29,9 @@ class Verified:
         ms: Median latency of the model.
         ci: 95 % interval of the median, in milliseconds.
         memory_mb: Peak allocated memory; None when unknown.
-        loss: Divergence from the reference; None when fidelity was not measured.
+        loss: Divergence from the reference; None when fidelity was not measured. It orders settings and
+            decides nothing where ``counts`` are known.
+        counts: What was counted of its answers; None where nothing was, or it is the reference.
         feasible: It keeps every constraint.
         predicted_ms: What the table said; None without a table.
     """
@@ -42,6 +42,7 @@ class Verified:
     ci: tuple[float, float]
     memory_mb: float | None = None
     loss: float | None = None
+    counts: Counts | None = None
     feasible: bool = True
     predicted_ms: float | None = None
 
@@ -61,13 +62,21 @@ def check_rule(rule: str) -> None:
         raise UnknownNameError("pick rule", rule, PICKS)
 
 
-def pick(rule: str, verified: Sequence[Verified], *, limits: dict[str, float] | None = None) -> Pick:
+def pick(
+    rule: str,
+    verified: Sequence[Verified],
+    *,
+    limits: Mapping[str, float] | None = None,
+    confidence: float = CONFIDENCE,
+) -> Pick:
     """The setting that a rule chooses.
 
     Args:
         rule: One of `PICKS`.
         verified: What was measured; at least one must be feasible.
-        limits: Divergence limits for ``safe``, ``balanced`` and ``fast``; by default `KL_LIMITS`.
+        limits: What ``safe``, ``balanced`` and ``fast`` accept at most, needed where fidelity was measured:
+            lost top-1, as a fraction, of settings whose answers were counted, else of their ``loss``.
+        confidence: That no limit of lost top-1 is broken, one-sided.
 
     Raises:
         UnknownNameError: the rule is not known.
@@ -94,17 +103,43 @@ def pick(rule: str, verified: Sequence[Verified], *, limits: dict[str, float] | 
             f"{rule!r} has no divergence to limit"
         )
         return Pick(chosen=_fastest(feasible), reason=reason)
-    limit = (limits or KL_LIMITS)[rule]
-    within = [v for v in feasible if v.loss is not None and v.loss <= limit]
+    if limits is None:
+        raise UsageError(
+            f"{rule!r} needs to know what it may accept, and fidelity was measured without limits"
+        )
+    limit = limits[rule]
+    within = acceptable(feasible, limit, confidence)
+    judged = [v for v in feasible if v.counts is not None]
+    what = f"a loss of at most {limit:g}"
+    if judged:
+        what = f"at most {100 * limit:.1f} points of top-1 lost on other pictures, at {confidence:.0%}"
     if not within:
         closest = min(feasible, key=lambda v: (math.inf if v.loss is None else v.loss, v.ms))
-        return Pick(
-            chosen=closest, reason=f"no setting has a divergence of at most {limit:g}: the closest one"
-        )
-    return Pick(
-        chosen=_fastest(within),
-        reason=f"lowest latency of {len(within)} settings with a divergence of at most {limit:g} ({rule})",
-    )
+        return Pick(chosen=closest, reason=f"no setting is shown to keep {what}: the closest one")
+    chosen = _fastest(within)
+    reason = f"lowest latency of {len(within)} settings shown to keep {what} ({rule})"
+    quicker = [v for v in judged if v not in within and v.ms < chosen.ms]
+    if quicker:
+        near = min(quicker, key=lambda v: (math.inf if v.loss is None else v.loss, v.ms))
+        assert near.counts is not None
+        need = need_in_words(limit, near.counts, confidence=confidence, among=len(judged))
+        reason += f"; the nearest of {len(quicker)} faster ones would need more to be shown: {need}"
+    return Pick(chosen=chosen, reason=reason)
+
+
+def acceptable(verified: Sequence[Verified], limit: float, confidence: float = CONFIDENCE) -> list[Verified]:
+    """The settings that are shown to keep a limit, all of them together with the confidence.
+
+    Where answers were counted, the upper limit of lost top-1 decides; else the loss itself.
+    """
+    among = sum(v.counts is not None for v in verified)
+
+    def kept(v: Verified) -> bool:
+        if v.counts is not None:
+            return v.counts.most_lost(confidence, among=among) <= limit
+        return v.loss is not None and v.loss <= limit
+
+    return [v for v in verified if kept(v)]
 
 
 def _by_number(rule: str, verified: Sequence[Verified]) -> Pick:

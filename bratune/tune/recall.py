@@ -21,7 +21,7 @@ from bratune.kernels.nhwc import to_nhwc
 from bratune.kernels.routing import region_means
 from bratune.tune.layer_recall import LayerRecall
 
-__all__ = ["model_recall", "recall_curves"]
+__all__ = ["model_recall", "recall_curves", "routed_regions"]
 
 # Scores held at a time; a whole score matrix of stage 1 would be gigabytes at 512 pixels.
 MOST_SCORES = 2**24
@@ -79,6 +79,38 @@ def model_recall(model: Backbone, images: Tensor, *, batch: int = 8) -> tuple[La
             )
         )
     return tuple(found)
+
+
+def routed_regions(model: Backbone, images: Tensor) -> tuple[Tensor, ...]:
+    """Which token sees which in every routed layer, ``[N, tokens, tokens]`` bool each, padding left out.
+
+    Args:
+        model: In evaluation mode; S and top-k are what it has in place.
+        images: ``[N, 3, H, W]``; on few of them, for maps of few tokens.
+    """
+    seen: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        attn: Any = module
+        q, k, (rh, rw) = _queries_and_keys(module, inputs[0])
+        routes = attn.route(q, k)  # [N, R, topk]
+        count = routes.shape[1]
+        regions = torch.zeros(len(q), count, count, dtype=torch.bool).scatter_(2, routes.cpu(), True)
+        rows, columns = q.shape[1], q.shape[2]
+        of_row, of_column = torch.arange(rows) // rh, torch.arange(columns) // rw
+        region = (of_row[:, None] * (columns // rw) + of_column)[: inputs[0].shape[1], : inputs[0].shape[2]]
+        region = region.flatten()
+        seen.append(regions[:, region][:, :, region])
+
+    handles = [m.register_forward_pre_hook(hook) for m in model.modules() if _is_read(m)]
+    first = next(model.parameters())
+    try:
+        with torch.no_grad():
+            model(images.to(device=first.device, dtype=first.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(seen)
 
 
 def recall_curves(

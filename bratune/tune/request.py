@@ -12,6 +12,7 @@ from typing import Any
 
 from bratune.errors import UsageError
 from bratune.tune.bounds import checkpoint_bounds, prior_bounds
+from bratune.tune.claims import CONFIDENCE
 from bratune.tune.constraints import Constraint, parse_constraint
 from bratune.tune.pick import check_rule
 from bratune.tune.setting import Setting
@@ -60,6 +61,7 @@ class Request:
             ``fidelity`` or ``memory``.
         constraints: Texts for `bratune.tune.constraints.parse_constraint`.
         pick: Rule for `bratune.tune.pick.pick`.
+        confidence: One-sided, of what is said about lost accuracy.
         omega: Without data, share of the reference's keys per query that is enough.
         trials: Settings measured end to end, at most; 0: what the effort says.
         table: Measure stages first; otherwise whole models only (black-box search).
@@ -90,7 +92,8 @@ class Request:
     train_trials: int = 0
     train_steps: int = 300
     train_seeds: int = 2
-    calibration_images: int = 128
+    calibration_images: int = 1000
+    confidence: float = CONFIDENCE
     allow_model_changes: bool = False
     allow_more_k: bool = False
     objective: str = "auto"
@@ -113,6 +116,8 @@ class Request:
         for text in self.constraints:
             parse_constraint(text)
         check_rule(self.pick)
+        if not 0.5 <= self.confidence < 1.0:
+            raise UsageError(f"a confidence of {self.confidence:g} is none; 0.95 would be, or 0.99")
         self._check_checkpoint()
 
     def _check_checkpoint(self) -> None:

@@ -7,6 +7,7 @@ divergence grows with the distance from the reference. Its records are ``modelle
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -20,9 +21,9 @@ from bratune.machine import Machine
 from bratune.measure.ranks import clopper_pearson
 from bratune.problem import Problem
 from bratune.record import Record
+from bratune.tune.claims import ALLOWED_LOSS, CONFIDENCE, Counts
 from bratune.tune.evidence import agreement
 from bratune.tune.fidelity_source import Fidelity
-from bratune.tune.pick import KL_LIMITS
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
 from bratune.variant import get_variant
@@ -210,8 +211,8 @@ class SyntheticFidelity:
 
     @property
     def limits(self) -> dict[str, float]:
-        """Those before any calibration."""
-        return dict(KL_LIMITS)
+        """Loss of top-1 that each rule accepts at most."""
+        return dict(ALLOWED_LOSS)
 
     def stage_loss(self, index: int, n_win: int, topk: int) -> float:
         """Grows with the logarithm of keys lost and of region size changed; the reference has 0."""
@@ -236,15 +237,21 @@ class SyntheticFidelity:
         return 1.0 - math.exp(-self.loss(setting))
 
     def joint(self, setting: Setting) -> Fidelity:
-        """The loss, with the evidence that 128 pictures would give."""
+        """The loss, with the evidence that a hundred thousand labelled pictures would give."""
         loss = self.loss(setting)
-        images = 128
-        agree = round(images * math.exp(-3 * loss))
+        images = 100_000
+        agree = round(images * math.exp(-loss))
+        # Of two pictures that are answered otherwise, one more is lost than gained in a hundred.
+        lost = round((images - agree) * 0.505)
+        counts = Counts(images=images, differ=images - agree, lost=lost, gained=images - agree - lost)
         evidence = agreement(
             images=images,
             agree=agree,
             bound=clopper_pearson(agree, images),
             kl=loss,
             kl_interval=(loss, loss),
+            most_lost=counts.most_lost(),
+            confidence=CONFIDENCE,
         )
+        evidence.values["counts"] = dataclasses.asdict(counts)
         return Fidelity(loss=loss, evidence=evidence)

@@ -20,6 +20,7 @@ from bratune.errors import UsageError
 from bratune.kernels.tuned import machine_key
 from bratune.record import Record
 from bratune.tune.bench import Bench, Offers
+from bratune.tune.claims import Counts
 from bratune.tune.constraints import violations
 from bratune.tune.encoding import Encoding
 from bratune.tune.fidelity_source import FidelitySource
@@ -403,16 +404,24 @@ class Tuner:
         record = Record.from_dict(trial.user_attrs["record"])
         ms = trial.values[0]
         low, high = record.ci_lo_ms, record.ci_hi_ms
+        setting = Setting.from_dict(trial.user_attrs["setting"])
         return Verified(
             trial=trial.number,
-            setting=Setting.from_dict(trial.user_attrs["setting"]),
+            setting=setting,
             ms=ms,
             ci=(ms if low is None else low, ms if high is None else high),
             memory_mb=record.peak_alloc_mb,
             loss=trial.values[1] if self.second == "loss" else None,
+            counts=self._counts(trial, setting),
             feasible=all(value <= 0 for value in trial.constraints.values()),
-            predicted_ms=self.table.predict_ms(Setting.from_dict(trial.user_attrs["setting"])),
+            predicted_ms=self.table.predict_ms(setting),
         )
+
+    def _counts(self, trial: FrozenTrial, setting: Setting) -> Counts | None:
+        """What was counted of a setting's answers; None of the reference, whose answers are its own."""
+        found = trial.user_attrs.get("evidence", {}).get("values", {}).get("counts")
+        same = self.space.model_key(setting) == self.space.model_key(self.request.reference)
+        return None if found is None or same else Counts(**found)
 
     def find(self, setting: Setting) -> Verified | None:
         """The measurement of a setting; None when there is none."""

@@ -182,7 +182,7 @@ FRONT = [
     [("safe", 1), ("balanced", 2), ("fast", 3), ("fastest", 4), ("lightest", 3), ("knee", 3), ("trial:0", 0)],
 )
 def test_each_rule_picks_its_setting(rule: str, trial: int) -> None:
-    found = pick(rule, FRONT)
+    found = pick(rule, FRONT, limits={"safe": 0.003, "balanced": 0.01, "fast": 0.03})
     assert found.chosen.trial == trial
     assert found.reason
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bratune.errors import UsageError
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.biformer import build
-from bratune.studies.toy import canvas_digits
+from bratune.studies.data_sets import canvas_digits
 from bratune.tune.conclude import conclude, front_rows
 from bratune.tune.pictures import Pictures
 from bratune.tune.request import Request
