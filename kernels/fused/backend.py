@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from bratune.backend import Config
 from bratune.kernels.fused import launch
 from bratune.kernels.fused import ops as fused_ops
-from bratune.kernels.fused.call import INTERPRETING, as_text, full_config
+from bratune.kernels.fused.call import INTERPRETING, as_text, full_config, statistics_planes
 from bratune.kernels.fused.families import TABLE_ROW_BYTES, backward_families, forward_families
 from bratune.machine import Machine
 from bratune.problem import Problem, ceil_div
@@ -95,14 +95,15 @@ class TritonBackend:
         return tuple(found)
 
     def workspace_bytes(self, problem: Problem) -> int:
-        """The log-sum-exp of every query where a gradient is wanted; on small maps, the table of routes."""
+        """The statistics of every query where a gradient is wanted; on small maps, the table of routes."""
         found = 0
         if "image" in forward_families(problem):
             found += (
                 problem.batch * (problem.heads if problem.per_head else 1) * problem.regions * TABLE_ROW_BYTES
             )
         if problem.backward:
-            found += problem.batch * problem.heads * problem.regions * problem.region_tokens * 4
+            planes = statistics_planes(problem.dtype)
+            found += problem.batch * problem.heads * problem.regions * problem.region_tokens * 4 * planes
         return found
 
     def flops(self, problem: Problem) -> int:

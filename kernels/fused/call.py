@@ -40,6 +40,7 @@ __all__ = [
     "is_wide",
     "precision",
     "route_strides",
+    "statistics_planes",
 ]
 
 # Triton reads this once, when it is imported.
@@ -64,8 +65,10 @@ class Call:
         sizes: Sizes of both maps in the order in which kernels take them.
         logit_scale: What turns a product of q and k into an exponent of two.
         scale: What the gradients of q and k are multiplied with.
-        lse_shape: Shape of the statistics: the base-2 log-sum-exp of every query, in the order of the
-            regions and with padding.
+        planes: Numbers that are kept of every query for the backward pass: its base-2 log-sum-exp; in float32
+            its maximum and the logarithm of its sum apart, see `bratune.kernels.fused.tiles`.
+        delta_shape: ``[B, heads, rows]``, a number for every query, in the order of the regions and with
+            padding.
         kv_regions: Key regions.
     """
 
@@ -76,8 +79,15 @@ class Call:
     sizes: tuple[int, int, int, int]
     logit_scale: float
     scale: float
-    lse_shape: tuple[int, int, int]
+    planes: int
+    delta_shape: tuple[int, int, int]
     kv_regions: int
+
+    @property
+    def lse_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the statistics, ``[B, heads, planes, rows]``."""
+        batch, heads, rows = self.delta_shape
+        return batch, heads, self.planes, rows
 
 
 @functools.lru_cache(maxsize=4096)
@@ -116,7 +126,8 @@ def call_for(problem: Problem, settings: str, machine: Machine) -> Call:
         sizes=(problem.height, problem.width, problem.kv_height, problem.kv_width),
         logit_scale=problem.scale * _LOG2_E,
         scale=problem.scale,
-        lse_shape=(problem.batch, problem.heads, problem.regions * problem.region_tokens),
+        planes=statistics_planes(problem.dtype),
+        delta_shape=(problem.batch, problem.heads, problem.regions * problem.region_tokens),
         kv_regions=problem.kv_regions,
     )
 
@@ -147,6 +158,11 @@ def full_config(problem: Problem, given: Mapping[str, int | str], machine: Machi
             raise ConfigError(f"setting {key!r} is not one of {', '.join(config)}")
         config[key] = setting if key in chosen else int(setting)
     return config
+
+
+def statistics_planes(dtype: str) -> int:
+    """Numbers that are kept of every query: half types are too coarse to see what the second one saves."""
+    return 2 if dtype == "float32" else 1
 
 
 def _used(forward: str, backward: str) -> dict[str, str]:

@@ -25,7 +25,15 @@ import triton
 import triton.language as tl
 
 from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
-from bratune.kernels.fused.tiles import channels, load_rows, position, product, routed_keys
+from bratune.kernels.fused.tiles import (
+    channels,
+    exponents,
+    load_rows,
+    load_statistics,
+    position,
+    product,
+    routed_keys,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +59,7 @@ def gather_bwd_dq_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, KV_EVEN: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SAME_KV: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PLANES: tl.constexpr,
 ):  # fmt: skip
     """Grid: images x regions x tiles of a region x heads, all on the first axis."""
     TOKENS: tl.constexpr = RH * RW
@@ -82,9 +91,10 @@ def gather_bwd_dq_kernel(
     g = load_rows(g_base + (y * g_y + x * g_x)[:, None] + (c * g_c)[None, :], q_mask, GUARD_Q)  # [M, D]
     o = load_rows(o_base + (y * o_y + x * o_x)[:, None] + c[None, :], q_mask, GUARD_Q)  # [M, D]
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
-    rows = (b * HEADS + head) * (REGIONS * TOKENS) + region * TOKENS
-    lse = tl.load(lse_ptr + rows + token, mask=query_ok, other=float("inf"))  # [M]
-    tl.store(delta_ptr + rows + token, delta, mask=query_ok)  # [M]
+    row = (b * HEADS + head) * (REGIONS * TOKENS)
+    at = region * TOKENS + token
+    top, log_total = load_statistics(lse_ptr + PLANES * row, at, query_ok, REGIONS * TOKENS, PLANES)  # [M]
+    tl.store(delta_ptr + row + at, delta, mask=query_ok)  # [M]
 
     k_base = k_ptr + b * k_b + head * D * k_c
     v_base = v_ptr + b * v_b + head * D * v_c
@@ -99,7 +109,7 @@ def gather_bwd_dq_kernel(
         k = load_rows(k_base + k_offsets, k_mask, GUARD_K)  # [N, D]
         v = load_rows(v_base + v_offsets, k_mask, GUARD_K)  # [N, D]
         s = product(q, tl.trans(k), PRECISION, UPCAST)  # [M, N]
-        p = tl.exp2(s * logit_scale - lse[:, None])
+        p = tl.exp2(exponents(s, logit_scale, top[:, None], log_total[:, None], PLANES))
         if PADS_OFF:
             p = tl.where(on_map[None, :], p, 0.0)
         elif not FULL:
@@ -123,7 +133,7 @@ def gather_bwd_dq(
         *grad.stride(), *dq.stride()[:3],
         *call.sizes, call.logit_scale, call.scale,
         SAME_KV=k.stride() == v.stride(), WIDE=is_wide(q, k, v, out, grad, dq),
-        **precision(q.dtype), **call.kernels["gather_dq"],
+        **precision(q.dtype), PLANES=call.planes, **call.kernels["gather_dq"],
     )  # fmt: skip
 
 
@@ -152,7 +162,7 @@ def gather_bwd_dkv_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, KV_EVEN: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PER_HEAD: tl.constexpr, FUSE_DQ: tl.constexpr,
     CHUNK: tl.constexpr, STRETCHES: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """Grid: images x (stretches, then key regions) x tiles of a key region x heads, on the first axis."""
     TOKENS: tl.constexpr = RH * RW
@@ -205,7 +215,7 @@ def gather_bwd_dkv_kernel(
 
     total = (end - begin) * TOKENS
     entries = entries_ptr + inverse * (REGIONS * TOPK) + begin
-    rows = (b * HEADS + head) * (REGIONS * TOKENS)
+    row = (b * HEADS + head) * (REGIONS * TOKENS)
     q_base = q_ptr + b * q_b + head * D * q_c
     g_base = grad_ptr + b * g_b + head * D * g_c
     o_base = out_ptr + b * o_b + head * D
@@ -225,16 +235,16 @@ def gather_bwd_dkv_kernel(
         g_offsets = (qy * g_y + qx * g_x)[:, None] + (c * g_c)[None, :]
         q = tl.load(q_base + q_offsets, mask=q_mask, other=0.0)  # [M, D]
         g = tl.load(g_base + g_offsets, mask=q_mask, other=0.0)  # [M, D]
-        q_rows = rows + q_region * TOKENS + q_token
-        lse = tl.load(lse_ptr + q_rows, mask=query_ok, other=float("inf"))  # [M]
+        at = q_region * TOKENS + q_token
+        top, log_total = load_statistics(lse_ptr + PLANES * row, at, query_ok, REGIONS * TOKENS, PLANES)
         if FUSE_DQ:
             o_offsets = (qy * o_y + qx * o_x)[:, None] + c[None, :]
             o = tl.load(o_base + o_offsets, mask=q_mask, other=0.0)  # [M, D]
             delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
         else:
-            delta = tl.load(delta_ptr + q_rows, mask=query_ok, other=0.0)  # [M]
+            delta = tl.load(delta_ptr + row + at, mask=query_ok, other=0.0)  # [M]
         s = product(k, tl.trans(q), PRECISION, UPCAST)  # [N, M]
-        p = tl.exp2(s * logit_scale - lse[None, :])
+        p = tl.exp2(exponents(s, logit_scale, top[None, :], log_total[None, :], PLANES))
         if MASKED and not KV_EVEN:
             p = tl.where(on_map[:, None], p, 0.0)
         elif KV_TOKENS % BLOCK_N != 0:
@@ -345,7 +355,7 @@ def gather_bwd_dkv(
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride(),
         *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
         *call.sizes, call.logit_scale, call.scale,
-        WIDE=wide, **precision(q.dtype), **constants,
+        WIDE=wide, **precision(q.dtype), PLANES=call.planes, **constants,
     )  # fmt: skip
     if constants["CHUNK"]:
         gather_bwd_hub_kernel[call.grids["hub"]](

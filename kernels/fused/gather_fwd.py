@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
-from bratune.kernels.fused.tiles import channels, load_rows, position, product, routed_keys
+from bratune.kernels.fused.tiles import channels, load_rows, position, product, routed_keys, store_statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ def gather_fwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, KV_EVEN: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEADS_PER_PROGRAM: tl.constexpr,
     PER_HEAD: tl.constexpr, SAME_KV: tl.constexpr, KEEP_LSE: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """Grid: images x regions x tiles of a region x groups of heads, all on the first axis."""
     TOKENS: tl.constexpr = RH * RW
@@ -135,11 +135,8 @@ def gather_fwd_kernel(
         else:
             tl.store(o_base + o_offsets, acc.to(out_ptr.dtype.element_ty))  # [M, D]
         if KEEP_LSE:
-            lse = top + tl.log2(weight)
-            if PADS_OFF:  # no key: every weight is exp2(-inf) = 0 in the backward pass
-                lse = tl.where(total == 0.0, float("inf"), lse)
-            rows = lse_ptr + (b * HEADS + head) * (REGIONS * TOKENS) + region * TOKENS
-            tl.store(rows + token, lse, mask=token < TOKENS)  # [M]
+            rows = lse_ptr + (b * HEADS + head) * (PLANES * REGIONS * TOKENS) + region * TOKENS
+            store_statistics(rows, token, top, total, token < TOKENS, REGIONS * TOKENS, PLANES, PADS_OFF)
 
 
 def gather_fwd(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, call: Call) -> None:
@@ -149,5 +146,5 @@ def gather_fwd(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse
         *q.stride(), *k.stride(), *v.stride(), *route_strides(routes), *out.stride()[:3],
         *call.sizes, call.logit_scale,
         SAME_KV=k.stride() == v.stride(), KEEP_LSE=lse.numel() > 0, WIDE=is_wide(q, k, v, out),
-        **precision(q.dtype), **call.kernels["gather_fwd"],
+        **precision(q.dtype), PLANES=call.planes, **call.kernels["gather_fwd"],
     )  # fmt: skip

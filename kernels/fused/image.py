@@ -20,7 +20,15 @@ import triton.language as tl
 
 from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
 from bratune.kernels.fused.families import IMAGE_REGIONS
-from bratune.kernels.fused.tiles import channels, load_rows, position, product
+from bratune.kernels.fused.tiles import (
+    channels,
+    exponents,
+    load_rows,
+    load_statistics,
+    position,
+    product,
+    store_statistics,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,6 +133,7 @@ def image_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr,
     TAIL_SPAN: tl.constexpr, PER_HEAD: tl.constexpr, ROW: tl.constexpr,
     KEEP_LSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PLANES: tl.constexpr,
 ):  # fmt: skip
     """Grid: images x tiles of queries x heads, all on the first axis."""
     TOKENS: tl.constexpr = REGIONS * RH * RW
@@ -172,8 +181,8 @@ def image_fwd_kernel(
     o_base = out_ptr + b * o_b + head * D
     tl.store(o_base + (y * o_y + x * o_x)[:, None] + c[None, :], acc, mask=q_mask)  # [M, D]
     if KEEP_LSE:
-        lse = tl.where(total == 0.0, float("inf"), top + tl.log2(weight))
-        tl.store(lse_ptr + (b * HEADS + head) * TOKENS + m, lse, mask=row_ok)  # [M]
+        rows = lse_ptr + (b * HEADS + head) * (PLANES * TOKENS)
+        store_statistics(rows, m, top, total, row_ok, TOKENS, PLANES, True)
 
 
 def image_fwd(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, call: Call) -> None:
@@ -183,7 +192,7 @@ def image_fwd(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse:
         q, k, v, counts, out, lse,
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *call.sizes, call.logit_scale,
         ROW=_ROW, KEEP_LSE=lse.numel() > 0, WIDE=is_wide(q, k, v, out),
-        **precision(q.dtype), **call.kernels["image_fwd"],
+        **precision(q.dtype), PLANES=call.planes, **call.kernels["image_fwd"],
     )  # fmt: skip
 
 
@@ -194,7 +203,7 @@ def _image_bwd_step(
     q_y, q_x, q_c, g_y, g_x, g_c, height, width, logit_scale,
     TOKENS: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr, BLOCK_M: tl.constexpr,
     SPAN: tl.constexpr, ROW: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys with one tile of queries."""
     m = first_query + tl.arange(0, BLOCK_M)
@@ -206,7 +215,7 @@ def _image_bwd_step(
     q_mask = query_ok[:, None] & lane[None, :]
     q = tl.load(q_base + (y * q_y + x * q_x)[:, None] + (c * q_c)[None, :], mask=q_mask, other=0.0)  # [M, D]
     g = tl.load(g_base + (y * g_y + x * g_x)[:, None] + (c * g_c)[None, :], mask=q_mask, other=0.0)  # [M, D]
-    lse = tl.load(lse_rows + m, mask=query_ok, other=float("inf"))  # [M]
+    top, log_total = load_statistics(lse_rows, m, query_ok, TOKENS, PLANES)  # [M]
     delta = tl.load(delta_rows + m, mask=query_ok, other=0.0)  # [M]
     columns = first_region + tl.arange(0, SPAN)
     counts = tl.load(
@@ -216,7 +225,8 @@ def _image_bwd_step(
     often = tl.dot(counts.to(tl.float16), repeat.to(tl.float16))  # [M, N]
     s = product(q, tl.trans(k), PRECISION, UPCAST)  # [M, N]
     # A key that does not count may have any score, also one whose power of two is infinite.
-    p = tl.exp2(tl.where(often > 0, s * logit_scale - lse[:, None], float("-inf"))) * often
+    e = exponents(s, logit_scale, top[:, None], log_total[:, None], PLANES)
+    p = tl.exp2(tl.where(often > 0, e, float("-inf"))) * often
     dv += product(tl.trans(p.to(g.dtype)), g, PRECISION, UPCAST)
     dp = product(g, tl.trans(v), PRECISION, UPCAST)  # [M, N]
     ds = (p * (dp - delta[:, None])).to(q.dtype)
@@ -232,9 +242,9 @@ def _image_bwd_keys(
     q_y, q_x, q_c, k_y, k_x, k_c, v_y, v_x, v_c, g_y, g_x, g_c, dk_y, dk_x, dv_y, dv_x,
     height, width, logit_scale, scale,
     TOKENS: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, ROW:
-    tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
+    ROW: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys with all queries: its own gradients are then complete."""
     y, x, on_map, counted, key_region, first_region = _key_tile(
@@ -248,25 +258,25 @@ def _image_bwd_keys(
     dk, dv, dq0 = _image_bwd_step(
         dk, dv, dq0, k, v, counted, key_region, first_region, 0, c, lane,
         q_base, g_base, count_table, lse_rows, delta_rows, q_y, q_x, q_c, g_y, g_x, g_c, height, width,
-        logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST,
+        logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
     )  # fmt: skip
     if TOKENS > BLOCK_M:
         dk, dv, dq1 = _image_bwd_step(
             dk, dv, dq1, k, v, counted, key_region, first_region, BLOCK_M, c, lane,
             q_base, g_base, count_table, lse_rows, delta_rows, q_y, q_x, q_c, g_y, g_x, g_c, height, width,
-            logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST,
+            logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
         )  # fmt: skip
     if TOKENS > 2 * BLOCK_M:
         dk, dv, dq2 = _image_bwd_step(
             dk, dv, dq2, k, v, counted, key_region, first_region, 2 * BLOCK_M, c, lane,
             q_base, g_base, count_table, lse_rows, delta_rows, q_y, q_x, q_c, g_y, g_x, g_c, height, width,
-            logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST,
+            logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
         )  # fmt: skip
     if TOKENS > 3 * BLOCK_M:
         dk, dv, dq3 = _image_bwd_step(
             dk, dv, dq3, k, v, counted, key_region, first_region, 3 * BLOCK_M, c, lane,
             q_base, g_base, count_table, lse_rows, delta_rows, q_y, q_x, q_c, g_y, g_x, g_c, height, width,
-            logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST,
+            logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
         )  # fmt: skip
     dk = (dk * scale).to(dk_base.dtype.element_ty)
     tl.store(dk_base + (y * dk_y + x * dk_x)[:, None] + c[None, :], dk, mask=k_mask)  # [N, D]
@@ -302,7 +312,7 @@ def image_bwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr,
     TAIL_SPAN: tl.constexpr, PER_HEAD: tl.constexpr, ROW: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """Grid: images x heads. At most four tiles of queries: their gradients stay in registers."""
     TOKENS: tl.constexpr = REGIONS * RH * RW
@@ -319,7 +329,7 @@ def image_bwd_kernel(
     dq_base = dq_ptr + b * dq_b + head * D
     dk_base = dk_ptr + b * dk_b + head * D
     dv_base = dv_ptr + b * dv_b + head * D
-    lse_rows = lse_ptr + (b * HEADS + head) * TOKENS
+    lse_rows = lse_ptr + (b * HEADS + head) * (PLANES * TOKENS)
     delta_rows = delta_ptr + (b * HEADS + head) * TOKENS
     table = b
     if PER_HEAD:
@@ -348,7 +358,7 @@ def image_bwd_kernel(
             q_base, k_base, v_base, g_base, dk_base, dv_base, count_table, lse_rows, delta_rows,
             q_y, q_x, q_c, k_y, k_x, k_c, v_y, v_x, v_c, g_y, g_x, g_c, dk_y, dk_x, dv_y, dv_x,
             height, width, logit_scale, scale, TOKENS, RH, RW, GRID_W,
-            BLOCK_D, BLOCK_M, BLOCK_N, SPAN, ROW, EVEN, MASKED, WIDE, PRECISION, UPCAST,
+            BLOCK_D, BLOCK_M, BLOCK_N, SPAN, ROW, EVEN, MASKED, WIDE, PRECISION, UPCAST, PLANES,
         )  # fmt: skip
     if TAIL > 0:
         dq0, dq1, dq2, dq3 = _image_bwd_keys(
@@ -356,7 +366,7 @@ def image_bwd_kernel(
             q_base, k_base, v_base, g_base, dk_base, dv_base, count_table, lse_rows, delta_rows,
             q_y, q_x, q_c, k_y, k_x, k_c, v_y, v_x, v_c, g_y, g_x, g_c, dk_y, dk_x, dv_y, dv_x,
             height, width, logit_scale, scale, TOKENS, RH, RW, GRID_W,
-            BLOCK_D, BLOCK_M, TAIL, TAIL_SPAN, ROW, EVEN, MASKED, WIDE, PRECISION, UPCAST,
+            BLOCK_D, BLOCK_M, TAIL, TAIL_SPAN, ROW, EVEN, MASKED, WIDE, PRECISION, UPCAST, PLANES,
         )  # fmt: skip
     _store_dq(
         dq0,
@@ -399,12 +409,12 @@ def image_bwd(
     dq: Tensor, dk: Tensor, dv: Tensor, call: Call,
 ) -> None:  # fmt: skip
     """Write the gradients of queries, keys and values of a small map."""
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty(call.delta_shape)
     counts = route_counts(routes, call.kv_regions)
     image_bwd_kernel[call.grids["image_bwd"]](
         q, k, v, counts, out, grad, lse, delta, dq, dk, dv,
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride(),
         *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *call.sizes, call.logit_scale, call.scale,
         ROW=_ROW, WIDE=is_wide(q, k, v, out, grad, dq, dk, dv),
-        **precision(q.dtype), **call.kernels["image_bwd"],
+        **precision(q.dtype), PLANES=call.planes, **call.kernels["image_bwd"],
     )  # fmt: skip

@@ -16,8 +16,9 @@ from torch import Tensor, library
 from torch.utils.flop_counter import register_flop_formula
 
 from bratune import machine as machines
-from bratune.kernels.dispatch import is_observed
-from bratune.kernels.fused.call import Call, call_for
+from bratune.errors import UnsupportedError
+from bratune.kernels.dispatch import is_observed, is_recorded, is_transformed
+from bratune.kernels.fused.call import Call, call_for, statistics_planes
 from bratune.kernels.fused.run import empty_gradients, run_backward, run_forward
 from bratune.kernels.packed import mark_packed, origin_of
 from bratune.machine import Machine
@@ -52,15 +53,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, co
         ``[B, Hq, Wq, heads * head_dim]``, contiguous.
     """
     differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if is_observed(q):
+    transformed = is_transformed() and not is_recorded()
+    if is_observed(q) and not transformed:
         out, _ = torch.ops.bratune.routed_attention(
             q, k, v, routes, problem.heads, problem.region, problem.kv_region, problem.scale,
             problem.padding == "masked", config, differentiable,
         )  # fmt: skip
         return out  # type: ignore[no-any-return]
-    call = call_for(_directed(problem, differentiable), config, _machine(q.device))
-    if differentiable:
-        return _Attend.apply(q, k, v, routes, call)  # type: ignore[no-any-return, no-untyped-call]
+    kept = _directed(problem, differentiable or transformed)
+    call = call_for(kept, config, _machine(q.device))
+    if differentiable or transformed:
+        return _Attend.apply(q, k, v, routes, call, kept, config)[0]  # type: ignore[no-any-return, no-untyped-call]
     return run_forward(q, k, v, routes, call, keep_lse=False)[0]
 
 
@@ -69,24 +72,95 @@ def _directed(problem: Problem, backward: bool) -> Problem:
     return problem.replace(direction="fwd-bwd" if backward else "fwd")
 
 
+# --- without the dispatcher, and under torch.func -----------------------------------------------------
+
+
 class _Attend(torch.autograd.Function):
-    """What the registered operators do, without the dispatcher."""
+    """What the registered operators do, without the dispatcher; `torch.func` transforms it.
+
+    The problem and the configuration are there for `vmap` alone, which makes one larger batch of many.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: Call) -> Tensor:
-        out, lse = run_forward(q, k, v, routes, call, keep_lse=True)
-        ctx.save_for_backward(q, k, v, routes, out, lse)
-        ctx.call, ctx.origin = call, origin_of(q, k, v)
-        return out
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: Call, problem: Problem, config: str
+    ) -> tuple[Tensor, Tensor]:
+        return run_forward(q, k, v, routes, call, keep_lse=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, routes, *ctx.launch = inputs
+        ctx.save_for_backward(q, k, v, routes, *output)
+        ctx.origin = origin_of(q, k, v)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, routes, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph of this pass is wanted, or torch.func is at work
+            return (*_Gradient.apply(grad, q, k, v, routes, out, lse, *ctx.launch), *_NONE)  # type: ignore[no-untyped-call]
         packed = is_packed(q, k, v)
-        found = run_backward(grad, q, k, v, routes, out, lse, ctx.call, packed=packed)
+        found = run_backward(grad, q, k, v, routes, out, lse, ctx.launch[0], packed=packed)
         dq, dk, dv = mark_packed(found[0], [q.shape[-1]] * 3, ctx.origin) if packed else found
-        return dq, dk, dv, None, None
+        return dq, dk, dv, *_NONE
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise _no_derivative("it has no forward-mode derivative")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _as_one_batch(_Attend, 4, info.batch_size, in_dims, args)
+
+
+_NONE = (None,) * 4
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward pass of `_Attend` as a node of a graph: it can be batched, but not differentiated."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor,
+        call: Call, problem: Problem, config: str,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        packed = is_packed(q, k, v)
+        out, lse = out.contiguous(), lse.contiguous()  # as the forward pass made them, before any batching
+        found = run_backward(grad, q, k, v, routes, out, lse, call, packed=packed)
+        return found[0].chunk(3, -1) if packed else tuple(found)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise _no_derivative("its backward pass has no derivative")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise _no_derivative("its backward pass has no derivative")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        return _as_one_batch(_Gradient, 7, info.batch_size, in_dims, args)
+
+
+def _no_derivative(what: str) -> UnsupportedError:
+    return UnsupportedError("triton", (f"{what}; the backend gather has one",))
+
+
+def _as_one_batch(
+    function: Any, tensors: int, count: int, in_dims: Sequence[int | None], args: Sequence[Any]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Run a function on ``count`` batches at a time: they are one batch of so many times the images."""
+    folded = []
+    for x, dim in zip(args[:tensors], in_dims, strict=False):
+        folded.append((x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1))
+    _, problem, config = args[tensors:]
+    larger = problem.replace(batch=count * problem.batch)
+    found = function.apply(*folded, call_for(larger, config, _machine(folded[0].device)), larger, config)
+    return tuple(x.unflatten(0, (count, problem.batch)) for x in found), (0,) * len(found)
 
 
 def is_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -142,6 +216,8 @@ def _forward(
     heads: int, region: Sequence[int], kv_region: Sequence[int], scale: float, masked: bool, config: str,
     keep_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if torch.autograd.forward_ad._current_level >= 0:  # an operator would leave its derivative out
+        raise _no_derivative("as an operator it has no forward-mode derivative")
     call = _call(
         q.shape, k.shape, routes.shape, q.dtype, q.device,
         heads, tuple(region), tuple(kv_region), scale, masked, config, keep_lse,
@@ -176,7 +252,8 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, height, width, _ = q.shape
     rows, cols = (height + region[0] - 1) // region[0], (width + region[1] - 1) // region[1]
-    shape = (batch, heads, rows * cols * region[0] * region[1]) if keep_lse else (0,)
+    planes = statistics_planes(str(q.dtype).removeprefix("torch."))
+    shape = (batch, heads, planes, rows * cols * region[0] * region[1]) if keep_lse else (0,)
     return q.new_empty(q.shape), q.new_empty(shape, dtype=torch.float32)
 
 
@@ -205,6 +282,13 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | N
 
 
 library.register_autograd("bratune::routed_attention", _differentiate, setup_context=_keep)
+
+
+def _refuse(ctx: Any, grads: Sequence[Tensor]) -> None:
+    raise _no_derivative("its backward pass has no derivative")
+
+
+library.register_autograd("bratune::routed_attention_backward", _refuse)
 
 
 def _pairs(q: Sequence[int], routes: Sequence[int], region: Sequence[int], kv_region: Sequence[int]) -> int:

@@ -83,7 +83,7 @@ def _gather_pass(
     starts, entries = inverse_routes(routes, call.kv_regions)
     delta = lse
     if call.backward == "gather":
-        delta = torch.empty_like(lse)
+        delta = lse.new_empty(call.delta_shape)
         gather_bwd_dq(q, k, v, routes, out, grad, lse, delta, dq, call)
     gather_bwd_dkv(q, k, v, starts, entries, out, grad, lse, delta, dq, dk, dv, call)
 

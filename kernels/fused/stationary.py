@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
-from bratune.kernels.fused.tiles import channels, load_rows, position, product
+from bratune.kernels.fused.tiles import channels, load_rows, position, product, store_statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ def stationary_fwd_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, KV_EVEN: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
     REGIONS_PER_PROGRAM: tl.constexpr, KEEP_LSE: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """Grid: images x heads x splits of the regions, all on the first axis. One tile holds all keys."""
     TOKENS: tl.constexpr = RH * RW
@@ -58,7 +58,7 @@ def stationary_fwd_kernel(
     v_base = v_ptr + b * v_b + head * D * v_c
     o_base = out_ptr + b * o_b + head * D
     routes = routes_ptr + b * r_b + head * r_h
-    rows = lse_ptr + (b * HEADS + head) * (REGIONS * TOKENS)
+    rows = lse_ptr + (b * HEADS + head) * (PLANES * REGIONS * TOKENS)
 
     for first in range(0, REGIONS_PER_PROGRAM, GROUP):
         g = first + tl.arange(0, GROUP)[:, None]
@@ -100,10 +100,9 @@ def stationary_fwd_kernel(
         o_offsets = (qy * o_y + qx * o_x)[:, :, None] + c[None, None, :]
         tl.store(o_base + o_offsets, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
         if KEEP_LSE:
-            lse = top + tl.log2(weight)
-            if PADS_OFF:
-                lse = tl.where(total == 0.0, float("inf"), lse)
-            tl.store(rows + region * TOKENS + m, lse, mask=exists & (m < TOKENS))  # [G, M]
+            at = region * TOKENS + m  # [G, M]
+            mask = exists & (m < TOKENS)
+            store_statistics(rows, at, top, total, mask, REGIONS * TOKENS, PLANES, PADS_OFF)
 
 
 def stationary_fwd(
@@ -115,5 +114,5 @@ def stationary_fwd(
         *q.stride(), *k.stride(), *v.stride(), *route_strides(routes), *out.stride()[:3],
         *call.sizes, call.logit_scale,
         KEEP_LSE=lse.numel() > 0, WIDE=is_wide(q, k, v, out),
-        **precision(q.dtype), **call.kernels["kv_stationary_fwd"],
+        **precision(q.dtype), PLANES=call.planes, **call.kernels["kv_stationary_fwd"],
     )  # fmt: skip

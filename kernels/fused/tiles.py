@@ -57,6 +57,50 @@ def load_rows(pointers, mask, GUARD: tl.constexpr):
 
 
 @triton.jit
+def store_statistics(
+    rows, at, top, total, mask, SIZE: tl.constexpr, PLANES: tl.constexpr, MAY_BE_EMPTY: tl.constexpr
+):  # fmt: skip
+    """Keep what the softmax of a row was divided by, for the backward pass.
+
+    A row without any key, whose sum is zero, gets an infinite maximum: every weight is then exp2(-inf) = 0.
+
+
+    One plane: the base-2 log-sum-exp. Two, ``SIZE`` numbers apart: the maximum and the base-2 logarithm of
+    the sum, because a float32 holds both only to the last digit of the maximum, which may be large.
+    """
+    weight = total
+    if MAY_BE_EMPTY:
+        weight = tl.where(total == 0.0, 1.0, total)
+    log_total = tl.log2(weight)
+    first = top if PLANES == 2 else top + log_total
+    if MAY_BE_EMPTY:
+        first = tl.where(total == 0.0, float("inf"), first)
+    tl.store(rows + at, first, mask=mask)
+    if PLANES == 2:
+        tl.store(rows + SIZE + at, log_total, mask=mask)
+
+
+@triton.jit
+def load_statistics(rows, at, mask, SIZE: tl.constexpr, PLANES: tl.constexpr):
+    """What `store_statistics` kept, as two terms; infinite and thus without weight where ``mask`` is off."""
+    top = tl.load(rows + at, mask=mask, other=float("inf"))
+    log_total = top
+    if PLANES == 2:
+        log_total = tl.load(rows + SIZE + at, mask=mask, other=0.0)
+    return top, log_total
+
+
+@triton.jit
+def exponents(s, logit_scale, top, log_total, PLANES: tl.constexpr):
+    """Base-2 logarithms of the weights of a row, from its products and `load_statistics`."""
+    if PLANES == 2:
+        # In this order: the first difference is exact where it matters, at the largest weights.
+        return (s * logit_scale - top) - log_total
+    else:
+        return s * logit_scale - top
+
+
+@triton.jit
 def routed_keys(
     routes, r_s, first, c, k_y, k_x, k_c, v_y, v_x, v_c, kv_height, kv_width,
     KEYS: tl.constexpr, KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 from fused_cases import Case, sample
 from torch import Tensor, library
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
+from bratune.errors import UnsupportedError
 from bratune.kernels.api import routed_attention
 from bratune.kernels.fused import ops as fused_ops
 from bratune.kernels.fused.backend import TritonBackend
@@ -160,5 +163,86 @@ def test_shapes_are_known_without_running() -> None:
         grads = torch.autograd.grad(out.sum(), (q, k, v))
     assert out.shape == q.shape
     assert out.is_contiguous()
-    assert lse.shape == (1, 2, 4 * 16)
+    assert lse.shape == (1, 2, 2, 4 * 16)
     assert all(grad.shape == q.shape for grad in grads)
+
+
+# --- derivatives beyond the first, forward mode and torch.func ----------------------------------------
+
+
+def through(s: Any, backend: str = "triton") -> Any:
+    """Routed attention as a function of the queries of `SMALL`, squared: its derivative depends on them."""
+
+    def call(q: Tensor) -> Tensor:
+        return routed_attention(q, s.k, s.v, s.routes, heads=2, region=(4, 4), backend=backend).square()
+
+    return call
+
+
+def gradient(s: Any, backend: str = "triton") -> Any:
+    call = through(s, backend)
+    return torch.func.grad(lambda q: call(q).sum())
+
+
+@interpreter
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda s, backend: gradient(s, backend)(s.q),
+        lambda s, backend: torch.vmap(through(s, backend))(torch.stack([s.q, 2 * s.q])),
+        lambda s, backend: torch.vmap(through(s, backend), in_dims=-1)(torch.stack([s.q, 2 * s.q], -1)),
+        lambda s, backend: torch.vmap(gradient(s, backend))(torch.stack([s.q, 2 * s.q])),
+        # A batch of cotangents for one forward pass: what is kept of it is expanded, not batched.
+        lambda s, backend: torch.func.vjp(through(s, backend), s.q)[1](s.grad)[0],
+        lambda s, backend: torch.vmap(torch.func.vjp(through(s, backend), s.q)[1])(
+            torch.stack([s.grad, 2 * s.grad])
+        )[0],
+    ],
+    ids=["grad", "vmap", "vmap-last", "vmap-grad", "vjp", "vmap-vjp"],
+)
+def test_torch_func_transforms_the_kernels(derive: Any) -> None:
+    s = sample(SMALL)
+    torch.testing.assert_close(derive(s, "triton"), derive(s, "gather"), rtol=1e-4, atol=1e-5)
+
+
+@interpreter
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda s: torch.func.jvp(through(s), (s.q,), (s.grad,)),
+        lambda s: torch.func.hessian(lambda q: through(s)(q).sum())(s.q),
+        lambda s: torch.func.grad(lambda q: gradient(s)(q).sum())(s.q),
+    ],
+    ids=["jvp", "hessian", "grad-grad"],
+)
+def test_a_derivative_that_the_kernels_lack_is_refused_and_not_left_out(derive: Any, observed: bool) -> None:
+    s = sample(SMALL)
+    refused = pytest.raises(UnsupportedError, match="derivative; the backend gather has one")
+    with FlopCounterMode(display=False) if observed else contextlib.nullcontext(), refused:
+        derive(s)
+
+
+@interpreter
+def test_forward_mode_is_refused_with_and_without_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = sample(SMALL)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(s.q, s.grad)  # type: ignore[no-untyped-call]
+        with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
+            through(s)(dual)
+        with pytest.raises(UnsupportedError, match="no forward-mode derivative"):
+            torch.ops.bratune.routed_attention(dual, s.k, s.v, s.routes, *arguments(SMALL), True)
+
+
+@interpreter
+@pytest.mark.parametrize("observed", [False, True])
+def test_a_second_derivative_is_refused_where_it_is_taken(observed: bool) -> None:
+    s = sample(SMALL)
+    q = s.q.detach().requires_grad_()
+    with FlopCounterMode(display=False) if observed else contextlib.nullcontext():
+        (first,) = torch.autograd.grad(through(s)(q).sum(), q, create_graph=True)
+        torch.testing.assert_close(first.detach(), gradient(s, "gather")(s.q), rtol=1e-4, atol=1e-5)
+        with pytest.raises(UnsupportedError, match="backward pass has no derivative"):
+            torch.autograd.grad(first.square().sum(), q)
+        with pytest.raises(UnsupportedError, match="backward pass has no derivative"):
+            torch.autograd.backward(first.square().sum())
