@@ -11,7 +11,7 @@ import numpy as np
 from bratune.errors import MissingPackageError, UsageError
 from bratune.measure.ranks import spearman
 from bratune.studies.accuracy import PROXIES, TRAINED, Case, Trial, keys_of, rank_of, small_space
-from bratune.tune.claims import CONFIDENCE, Counts, most_lost_labelled
+from bratune.tune.lost_accuracy import CONFIDENCE, Counts, most_lost_labelled
 
 __all__ = ["figure_of", "findings_of", "tables_of"]
 

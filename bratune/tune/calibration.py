@@ -20,7 +20,7 @@ from bratune.errors import StoreError
 from bratune.measure.ranks import bootstrap_interval, spearman
 from bratune.record import utc_now
 from bratune.tune.checkpoint_fidelity import CheckpointFidelity
-from bratune.tune.claims import ALLOWED_LOSS, most_lost_labelled
+from bratune.tune.lost_accuracy import ALLOWED_LOSS, most_lost_labelled
 from bratune.tune.progress import Say
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
@@ -43,7 +43,7 @@ class Point:
         change_same: Change of top-1 on those very pictures; never beyond ``disagreement``.
         drop: Loss of top-1 on the other pictures, as a fraction.
         most_lost: Upper limit of that loss, which the number of those pictures leaves open; see
-            `bratune.tune.claims`.
+            `bratune.tune.lost_accuracy`.
     """
 
     setting: str

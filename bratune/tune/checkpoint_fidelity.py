@@ -16,7 +16,6 @@ from bratune.kernels.biformer import build
 from bratune.kernels.checkpoint import load_weights, read_weights
 from bratune.measure.ranks import clopper_pearson
 from bratune.tune import evidence as labels_of
-from bratune.tune.claims import ALLOWED_LOSS, CONFIDENCE, Counts
 from bratune.tune.evidence import Evidence
 from bratune.tune.fidelity import (
     agreement,
@@ -27,6 +26,7 @@ from bratune.tune.fidelity import (
 )
 from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.layer_recall import LayerRecall
+from bratune.tune.lost_accuracy import ALLOWED_LOSS, CONFIDENCE, Counts
 from bratune.tune.pictures import Pictures
 from bratune.tune.recall import model_recall
 from bratune.tune.rerouting import reroute

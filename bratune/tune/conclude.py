@@ -11,9 +11,9 @@ from typing import Any
 
 from bratune.errors import UsageError
 from bratune.record import Record, utc_now
-from bratune.tune.claims import ALLOWED_LOSS
 from bratune.tune.evidence import Evidence, prior_only
 from bratune.tune.guard import Fresh, challenge
+from bratune.tune.lost_accuracy import ALLOWED_LOSS
 from bratune.tune.pick import Verified, acceptable, pick
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
 from bratune.tune.setting import Setting

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bratune.errors import UnknownNameError, UsageError
-from bratune.tune.claims import CONFIDENCE, Counts, need_in_words
 from bratune.tune.front import Point, pareto
+from bratune.tune.lost_accuracy import CONFIDENCE, Counts, need_in_words
 from bratune.tune.setting import Setting
 
 __all__ = ["PICKS", "Pick", "Verified", "acceptable", "check_rule", "pick"]

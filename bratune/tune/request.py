@@ -12,8 +12,8 @@ from typing import Any
 
 from bratune.errors import UsageError
 from bratune.tune.bounds import checkpoint_bounds, prior_bounds
-from bratune.tune.claims import CONFIDENCE
 from bratune.tune.constraints import Constraint, parse_constraint
+from bratune.tune.lost_accuracy import CONFIDENCE
 from bratune.tune.pick import check_rule
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space

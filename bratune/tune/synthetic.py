@@ -21,9 +21,9 @@ from bratune.machine import Machine
 from bratune.measure.ranks import clopper_pearson
 from bratune.problem import Problem
 from bratune.record import Record
-from bratune.tune.claims import ALLOWED_LOSS, CONFIDENCE, Counts
 from bratune.tune.evidence import agreement
 from bratune.tune.fidelity_source import Fidelity
+from bratune.tune.lost_accuracy import ALLOWED_LOSS, CONFIDENCE, Counts
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
 from bratune.variant import get_variant

@@ -20,11 +20,11 @@ from bratune.errors import UsageError
 from bratune.kernels.tuned import machine_key
 from bratune.record import Record
 from bratune.tune.bench import Bench, Offers
-from bratune.tune.claims import Counts
 from bratune.tune.constraints import violations
 from bratune.tune.encoding import Encoding
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.ledger import Ledger
+from bratune.tune.lost_accuracy import Counts
 from bratune.tune.pick import Verified
 from bratune.tune.progress import Clock, Pace, Say
 from bratune.tune.request import Request

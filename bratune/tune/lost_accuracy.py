@@ -1,4 +1,4 @@
-"""Claims: what may be said about lost accuracy after looking at some pictures, and how many a claim needs.
+"""Lost accuracy: what may be claimed of it after looking at some pictures, and how many a claim needs.
 
 A claim is an upper limit: with the confidence that was asked for, on other pictures like these no more than
 so much of top-1 is lost. It rests on counts alone, on no score and no training.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bratune.tune.claims import (
+from bratune.tune.lost_accuracy import (
     Counts,
     images_needed,
     most_lost,
