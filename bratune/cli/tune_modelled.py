@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -74,15 +73,12 @@ def run(
     """
     from bratune import gpus
     from bratune.predict import fit
-    from bratune.predict.coefficients import host_us_of
     from bratune.predict.model import ModelEngine
     from bratune.tune.modelled import measuring_command, search
 
     coefficients = fit.stored_coefficients()
     if asked["host"]:
-        coefficients = dataclasses.replace(
-            coefficients, host_us=host_us_of(asked["host"]), host_fitted=asked["host"] not in ("", "typical")
-        )
+        coefficients = coefficients.on_host(asked["host"])
     found: list[Modelled] = []
     for board in boards:
         if asked["gpu_spec"] is None and board.key in {b.key for b in gpus.table()}:

@@ -6,6 +6,7 @@ The defaults are read off public measurements of other people's kernels and say 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -84,6 +85,14 @@ class Coefficients:
     sources: tuple[str, ...] = ()
     records: int = 0
     transfer: float = TRANSFER_SPREAD
+
+    def on_host(self, text: str) -> Coefficients:
+        """These coefficients for a host that was described, see `host_us_of`; a typical one stays unknown.
+
+        Raises:
+            UsageError: the text describes none.
+        """
+        return dataclasses.replace(self, host_us=host_us_of(text), host_fitted=text != "typical")
 
     def factor(self, name: str) -> float:
         """Measured over modelled device time of a backend or part; 1 where nothing was fitted."""

@@ -25,11 +25,13 @@ from bratune.predict.roofline import Rates, op_time, public_time, rates
 from bratune.predict.work import Op
 from bratune.variant import VARIANTS
 
-__all__ = ["Estimate", "estimate", "is_peer", "peer_loads_of"]
+__all__ = ["Estimate", "as_counted", "estimate", "is_peer", "peer_loads_of"]
 
 # Host time of starting a captured graph, and of entering a compiled function.
 GRAPH_LAUNCH_US = 8.0
 COMPILED_ENTRY_US = 40.0
+# What the published composition of a model attends with.
+PUBLISHED_BACKEND = "gather"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ def estimate(cell: Cell, board: GPU, c: Coefficients = UNCALIBRATED, *, compiled
         BratuneError: see `bratune.predict.counted.count_peer`.
         UsageError: a rate that the model needs is not published.
     """
+    cell = as_counted(cell)
     peak = rates(board, cell.problem.dtype)
     public = public_rates(
         board,
@@ -119,7 +122,21 @@ def estimate(cell: Cell, board: GPU, c: Coefficients = UNCALIBRATED, *, compiled
 
 def is_peer(cell: Cell) -> bool:
     """Whether a cell is a whole model of timm, and none of ours."""
-    return cell.part == "model" and cell.model not in VARIANTS
+    return cell.part == "model" and (cell.form == "timm" or cell.model not in VARIANTS)
+
+
+def as_counted(cell: Cell) -> Cell:
+    """The cell whose kernels are listed for a form of a whole model.
+
+    Raises:
+        UnsupportedError: nobody listed what that form runs.
+    """
+    if cell.part != "model" or cell.form in ("plain", "timm"):
+        return cell
+    if cell.form == "published":
+        return cell.replace(form="plain", backend=PUBLISHED_BACKEND)
+    why = f"the operations that the form {cell.form!r} merges are not listed; plain and published are"
+    raise UnsupportedError(cell.backend or cell.form, [why])
 
 
 @dataclass(kw_only=True)

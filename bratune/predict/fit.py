@@ -22,6 +22,7 @@ from bratune import gpus, store
 from bratune.cell import Cell
 from bratune.errors import BratuneError, StoreError
 from bratune.gpus import GPU
+from bratune.kernels.tuned import machine_key
 from bratune.predict.coefficients import TRANSFER_SPREAD, UNCALIBRATED, UNCALIBRATED_SPREAD, Coefficients
 from bratune.predict.estimate import Estimate, estimate
 from bratune.record import Record
@@ -52,6 +53,7 @@ class Sample:
         launch_bound: Whether the host was slower than the device; by the model where the record does not
             say.
         cpu: Whether it was measured on a CPU.
+        machine: What is held out together: the key of a GPU, the model and the cores of a CPU.
     """
 
     cell: Cell
@@ -61,6 +63,7 @@ class Sample:
     name: str
     launch_bound: bool
     cpu: bool
+    machine: str = ""
 
 
 def board_of(record: Record) -> GPU | None:
@@ -116,6 +119,7 @@ def samples_of(records: Iterable[Record]) -> list[Sample]:
                 name=cell.backend if cell.part == "attention" else cell.part,
                 launch_bound=base.launch_bound if record.launch_bound is None else record.launch_bound,
                 cpu=board.architecture == "CPU",
+                machine=machine_key(record.machine).rsplit("-", 2)[0] if cpu else record.gpu_key,
             )
         )
     return found

@@ -20,7 +20,7 @@ from bratune.gpus import GPU
 from bratune.machine import Machine
 from bratune.predict import parts, work
 from bratune.predict.coefficients import HOSTS, UNCALIBRATED, UNCALIBRATED_SPREAD, Coefficients
-from bratune.predict.estimate import Estimate, estimate, is_peer, peer_loads_of
+from bratune.predict.estimate import Estimate, as_counted, estimate, is_peer, peer_loads_of
 from bratune.predict.public import public_rates
 from bratune.predict.roofline import rates
 from bratune.record import Record
@@ -79,19 +79,24 @@ def predict_cell(
     """
     c = coefficients or UNCALIBRATED
     machine = absent_machine(gpu)
-    reasons = _why_not(cell, gpu, machine)
+    asked = cell
+    reasons: tuple[str, ...] = ()
+    found: Estimate | None = None
     try:
+        cell = as_counted(cell)
+        reasons = _why_not(cell, gpu, machine)
         found = None if reasons else estimate(cell, gpu, c, compiled=compiled)
     except UnsupportedError as error:
-        found, reasons = None, error.reasons
+        reasons = error.reasons
     if found is None:
-        return Record.of(cell, machine, evidence="modelled", outcome="unsupported", reason="; ".join(reasons))
+        why = "; ".join(reasons)
+        return Record.of(asked, machine, evidence="modelled", outcome="unsupported", reason=why)
     floor_ms = _floor_ms(cell, gpu)
     ms = max(found.ms, floor_ms)
     lo_ms, hi_ms = interval_ms(cell, gpu, c, found)
     lo_ms = max(floor_ms, lo_ms)
     return Record.of(
-        cell,
+        asked,
         machine,
         evidence="modelled",
         outcome="modelled",
@@ -153,7 +158,7 @@ def basis(cell: Cell, gpu: GPU, c: Coefficients, found: Estimate) -> str:
             "(gathering along routes, routing, attention over routed keys): counted, uncalibrated"
         )
     if cell.regime == "eager" and found.launch_bound:
-        usual = "" if c.host_fitted else f" (a typical host; others {HOSTS['fast']:g} to {HOSTS['slow']:g})"
+        usual = "" if c.host_fitted else f" (a typical host, others {HOSTS['fast']:g} to {HOSTS['slow']:g})"
         said.append(f"the host limits it, at {c.host_us:g} us per operation{usual}")
     return "; ".join(said)
 
@@ -168,7 +173,7 @@ def bound_cell(cell: Cell, gpu: GPU) -> Record:
     machine = absent_machine(gpu)
     if reason := gpus.why_not_dtype(gpu, cell.problem.dtype):
         return Record.of(cell, machine, evidence="bound", outcome="unsupported", reason=reason)
-    memory_ms, compute_ms = _floor_terms(cell, gpu)
+    memory_ms, compute_ms = _floor_terms(as_counted(cell) if cell.form == "published" else cell, gpu)
     ms = max(memory_ms, compute_ms)
     return Record.of(
         cell,

@@ -1,8 +1,8 @@
 """Validate: how far the model is off on records that were measured.
 
 Every measured record is predicted without itself: with several GPUs, a GPU is predicted from the others
-alone (what a user without that GPU would have seen); with one, a tenth of its cells from the other nine
-tenths, which says nothing about another GPU, and the verdict says so.
+alone (what a user without that GPU would have seen), and so is a CPU; with one, a tenth of its cells from the
+other nine tenths, which says nothing about another one, and the verdict says so.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def check(records: Iterable[Record]) -> list[Checked]:
     found: list[Checked] = []
     for cpu in (False, True):
         group = [s for s in samples if s.cpu == cpu]
-        keys = sorted({s.gpu_key for s in group})
-        if len(keys) > 1 and not cpu:
-            parts = [([s for s in group if s.gpu_key == key], key) for key in keys]
+        keys = sorted({s.machine for s in group})
+        if len(keys) > 1:
+            parts = [[s for s in group if s.machine == key] for key in keys]
         else:
-            parts = [([s for s in group if _fold(s) == fold], "") for fold in range(FOLDS)]
-        for held_out, _ in parts:
+            parts = [[s for s in group if _fold(s) == fold] for fold in range(FOLDS)]
+        for held_out in parts:
             ids = {id(s) for s in held_out}
             rest = [s for s in group if id(s) not in ids]
             found += [_checked(s, calibrate(rest, cpu=cpu)) for s in held_out]
@@ -79,7 +79,7 @@ def _checked(sample: Sample, c: Coefficients) -> Checked:
     predicted = combine(sample, c)
     reach = Z95 * c.spread(sample.name, sample.gpu_key)
     return Checked(
-        sample.gpu_key,
+        sample.machine,
         sample.name,
         sample.measured_ms,
         predicted,
@@ -130,13 +130,19 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 def verdict(checked: Sequence[Checked]) -> str:
     """What the check does and does not say, in one or two sentences."""
-    boards = sorted({c.gpu_key for c in checked if c.gpu_key != "cpu"})
+    boards = sorted({c.gpu_key for c in checked if not c.gpu_key.startswith("cpu-")})
+    cpus = {c.gpu_key for c in checked} - set(boards)
     if not checked:
         return "no measured record that the model can be compared with: it is uncalibrated and unchecked"
     if not boards:
+        how = (
+            "only a CPU was measured, and each tenth of its cells was predicted from the rest"
+            if len(cpus) == 1
+            else f"{len(cpus)} CPUs were measured, each predicted from the others alone, and no GPU"
+        )
         return (
-            "only a CPU was measured: the error below is of the counts and of a CPU's coefficients; "
-            "for GPUs the model is uncalibrated and unchecked"
+            f"{how}: the error below is of the counts and of a CPU's coefficients; for GPUs the model rests "
+            "on published rates and is unchecked here"
         )
     if len(boards) == 1:
         return (

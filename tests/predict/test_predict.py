@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import json
 import math
 import random
 from pathlib import Path
@@ -24,6 +25,7 @@ from bratune.predict.coefficients import HOSTS, UNCALIBRATED, host_us_of
 from bratune.predict.compiled import compiled_time
 from bratune.predict.estimate import estimate
 from bratune.predict.model import ModelEngine, bound_cell, predict_cell
+from bratune.predict.public import PublishedFigure, published_figures
 from bratune.predict.work import backward_ops, fuse
 from bratune.problem import Problem
 from bratune.record import Record
@@ -399,6 +401,25 @@ def test_one_gpu_and_none_are_called_what_they_are() -> None:
     assert "unchecked" in validate.verdict([])
 
 
+def test_each_cpu_is_predicted_from_the_others_alone() -> None:
+    """Two CPUs, the second three times slower: without its own rows it is predicted as the first is."""
+
+    def cpu(name: str) -> Machine:
+        return Machine(
+            kind="cpu", device="cpu", gpu_key="cpu", gpu_name=name, sm_count=4, threads=4, memory_gib=16.0
+        )
+
+    cells = [cell for cell in big_cells() if cell.backend != "triton"]
+    ms = [estimate(cell, H200).device_ms * 100 for cell in cells]
+    rows = [Record.of(cell, cpu("Fast"), median_ms=t) for cell, t in zip(cells, ms, strict=True)]
+    rows += [Record.of(cell, cpu("Slow"), median_ms=3 * t) for cell, t in zip(cells, ms, strict=True)]
+    checked = validate.check(rows)
+    bias = {row.gpu_key: row.bias_factor for row in validate.error_rows(checked) if not row.name}
+    assert set(bias) == {"cpu-fast-4c", "cpu-slow-4c"}
+    assert bias["cpu-slow-4c"] * 8 < bias["cpu-fast-4c"]
+    assert validate.verdict(checked).startswith("2 CPUs were measured, each predicted from the others alone")
+
+
 # --- command line -------------------------------------------------------------------------------------
 
 
@@ -418,6 +439,9 @@ def test_predict_prints_rows_and_what_they_are(capsys: pytest.CaptureFixture[str
         (["--gpu", "a1000"], "no GPU is called 'a1000'"),
         (["--gpu", "a100", "--res", "5x"], "is not a size"),
         (["--gpu-spec", "missing.yaml"], "cannot be read"),
+        (["--gpu", "t4", "--dtype", "bf16"], "no bfloat16 arithmetic"),
+        (["--gpu", "a100", "--backend", "fast"], "no backend is called 'fast'"),
+        (["--gpu", "a100", "--host", "quick"], "--host quick"),
     ],
 )
 def test_what_cannot_be_predicted_is_a_usage_error(
@@ -425,6 +449,57 @@ def test_what_cannot_be_predicted_is_a_usage_error(
 ) -> None:
     assert run(["predict", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_dtype_that_a_board_lacks_is_refused_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """With another board beside it, its rows are left out with one line."""
+    line = "predict --gpu t4 --gpu a100 --dtype bf16 -b 1 --backend gather"
+    assert run(line.split()) == 0
+    out, err = capsys.readouterr()
+    assert err.count("no bfloat16 arithmetic") == 1
+    assert "not there" not in out
+    assert {row.split()[0] for row in out.splitlines() if "launches" in row} == {"a100"}
+
+
+def test_a_dtype_that_suits_the_board_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    for gpu, dtype in (("t4", "float16"), ("a100", "bfloat16")):
+        assert run(["predict", "--gpu", gpu, "-b", "1", "--backend", "gather", "--format", "json"]) == 0
+        rows = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+        assert {row["dtype"] for row in rows} == {dtype}
+
+
+def test_a_backend_that_a_board_cannot_run_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["predict", "--gpu", "t4", "-b", "1", "--backend", "triton", "--backend", "gather"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("needs compute capability 8.0") == 1
+
+
+def test_peers_stand_beside_our_models(capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    line = "predict --gpu rtx4090 -b 128 --dtype fp16 --amp --backend gather --no-compile --format json"
+    assert run([*line.split(), "--peers", "resnet50,swin_tiny"]) == 0
+    rows = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    peers = {
+        r["model"]: r["images_per_s"] for r in rows if r["form"] == "timm" and r["evidence"] == "modelled"
+    }
+    published = {f.model: f.images_per_s for f in published_figures() if _is_eager_4090(f)}
+    assert set(peers) == {"resnet50", "swin_tiny_patch4_window7_224"}
+    for name, speed in peers.items():
+        assert speed == pytest.approx(published[name], rel=0.15)
+
+
+def _is_eager_4090(figure: PublishedFigure) -> bool:
+    how = figure.gpu, figure.regime, figure.layout, figure.software.split(",")[0]
+    return how == ("rtx4090", "eager", "nchw", "torch 2.9.1")
+
+
+def test_a_form_whose_operations_are_not_listed_is_not_taken_for_another() -> None:
+    published = predict_cell(whole(batch=64).replace(form="published", backend=""), A100)
+    assert published.median_ms == predict_cell(whole(batch=64), A100).median_ms
+    row = predict_cell(whole(batch=64).replace(form="runtime", backend="auto"), A100)
+    assert row.outcome == "unsupported"
+    assert "'runtime'" in row.reason
 
 
 def test_validate_prints_the_error_of_every_machine(
@@ -519,7 +594,7 @@ def test_an_unknown_host_widens_a_small_batch_upwards_and_a_known_one_does_not()
     assert row.ci_hi_ms is not None
     # A published BiFormer-S took 59 us per kernel: inside.
     assert row.ci_hi_ms > estimate(whole(), A100).launches * 59e-3
-    assert "15 us per operation (a typical host; others 8 to 60)" in row.reason
+    assert "15 us per operation (a typical host, others 8 to 60)" in row.reason
     assert "typical" not in known.reason
 
 
