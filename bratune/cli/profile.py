@@ -68,6 +68,12 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
     "[default: with --effort full]",
 )
 @options.measuring_options
+@click.option(
+    "--passes",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Fresh processes per measurement; more add to those that are there.  [default: 2, 3, 6 by effort]",
+)
 @options.engine_options
 @options.cluster_option
 @options.output_options
@@ -258,6 +264,7 @@ def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
                 rows[0] += measure(0, model)
                 Store(jobs[0].path).extend(rows[0])
                 return rows
+            _say_what_disturbs(jobs[0])
             _say_what_is_padded(jobs[0], asked)
             engines = [stack.enter_context(_engine(job, asked, progress)) for job in jobs]
             for number, record in fleet.run(engines, measure):
@@ -309,12 +316,24 @@ def _engine(job: _Job, asked: dict[str, Any], progress: Progress) -> CellEngine:
     }
     if job.replayed:
         return CellEngine(job.replayed, job.settings, **given)
-    if job.site:
+    if job.site or not asked["isolate"]:
+        if asked["passes"]:
+            click.echo("passes need workers of this machine: every cell is measured in one process", err=True)
+        if not job.site:
+            return LocalEngine(job.target.machine, job.settings, **given)
         from bratune.cluster import ClusterEngine
 
         return ClusterEngine(job.site, job.settings, **given)
-    made = IsolatedEngine if asked["isolate"] else LocalEngine
-    return made(job.target.machine, job.settings, **given)
+    passes = asked["passes"] or job.settings.passes
+    return IsolatedEngine(job.target.machine, job.settings.per_pass(), passes=passes, **given)
+
+
+def _say_what_disturbs(job: _Job) -> None:
+    """What `bratune doctor` would say of a machine that is measured now."""
+    from bratune.measure.health import at_a_glance
+
+    if not job.replayed and not job.site and (text := at_a_glance(job.target.machine)):
+        click.echo(text, err=True)
 
 
 def _say_what_is_padded(job: _Job, asked: dict[str, Any]) -> None:
@@ -416,8 +435,12 @@ def _minutes(seconds: float) -> str:
 def _show(target: Target, rows: Sequence[Record], asked: dict[str, Any]) -> None:
     from bratune.report import profile_tables, timm_format
     from bratune.report.tables import to_csv
+    from bratune.run.passes import disturbance
 
     style = asked["format"]
+    busy = disturbance(rows)
+    if busy:
+        click.echo(busy, err=style in ("json", "csv", "timm"))
     if style == "json":
         click.echo(json.dumps([row.to_dict() for row in rows], indent=1))
     elif style == "csv":

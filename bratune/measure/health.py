@@ -22,6 +22,7 @@ from bratune.measure.telemetry import Reading
 
 __all__ = [
     "Finding",
+    "at_a_glance",
     "check_board",
     "check_disk",
     "check_environment",
@@ -240,6 +241,15 @@ def examine(machine: Machine, *, measure: bool = True, folder: str | Path = ".")
         findings.append(check_stolen(stolen.share()))
     findings.append(check_disk(shutil.disk_usage(folder).free / 1e9, str(Path(folder).resolve())))
     return findings
+
+
+def at_a_glance(machine: Machine) -> str:
+    """What stands against measuring now, as far as it is known at once; empty where nothing does."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    findings = [check_load(os.getloadavg()[0], cores, machine.threads or cores)]
+    findings += check_environment(os.environ)
+    bad = [f"{f.what}: {f.found}; {f.advice}" for f in findings if f.state == PROBLEM]
+    return f"this machine is not quiet: {' · '.join(bad)} (bratune doctor says more)" if bad else ""
 
 
 def _wanted_triton() -> str:

@@ -64,6 +64,8 @@ _PATIENCE = 100
 # A variance of zero is an accident of few passes; its logarithm would outweigh all others.
 _LEAST_SHARE = 1e-3
 _LARGE_DEGREES = 1e4
+# Beyond a factor of a thousand an interval says no more than that nothing is known.
+_WIDEST = math.log(1000)
 # Variance of the median of n normal values, in units of theirs; beyond the table, pi / 2n.
 _MEDIAN_VARIANCE = (1.0, 1.0, 0.5, 0.4487, 0.2982, 0.2868, 0.2147, 0.2104, 0.1682)
 
@@ -230,9 +232,8 @@ def estimate(one: Passes, prior: Prior | None = None, *, confidence: float = CON
     if count < 2:
         return Estimate(math.exp(middle), None, None, count)
     variance, degrees = (prior or Prior()).moderated(one.variance, count - 1)
-    reach = student_t(0.5 + confidence / 2, degrees) * math.sqrt(
-        max(variance, one.within) * _median_variance(count)
-    )
+    error = math.sqrt(max(variance, one.within) * _median_variance(count))
+    reach = min(_WIDEST, student_t(0.5 + confidence / 2, degrees) * error)
     return Estimate(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach), count)
 
 

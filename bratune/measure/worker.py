@@ -106,7 +106,7 @@ class Worker:
         """Process id of the child; None when there is none."""
         return self._child.process.pid if self._child else None
 
-    def run(self, job: str, payload: Any, *, limit_s: float) -> JobOutcome:
+    def run(self, job: str, payload: Any, *, limit_s: float, retry: bool = True) -> JobOutcome:
         """Run a job and wait for it.
 
         A job that runs out of memory or kills a child that other jobs used before is run once more in a
@@ -116,11 +116,12 @@ class Worker:
             job: ``module:function``.
             payload: Argument of the function, plain data.
             limit_s: Most wall time in seconds; then the child and all that it started are killed.
+            retry: Run it once more as above; not where it builds on jobs before it.
 
         Raises:
             MeasureError: no child can be started.
         """
-        used = self._child is not None and self._child.jobs > 0
+        used = retry and self._child is not None and self._child.jobs > 0
         outcome = self._run_once(job, payload, limit_s)
         if used and outcome.status in ("oom", "crashed") and not self._interrupted:
             outcome = replace(self._run_once(job, payload, limit_s), retried=True)

@@ -4,17 +4,23 @@ Who measures is a `Runner`: this process (`LocalEngine`), a worker that may die
 (`bratune.run.isolated.IsolatedEngine`) or stored records (`bratune.run.replay.ReplayEngine`). What
 surrounds it is the same for all: rows that are there already are not measured again, a line "started" is
 on disk before a cell is launched and its outcome right after, the budget is kept, speedups are filled in.
+
+A precise answer takes *passes*. A pass is a fresh process that measures every *group* of cells in turn; a
+group is the cells that answer one question and differ in backend, settings or form. Passes are spread over
+the run: pass 1 of every group, then pass 2 of every group. Every pass is a row; what `CellEngine.run` gives
+is the cell pooled over its passes (`bratune.store.pooled`).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from bratune.cell import Cell
 from bratune.machine import Machine
@@ -24,12 +30,22 @@ from bratune.record import Record
 from bratune.run.measure_cell import Result, run_cell
 from bratune.run.repro import command_for
 from bratune.run.reuse import NOT_FINISHED, NOT_STARTED, Cache, key_of, source_hash
-from bratune.store import Store
+from bratune.store import Store, pool
 from bratune.store.claims import Claim, Claims
 from bratune.work.cells import BASELINE
 from bratune.work.contents import contents_of
 
-__all__ = ["Baselines", "CellEngine", "LocalEngine", "LocalRunner", "ParallelEngine", "Runner"]
+__all__ = [
+    "CLEARLY_WORSE",
+    "Baselines",
+    "CellEngine",
+    "GroupRunner",
+    "LocalEngine",
+    "LocalRunner",
+    "ParallelEngine",
+    "Runner",
+    "group_of",
+]
 
 # Making inputs and checking them against the reference come on top of sampling; compiling can take minutes.
 _OVERHEAD_S, _COMPILE_S = 180.0, 600.0
@@ -38,7 +54,7 @@ _GRACE_S = 15.0
 # How often a cell of another run is looked at, and after how many of its limits it is taken over.
 _LOOK_S, _LEASES = 1.0, 2.0
 # A backend that is this many times slower than the fastest one so far is not worth a precise time.
-_CLEARLY_WORSE = 3.0
+CLEARLY_WORSE = 3.0
 
 
 class Runner(Protocol):
@@ -70,6 +86,35 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Release what it holds."""
+        ...
+
+
+@runtime_checkable
+class GroupRunner(Runner, Protocol):
+    """A runner that can measure cells in turn, in processes that it starts anew."""
+
+    def run_group(
+        self,
+        cells: Sequence[Cell],
+        *,
+        limit_s: float,
+        left_s: float = math.inf,
+        base: Cell | None = None,
+        seed: int = 0,
+    ) -> Iterator[tuple[Cell, Result]]:
+        """One pass of a group: a result per cell, as each is known.
+
+        Args:
+            cells: What takes turns.
+            limit_s: Most wall time in seconds per cell.
+            left_s: Most wall time in seconds of all together.
+            base: Whom the others are compared with, within rounds; one of them.
+            seed: Of the order of turns.
+        """
+        ...
+
+    def fresh(self) -> None:
+        """Let the next cell find a new process."""
         ...
 
 
@@ -112,6 +157,8 @@ class Baselines:
         """The record with its speedup, where the baseline of its cell is known."""
         if record.median_ms is None or not cell.backend:
             return record
+        if record.ratio is not None:  # measured in turn, which says more than two medians
+            return record.replace(speedup=record.ratio, baseline=BASELINE)
         key = _contest(cell)
         self._fastest[key] = min(record.median_ms, self._fastest.get(key, record.median_ms))
         if _is_baseline(cell):
@@ -123,7 +170,7 @@ class Baselines:
     def give_up_ms(self, cell: Cell) -> float | None:
         """Time above which a cell is clearly worse than what is known; None for the baseline itself."""
         fastest = self._fastest.get(_contest(cell))
-        return None if fastest is None or _is_baseline(cell) else _CLEARLY_WORSE * fastest
+        return None if fastest is None or _is_baseline(cell) else CLEARLY_WORSE * fastest
 
 
 def _question(row: Record) -> str:
@@ -132,7 +179,12 @@ def _question(row: Record) -> str:
 
 
 def _contest(cell: Cell) -> str:
-    return cell.replace(backend="", config="{}").cell_id if cell.backend else ""
+    return group_of(cell) if cell.backend else ""
+
+
+def group_of(cell: Cell) -> str:
+    """A name for the question that a cell answers, with others that differ in backend, settings or form."""
+    return cell.replace(backend="", config="{}", form="plain").cell_id
 
 
 def _is_baseline(cell: Cell) -> bool:
@@ -152,11 +204,14 @@ class CellEngine:
         budget_s: Seconds after which cells are no longer started, and a running one is stopped.
         cell_limit_s: Most wall time of a cell; by default, sampling time and a margin.
         on_start: Told of every cell before its turn.
+        passes: Fresh processes per cell; ``settings`` are those of one of them (`MeterSettings.per_pass`). 1
+            measures cell after cell in whatever process there is, and its rows are one process.
         clock: Seconds that only grow.
 
     Attributes:
         reused: Cells that were answered by stored rows so far.
         slots: Cells that are measured at a time.
+        passes: Fresh processes per cell.
     """
 
     slots = 1
@@ -173,6 +228,7 @@ class CellEngine:
         budget_s: float | None = None,
         cell_limit_s: float | None = None,
         on_start: Callable[[Cell], None] | None = None,
+        passes: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -185,6 +241,7 @@ class CellEngine:
         self._flags = tuple(flags)
         self._cell_limit_s = cell_limit_s
         self._on_start = on_start
+        self.passes = passes if isinstance(runner, GroupRunner) else 1
         self._clock = clock
         self._budget_s = budget_s
         self._deadline = None if budget_s is None else clock() + budget_s
@@ -210,6 +267,9 @@ class CellEngine:
 
         A cell that another run of the same store is measuring comes last, when that run is done with it.
         """
+        if self.passes > 1:
+            yield from self._run_passes(list(dict.fromkeys(cells)))
+            return
         taken: list[Cell] = []
         for cell in cells:
             if self._cancelled.is_set():
@@ -246,6 +306,104 @@ class CellEngine:
             self._store.append(record, result.samples_ms)
         return record
 
+    def _run_passes(self, cells: Sequence[Cell]) -> Iterator[Record]:
+        """Every cell pooled over its passes, once all of them are there."""
+        groups: dict[str, list[Cell]] = {}
+        for cell in cells:
+            groups.setdefault(group_of(cell), []).append(cell)
+        rows = {cell: self._cache.find_all(cell) for cell in cells}
+        self.reused += sum(_is_complete(found, self.passes) for found in rows.values())
+        while self._all_passes(groups, rows) and not self._cancelled.wait(_LOOK_S):
+            rows |= {cell: self._cache.find_all(cell) for cell in cells}
+        if self._cancelled.is_set():
+            return
+        for cell in cells:
+            if not rows[cell]:
+                rows[cell].append(self._out_of_budget(cell, NOT_STARTED).record)
+                self._write(cell, rows[cell][-1])
+        pooled = {record.cell_id: record for record in pool(row for cell in cells for row in rows[cell])}
+        for cell in cells:
+            yield self._baselines.compared(cell, pooled[cell.cell_id])
+
+    def _all_passes(self, groups: dict[str, list[Cell]], rows: dict[Cell, list[Record]]) -> bool:
+        """Measure what passes are missing; whether another run of the same store has some of them in hand."""
+        taken = False
+        for number in range(1, self.passes + 1):
+            begun = False
+            for group in groups.values():
+                missing = [cell for cell in group if _lacks(rows[cell], number)]
+                if self._left_s() <= 0:
+                    return False
+                ours = [cell for cell in missing if self._claim(cell, number)]
+                taken = taken or len(ours) < len(missing)
+                if not ours:
+                    continue
+                if not begun:
+                    self._runner_of_passes.fresh()
+                    begun = True
+                for cell, record in self._pass(group, ours, number):
+                    rows[cell].append(record)
+                if self._cancelled.is_set():
+                    return False
+        return taken
+
+    def _claim(self, cell: Cell, number: int | None = None) -> bool:
+        """Write that a cell, or a pass of it, begins; False where another run has it or it is answered."""
+        if self._store is None:
+            return True
+        started = Record.of(cell, self.machine, outcome="started", evidence=self._runner.evidence)
+        started = self._signed(cell, started)
+        if number is not None:
+            started = started.replace(pass_number=number, passes=self.passes)
+        if self._claims is None:
+            self._store.append(started)
+            return True
+
+        def answered() -> bool:
+            if number is None:
+                return self._cache.find(cell) is not None
+            return not _lacks(self._cache.find_all(cell), number)
+
+        lease = _LEASES * self._limit_of(cell)
+        return self._claims.take(started, answered=answered, lease_s=lease) is Claim.OURS
+
+    def _pass(
+        self, group: Sequence[Cell], missing: Sequence[Cell], number: int
+    ) -> Iterator[tuple[Cell, Record]]:
+        """One pass of a group, each row on disk as soon as it is known."""
+        base = next((cell for cell in group if _is_baseline(cell)), None)
+        # One that lost the others' pass is measured beside the baseline again, whose row is there already.
+        turns = [*missing] if base is None or base in missing else [base, *missing]
+        for cell in missing:
+            if self._on_start:
+                self._on_start(cell)
+        limit, left = max(self._limit_of(cell) for cell in missing), self._left_s()
+        results = self._runner_of_passes.run_group(turns, limit_s=limit, left_s=left, base=base, seed=number)
+        for cell, result in results:
+            if self._cancelled.is_set():
+                return
+            if cell not in missing:
+                continue
+            if self._left_s() <= 0 and result.record.outcome in ("timeout", "crashed"):
+                result = self._out_of_budget(cell, NOT_FINISHED)
+            record = result.record.replace(pass_number=number, passes=self.passes)
+            yield cell, self._write(cell, record, result.samples_ms)
+
+    def _write(self, cell: Cell, record: Record, samples_ms: Sequence[float] = ()) -> Record:
+        signed = self._signed(cell, record)
+        self._cache.add(signed)
+        if self._store:
+            self._store.append(signed, samples_ms)
+        return signed
+
+    @property
+    def _runner_of_passes(self) -> GroupRunner:
+        assert isinstance(self._runner, GroupRunner)
+        return self._runner
+
+    def _left_s(self) -> float:
+        return math.inf if self._deadline is None else self._deadline - self._clock()
+
     def cancel(self) -> None:
         """End `run` in another thread: the cell in flight is killed and leaves no outcome."""
         self._cancelled.set()
@@ -257,18 +415,8 @@ class CellEngine:
         if left is not None and left <= 0:
             return self._out_of_budget(cell, NOT_STARTED)
         limit = self._limit_of(cell)
-        if self._store:
-            started = Record.of(cell, self.machine, outcome="started", evidence=self._runner.evidence)
-            started = self._signed(cell, started)
-            if self._claims is None:
-                self._store.append(started)
-            elif (
-                self._claims.take(
-                    started, answered=lambda: self._cache.find(cell) is not None, lease_s=_LEASES * limit
-                )
-                is not Claim.OURS
-            ):
-                return None
+        if not self._claim(cell):
+            return None
         result = self._runner.run(
             cell,
             limit_s=limit if left is None else min(limit, left),
@@ -299,6 +447,15 @@ class CellEngine:
             **contents_of(cell),
             sampling=self._settings.sampling,
         )
+
+
+def _lacks(rows: Sequence[Record], number: int) -> bool:
+    """Whether a cell needs a pass: not where it is there, nor where an earlier one failed."""
+    return not any(row.pass_number == number or not row.ok for row in rows)
+
+
+def _is_complete(rows: Sequence[Record], passes: int) -> bool:
+    return bool(rows) and not any(_lacks(rows, number) for number in range(1, passes + 1))
 
 
 class ParallelEngine(CellEngine):

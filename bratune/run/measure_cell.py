@@ -13,7 +13,7 @@ from bratune.machine import Machine
 from bratune.measure import gate
 from bratune.measure.energy import energy_fields
 from bratune.measure.memory import release
-from bratune.measure.meter import Meter
+from bratune.measure.meter import Measurement, Meter
 from bratune.measure.settings import MeterSettings
 from bratune.predict.model import bound_cell
 from bratune.record import Record
@@ -22,7 +22,7 @@ from bratune.work import call as work
 from bratune.work.cells import model_stages
 from bratune.work.count import model_macs, part_macs
 
-__all__ = ["Result", "check", "failure", "refusals", "run_cell"]
+__all__ = ["Checked", "Result", "check", "failure", "finish", "prepare", "refusals", "run_cell"]
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
@@ -41,16 +41,51 @@ def run_cell(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings
     The gate comes first: the same call on the same data must give the result of the reference, or the row
     is ``incorrect`` and has no time.
     """
-    reasons = refusals(cell, machine)
-    if reasons:
-        return Result(Record.of(cell, machine, outcome="unsupported", reason="; ".join(reasons)))
+    made = prepare(cell, machine)
+    if isinstance(made, Record):
+        return Result(made)
     try:
-        return _measure(cell, machine, meter, settings)
+        own = settings.replace(l2=cell.l2, regime=cell.regime)
+        return finish(made, machine, meter.measure(made.work.call, own, before=made.work.before))
     except Exception as error:  # a backend or a driver may raise anything; the row says what
         return Result(Record.of(cell, machine, **failure(error)))
     finally:
         if machine.is_cuda:
             release()  # so that one cell does not take room from the next
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A cell whose work is built and agrees with the reference: it may be timed."""
+
+    cell: Cell
+    work: work.Work
+    fields: dict[str, Any]
+
+
+def prepare(cell: Cell, machine: Machine) -> Checked | Record:
+    """Build the work of a cell and check it; the row that says why not, where it may not be timed."""
+    try:
+        reasons = refusals(cell, machine)
+        if reasons:
+            return Record.of(cell, machine, outcome="unsupported", reason="; ".join(reasons))
+        made = work.build(cell, machine)
+        checked = check(made)
+    except Exception as error:  # a backend or a driver may raise anything; the row says what
+        return Record.of(cell, machine, **failure(error))
+    if "reason" in checked:
+        return Record.of(cell, machine, outcome="incorrect", **checked)
+    return Checked(cell, made, checked)
+
+
+def finish(made: Checked, machine: Machine, measured: Measurement) -> Result:
+    """The row of a cell that was timed, with what follows from its time."""
+    cell = made.cell
+    values = {**made.fields, **measured.to_record_fields()}
+    values |= derived(cell, measured.median_ms, made.work.images) | _floor(cell, machine, measured.median_ms)
+    if cell.part == "model":
+        values |= energy_fields(measured.run or made.work.call, machine, made.work.images)
+    return Result(Record.of(cell, machine, outcome="measured", **values), measured.samples_ms)
 
 
 def failure(error: Exception) -> dict[str, str]:
@@ -83,20 +118,6 @@ def refusals(cell: Cell, machine: Machine) -> tuple[str, ...]:
 def _is_full(cell: Cell) -> bool:
     """Full attention is computed by the module itself: a backend only says whether scores are written."""
     return bool(cell.topk) and int(cell.topk) < 0
-
-
-def _measure(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings) -> Result:
-    made = work.build(cell, machine)
-    checked = check(made)
-    if "reason" in checked:
-        return Result(Record.of(cell, machine, outcome="incorrect", **checked))
-    settings = settings.replace(l2=cell.l2, regime=cell.regime)
-    measured = meter.measure(made.call, settings, before=made.before)
-    values = {**checked, **measured.to_record_fields()}
-    values |= derived(cell, measured.median_ms, made.images) | _floor(cell, machine, measured.median_ms)
-    if cell.part == "model":
-        values |= energy_fields(measured.run or made.call, machine, made.images)
-    return Result(Record.of(cell, machine, outcome="measured", **values), measured.samples_ms)
 
 
 def check(made: work.Work) -> dict[str, Any]:

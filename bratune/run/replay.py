@@ -1,7 +1,7 @@
 """Replay: cells answered from stored records, so that everything above measuring runs without the machine.
 
-What is replayed is labelled so in every row (``evidence``), and a cell that was never measured is an
-error with that reason, never a guess.
+A cell that was measured in passes is answered by all of them together. What is replayed is labelled so in
+every row (``evidence``), and a cell that was never measured is an error with that reason, never a guess.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bratune.measure.settings import MeterSettings
 from bratune.record import Record
 from bratune.run.engine import CellEngine
 from bratune.run.measure_cell import Result
-from bratune.store import read_records
+from bratune.store import pool, read_records
 
 __all__ = ["ReplayEngine", "ReplayRunner"]
 
@@ -46,8 +46,8 @@ class ReplayRunner:
             raise TargetError(f"{source} hold {', '.join(keys)}; --gpu says which of them to replay")
         self._source = source
         self._rows: dict[str, Record] = {}
-        for row in measured:
-            if row.gpu_key == (gpu or keys[0]) and _better(row, self._rows.get(row.cell_id)):
+        for row in pool(row for row in measured if row.gpu_key == (gpu or keys[0])):
+            if _better(row, self._rows.get(row.cell_id)):
                 self._rows[row.cell_id] = row
         self.machine = next(iter(self._rows.values())).machine
 

@@ -110,13 +110,18 @@ class Cache:
 
     def find(self, cell: Cell) -> Record | None:
         """The row that answers a cell; None when it has to be measured."""
-        rows = self._rows.get(cell.cell_id, [])
-        if self._index is not None and not rows:
-            rows = [row for row in self._index.rows(cell.cell_id) if self._answers(row)]
+        rows = self.find_all(cell)
+        return rows[-1] if rows else None
+
+    def find_all(self, cell: Cell) -> list[Record]:
+        """Every row that answers a cell, the oldest first; of one that is measured in passes, all of them."""
+        stored = self._index.rows(cell.cell_id) if self._index is not None else ()
+        rows = [row for row in stored if self._answers(row)]
+        rows += [row for row in self._rows.get(cell.cell_id, []) if row not in rows]
         if not rows:
-            return None
+            return []
         asked = _circumstances(self._machine, cell, self._settings)
-        return next((row for row in reversed(rows) if _circumstances_of(row) == asked), None)
+        return [row for row in rows if _circumstances_of(row) == asked]
 
     def why(self, cell: Cell) -> Why:
         """Why a cell hits or misses, compared with the nearest row."""

@@ -63,7 +63,7 @@ def run(
         answer_first: For a run that may be cut off: the backends of the stages where most can be gained,
             then the whole model, then the parts of blocks, which explain and do not decide.
     """
-    if getattr(engine, "slots", 1) > 1:
+    if getattr(engine, "slots", 1) > 1 or getattr(engine, "passes", 1) > 1:
         yield from _together(request, engine, stages)
         return
     for scene in scenes(request):
@@ -76,7 +76,7 @@ def run(
 
 
 def _together(request: Request, engine: Engine, stages: tuple[int, ...]) -> Iterator[Record]:
-    """Rows of all scenes at once, for an engine that measures many cells at a time.
+    """Rows of all scenes at once, for an engine that measures many cells at a time, or each several times.
 
     First everything that is known before, the backends of the stages where most can be gained ahead of the
     parts of blocks; then the blocks and models that depend on what was fastest.

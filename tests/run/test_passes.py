@@ -1,0 +1,213 @@
+"""Passes: fresh processes that measure groups in turn, spread over a run, resumed where one ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from bratune import machine
+from bratune.cell import Cell
+from bratune.kernels import registry
+from bratune.machine import Machine
+from bratune.measure.settings import MeterSettings
+from bratune.problem import Problem
+from bratune.record import Record
+from bratune.run.engine import CellEngine
+from bratune.run.isolated import IsolatedEngine, IsolatedRunner
+from bratune.run.measure_cell import Result
+from bratune.run.passes import disturbance
+from bratune.run.replay import ReplayRunner
+from bratune.store import Store, read_records
+from bratune.testing import faults
+
+CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="CPU", threads=2)
+SETTINGS = MeterSettings(min_time_s=0.0, max_noise_pct=100.0, min_samples=6, max_samples=6, warmup_s=0.0)
+PROBLEM = Problem(batch=1, height=8, width=8, heads=2, head_dim=8, region=(4, 4), topk=2)
+
+
+def cell(backend: str, seed: int = 0) -> Cell:
+    return Cell(part="attention", problem=PROBLEM, backend=backend, l2="warm", seed=seed)
+
+
+GROUPS = [cell(name, seed) for seed in (0, 1) for name in ("gather", "dense")]
+
+
+class FakeGroups:
+    """Passes of known times: the n-th pass takes n milliseconds, `dense` half of it."""
+
+    evidence = "measured"
+
+    def __init__(
+        self, failing: dict[tuple[str, int], str] | None = None, die_at: tuple[int, int] = (0, 0)
+    ) -> None:
+        self.machine = CPU
+        self.failing = failing or {}
+        self.die_at = die_at
+        self.log: list[str] = []
+        self.number = 0
+
+    def fresh(self) -> None:
+        self.log.append("fresh")
+
+    def run_group(
+        self,
+        cells: Sequence[Cell],
+        *,
+        limit_s: float,
+        left_s: float = math.inf,
+        base: Cell | None = None,
+        seed: int = 0,
+    ) -> Iterator[tuple[Cell, Result]]:
+        self.log.append(f"{seed}:{cells[0].seed}:" + "+".join(one.backend for one in cells))
+        if (seed, cells[0].seed) == self.die_at:
+            raise KeyboardInterrupt
+        for one in cells:
+            outcome = self.failing.get((one.backend, seed))
+            if outcome:
+                yield one, Result(Record.of(one, CPU, outcome=outcome, reason="as told"))
+                continue
+            median = seed * (0.5 if one.backend == "dense" else 1.0)
+            ratio = None if one == base or base is None else 2.0
+            row = Record.of(one, CPU, median_ms=median, ratio=ratio, ratio_lo=ratio, ratio_hi=ratio)
+            yield one, Result(row, (median,))
+
+    def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
+        raise AssertionError("cells of a pass take turns")
+
+    def interrupt(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def engine(runner: FakeGroups, path: Path, passes: int = 3, **options: object) -> CellEngine:
+    return CellEngine(runner, SETTINGS, store=Store(path), passes=passes, **options)  # type: ignore[arg-type]
+
+
+def test_passes_are_spread_over_the_groups_each_in_a_fresh_process(tmp_path: Path) -> None:
+    runner = FakeGroups()
+    rows = list(engine(runner, tmp_path / "r.jsonl", passes=2).run(GROUPS))
+    turns = ["0:gather+dense", "1:gather+dense"]
+    assert runner.log == ["fresh", *(f"1:{t}" for t in turns), "fresh", *(f"2:{t}" for t in turns)]
+    assert [(row.backend, row.passes) for row in rows] == [("gather", 2), ("dense", 2)] * 2
+    assert [row.median_ms or 0.0 for row in rows[:2]] == pytest.approx([2**0.5, 0.5 * 2**0.5])
+    assert [row.speedup or 0.0 for row in rows[:2]] == pytest.approx([1.0, 2.0])
+    assert {row.baseline for row in rows} == {"gather"}
+
+
+def test_every_pass_is_a_row_with_its_number_after_a_line_that_it_started(tmp_path: Path) -> None:
+    list(engine(FakeGroups(), tmp_path / "r.jsonl", passes=2).run(GROUPS[:2]))
+    rows = [(r.backend, r.outcome, r.pass_number, r.passes) for r in read_records([tmp_path / "r.jsonl"])]
+    assert rows == [
+        (backend, outcome, number, 2)
+        for number in (1, 2)
+        for outcome in ("started", "measured")
+        for backend in ("gather", "dense")
+    ]
+
+
+def test_the_same_again_adds_nothing_and_more_passes_add_those(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    first = list(engine(FakeGroups(), path, passes=2).run(GROUPS))
+    again, more = FakeGroups(), FakeGroups()
+    same = engine(again, path, passes=2)
+    assert list(same.run(GROUPS)) == first
+    assert (again.log, same.reused) == ([], 4)
+    assert {row.passes for row in engine(more, path, passes=3).run(GROUPS)} == {3}
+    assert more.log == ["fresh", "3:0:gather+dense", "3:1:gather+dense"]
+
+
+def test_an_interrupted_run_goes_on_with_the_pass_that_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        list(engine(FakeGroups(die_at=(2, 1)), path, passes=2).run(GROUPS))
+    runner = FakeGroups()
+    rows = list(engine(runner, path, passes=2).run(GROUPS))
+    assert runner.log == ["fresh", "2:1:gather+dense"]
+    assert {row.passes for row in rows} == {2}
+
+
+def test_a_backend_that_is_asked_for_later_is_measured_beside_the_baseline(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    list(engine(FakeGroups(), path, passes=2).run(GROUPS[:1]))
+    runner = FakeGroups()
+    _, dense = engine(runner, path, passes=2).run(GROUPS[:2])
+    assert runner.log == ["fresh", "1:0:gather+dense", "fresh", "2:0:gather+dense"]
+    assert (dense.ratio, dense.passes) == (2.0, 2)
+    measured = [row.backend for row in read_records([path]) if row.outcome == "measured"]
+    assert measured == ["gather", "gather", "dense", "dense"]  # whose row is there already gets no second one
+
+
+def test_what_failed_is_not_tried_in_every_pass(tmp_path: Path) -> None:
+    runner = FakeGroups({("dense", 1): "unsupported"})
+    rows = list(engine(runner, tmp_path / "r.jsonl", passes=2).run(GROUPS[:2]))
+    assert runner.log == ["fresh", "1:0:gather+dense", "fresh", "2:0:gather"]
+    assert [row.outcome for row in rows] == ["measured", "unsupported"]
+
+
+def test_a_spent_budget_leaves_the_passes_that_were_made(tmp_path: Path) -> None:
+    seconds = iter(float(n) for n in range(100))
+    runner = FakeGroups()
+    rows = list(
+        engine(runner, tmp_path / "r.jsonl", passes=9, budget_s=20.0, clock=lambda: next(seconds)).run(GROUPS)
+    )
+    made = [row.passes or 0 for row in rows]
+    assert all(1 <= count < 9 for count in made)
+
+
+def test_a_replay_answers_with_all_passes_together(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    pooled = list(engine(FakeGroups(), path, passes=3).run(GROUPS[:2]))
+    with CellEngine(ReplayRunner.of([path]), SETTINGS, passes=3) as replay:
+        rows = list(replay.run(GROUPS[:2]))
+    assert [(r.median_ms, r.passes, r.ratio) for r in rows] == [
+        (r.median_ms, r.passes, r.ratio) for r in pooled
+    ]
+    assert {row.evidence for row in rows} == {"replayed"}
+
+
+# --- real workers ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    faults.install(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._entry_points.cache_clear()
+    yield
+    registry._entry_points.cache_clear()
+
+
+def test_two_passes_are_two_processes_and_ratios_are_within_rounds() -> None:
+    with IsolatedEngine(machine.detect("cpu"), SETTINGS, passes=2) as real:
+        gather, dense = real.run(GROUPS[:2])
+    assert (gather.outcome, gather.passes, gather.n_samples) == ("measured", 2, 12)
+    assert (gather.ratio, dense.baseline) == (None, "gather")
+    assert dense.ratio is not None
+    assert dense.speedup == dense.ratio
+    assert dense.cpu_wait_pct is not None
+
+
+@pytest.mark.usefixtures("failing")
+def test_a_backend_that_crashes_costs_its_own_process_and_not_the_pass() -> None:
+    group = [GROUPS[0], cell("fault-segfault"), cell("fault-raise"), GROUPS[1]]
+    runner = IsolatedRunner(machine.detect("cpu"), SETTINGS)
+    found = {
+        one.backend: result.record for one, result in runner.run_group(group, limit_s=60, base=GROUPS[0])
+    }
+    runner.close()
+    assert {name: row.outcome for name, row in found.items()} == {
+        "gather": "measured",
+        "fault-segfault": "crashed",
+        "fault-raise": "error",
+        "dense": "measured",
+    }
+    assert found["dense"].ratio is not None
+
+
+@pytest.mark.parametrize(("wait", "said"), [(None, False), (9.0, False), (25.0, True)])
+def test_a_busy_machine_is_told_once(wait: float | None, said: bool) -> None:
+    rows = [Record.of(one, CPU, median_ms=1.0, cpu_wait_pct=wait) for one in GROUPS]
+    assert ("waited for a processor 25 % of the time" in disturbance(rows)) is said
