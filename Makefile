@@ -3,6 +3,7 @@
 #
 #   make profile   measure every backend of biformer_tiny on this machine (under 3 minutes on 2 slow cores)
 #   make test      the tests, then the Triton kernels in Triton's interpreter
+#   make faults    the table of docs/faults.md: every fault, many times (minutes)
 #   make check     ruff, ruff format, mypy --strict
 #   make gpu       on a machine with an NVIDIA GPU: the GPU tests and the measurements worth keeping
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: profile test check gpu clean
+.PHONY: profile test faults check gpu clean
 
 profile: $(VENV)/.installed
 	$(BIN)/bratune profile
@@ -19,6 +20,9 @@ profile: $(VENV)/.installed
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m interpreter
+
+faults: $(VENV)/.tests
+	$(BIN)/python tests/run/fault_table.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

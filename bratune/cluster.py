@@ -15,6 +15,7 @@ import functools
 import itertools
 import os
 import platform
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ _RETRIES = 3
 # How much longer than its limit a cell may stay away while cells that were handed out after it come back, for
 # the transfer and one preemption: as long as the limit itself, within these bounds.
 _LEAST_SLACK_S, _MOST_SLACK_S = 30.0, 600.0
+# How often a cell that is not back yet is asked about.
+_LOOK_S = 5.0
 # What must be the same on all nodes of a site, so that their rows may be compared.
 _SAME = ("bratune", "torch", "triton")
 _ACCELERATOR = "accelerator_type:"
@@ -195,11 +198,11 @@ class ClusterRunner:
         exceptions = self._ray.exceptions
         settings = self._settings.to_dict()
         same = {name: getattr(self.machine, name) for name in _SAME}
+        number = next(self._handed_out)
         reference = self._measure.remote(
-            self._token, self._make, settings, cell.to_dict(), limit_s, give_up_ms, same
+            self._token, self._make, settings, cell.to_dict(), limit_s, give_up_ms, same, number
         )
         self._in_flight.add(reference)
-        number = next(self._handed_out)
         try:
             found = self._wait_for(reference, number, limit_s)
             self._last_back = max(self._last_back, number)
@@ -218,15 +221,25 @@ class ClusterRunner:
     def _wait_for(self, reference: Any, number: int, limit_s: float) -> Any:
         """What a cell gives; one that waits for a free GPU is waited for, one that hangs is not.
 
-        A cell hangs where it is overdue and one that was handed out after it is back already.
+        A cell hangs where it is overdue since its node began it, or since it was handed out and one that was
+        handed out after it is back already.
         """
         patience = limit_s + min(max(limit_s, _LEAST_SLACK_S), _MOST_SLACK_S)
+        handed_out, begun = time.monotonic(), ""
+        since = handed_out
         while True:
             try:
-                return self._ray.get(reference, timeout=patience)
+                return self._ray.get(reference, timeout=min(patience, _LOOK_S))
             except self._ray.exceptions.GetTimeoutError:
-                if self._last_back > number:
-                    text = f"its {self._where} node gave no result within {patience:g} s, and others did"
+                now, latest = time.monotonic(), _begun(self._token, number)
+                if latest != begun:  # it began, or began again elsewhere
+                    begun, since = latest, now
+                    continue
+                late = bool(begun) and now - since > patience
+                overtaken = now - handed_out > patience and self._last_back > number
+                if late or overtaken:
+                    others = "" if late else ", and others did"
+                    text = f"its {self._where} node gave no result within {patience:g} s{others}"
                     raise self._ray.exceptions.GetTimeoutError(text) from None
 
     @property
@@ -278,13 +291,15 @@ def _measure(
     limit_s: float,
     give_up_ms: float | None,
     same: Mapping[str, str],
+    number: int,
 ) -> dict[str, Any]:
-    """Measure one cell; runs on a node.
+    """Measure one cell; runs on a node, and says when it began.
 
     Raises:
         TargetError: the node has other versions than the one that the run began on.
     """
     runner = _runner_here(token, make, settings)
+    _say_begun(token, number)  # loading torch is not the cell's time
     for name, wanted in same.items():
         here = getattr(runner.machine, name)
         if here != wanted:
@@ -293,6 +308,20 @@ def _measure(
             )
     result = runner.run(Cell.from_dict(cell), limit_s=limit_s, give_up_ms=give_up_ms)
     return {"record": result.record.to_dict(), "samples_ms": list(result.samples_ms)}
+
+
+def _say_begun(token: str, number: int) -> None:
+    """Leave word in the store of the cluster; runs on a node."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_put(f"bratune-{token}-{number}".encode(), uuid.uuid4().hex.encode())
+
+
+def _begun(token: str, number: int) -> str:
+    """The word that a node left of a cell, another one each time that it begins; empty before that."""
+    from ray.experimental import internal_kv
+
+    return bytes(internal_kv._internal_kv_get(f"bratune-{token}-{number}".encode()) or b"").decode()
 
 
 def _describe(token: str, make: MakeRunner, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ the exit code: 0 ok, 1 error, 2 usage, 3 regression found, 4 finished with faile
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -81,8 +82,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("bratune: interrupted; what was measured so far is saved", err=True)
+    except (click.Abort, KeyboardInterrupt) as error:
+        cause = error if isinstance(error, Ended) else error.__cause__
+        by = f"ended by {cause.name}" if isinstance(cause, Ended) else "interrupted"
+        click.echo(
+            f"bratune: {by}; what was measured so far is saved, and the same command goes on", err=True
+        )
         return 130
     except click.ClickException as error:
         verb = getattr(getattr(error, "ctx", None), "command_path", "bratune")
@@ -93,9 +98,25 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+class Ended(KeyboardInterrupt):
+    """A signal that ends programs, as Ctrl-C does: what is measured is saved, workers are ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.name = signal.Signals(number).name
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+    raise Ended(number)
+
+
 def main() -> NoReturn:
     """The ``bratune`` program."""
     warnings.showwarning = _say
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # under nohup it stays ignored
+            signal.signal(number, _end)
     sys.exit(run())
 
 

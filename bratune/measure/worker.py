@@ -36,7 +36,11 @@ __all__ = ["JobOutcome", "Worker"]
 
 # Importing torch and creating a CUDA context on a cold disk has been seen to take most of a minute.
 _START_LIMIT_S = 180.0
+# How often a child is started that is killed while it starts: what did that may pass.
+_STARTS = 3
 _TAIL_BYTES = 16_384
+# Of what a child said, so much stands in a reason.
+_TOLD = 500
 # How often a child is looked at that the system cannot watch.
 _LOOK_S = 0.2
 
@@ -173,17 +177,28 @@ class Worker:
     def _living_child(self) -> _Child:
         if self._child is not None and self._child.process.poll() is not None:
             self.close()
-        if self._child is None:
-            self._child = _Child(self._env)
+        why, starts = "", 0
+        while self._child is None:
+            starts += 1
+            child = self._child = _Child(self._env)
             try:
-                self._child.send(self._hello)
-                self._child.receive(_START_LIMIT_S)
-            except (TimeoutError, EOFError, OSError):
-                output = self._child.output.strip()[-500:]
+                child.send(self._hello)
+                child.receive(_START_LIMIT_S)
+                return child
+            except TimeoutError:
+                why = f"it did not answer within {_START_LIMIT_S:g} s"
+            except (EOFError, OSError):
+                why = child.cause_of_death()
+            except BaseException:
                 self.close()
-                raise MeasureError(
-                    f"a worker process cannot be started: {output or 'it says nothing'}"
-                ) from None
+                raise
+            killed = (child.process.poll() or 0) < 0
+            said = " ".join(child.output.split())[-_TOLD:]
+            why += f"; it said: {said}" if said else "; it said nothing"
+            self.close()
+            if not killed or starts == _STARTS or self._interrupted:
+                times = f", {starts} times" if starts > 1 else ""
+                raise MeasureError(f"a worker process cannot be started{times}: {why}")
         return self._child
 
 

@@ -351,7 +351,14 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_keeps_earlier_rows(
     assert path.read_bytes() == before
 
 
-def test_an_interrupt_keeps_the_rows_and_exits_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGINT, "interrupted"),
+        pytest.param(signal.SIGTERM, "ended by SIGTERM", marks=pytest.mark.slow),
+    ],
+)
+def test_an_interrupt_keeps_the_rows_and_exits_130(tmp_path: Path, number: signal.Signals, said: str) -> None:
     longer = ["--min-time", "1s", "--timeout", "60s"]  # than it takes this process to see the second line
     words = [sys.executable, "-m", "bratune", "profile", *TINY.split(), *longer, "--no-isolate"]
     words += ["-o", str(tmp_path)]
@@ -367,11 +374,11 @@ def test_an_interrupt_keeps_the_rows_and_exits_130(tmp_path: Path) -> None:
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("[2/"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     rest = process.stderr.read()
     assert process.wait() == 130
-    assert "interrupted; what was measured so far is saved" in rest
+    assert f"{said}; what was measured so far is saved, and the same command goes on" in rest
     assert "Traceback" not in rest
     rows = [row for row in Store(tmp_path / "records.jsonl").records() if row.outcome == "measured"]
     assert len(rows) >= 2

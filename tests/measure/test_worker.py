@@ -236,6 +236,35 @@ def test_a_child_that_cannot_start_is_one_clear_error() -> None:
         worker.run("operator:neg", 1, limit_s=20)
 
 
+DIES_AT_FIRST = """
+import os, pathlib, signal
+count = pathlib.Path(os.environ["DEATHS"])
+left = int(count.read_text())
+count.write_text(str(left - 1))
+if left:
+    print("torn\\nwhile starting", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("deaths", "starts"), [(1, True), (2, True), (3, False)])
+def test_a_child_that_dies_while_it_starts_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int, starts: bool
+) -> None:
+    (tmp_path / "dies_at_first.py").write_text(DIES_AT_FIRST)
+    (tmp_path / "jobs.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "deaths").write_text(str(deaths))
+    with Worker(preload=("dies_at_first",), env={"DEATHS": str(tmp_path / "deaths")}) as worker:
+        if starts:
+            assert worker.run("jobs:double", 2, limit_s=30).value == 4
+            return
+        with pytest.raises(
+            MeasureError, match=r"3 times: .*signal 9 \(SIGKILL\).*it said: torn while starting"
+        ):
+            worker.run("jobs:double", 2, limit_s=30)
+
+
 def test_ctrl_c_in_the_parent_ends_the_child(worker: Worker) -> None:
     pid = run(worker, "pid").value
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
