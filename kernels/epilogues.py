@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bratune.kernels.native import block as native_block
 from bratune.kernels.nhwc import to_nchw, to_nhwc
 from bratune.kernels.norm import layer_norm
 
@@ -133,6 +134,21 @@ class FrozenConv(nn.Module):
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry.values())
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
+        self.strips: Tensor | None = None
+        self.strips_bias: Tensor | None = None
+
+    def use_native(self) -> None:
+        """Convolve by the C kernels for CPUs, where this convolution is one of theirs."""
+        side = self.weight.shape[-1]
+        same = self.geometry["padding"] == (side // 2, side // 2) and self.geometry["dilation"] == (1, 1)
+        if (
+            self.is_depthwise
+            and same
+            and self.weight.shape[2] == side
+            and native_block.can_convolve(self.weight)
+        ):
+            self.strips = native_block.pack_depthwise(self.weight)
+            self.strips_bias = None if self.bias is None else self.bias.float()
 
     def raise_by(self, lead: Tensor) -> None:
         """Add a vector, ``[out]``, to every token of the output, at no cost."""
@@ -141,6 +157,9 @@ class FrozenConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, in]`` to ``[B, H', W', out]``."""
+        if self.strips is not None:
+            added = x if self.adds_input else None
+            return native_block.depthwise(x, self.strips, self.strips_bias, add=added)
         if x.is_cuda and self.is_depthwise:
             return self._depthwise(x, x if self.adds_input else None)
         out = self._convolve(x)
@@ -159,6 +178,8 @@ class FrozenConv(nn.Module):
             x: The input.
             other: Contiguous, in its own memory, and overwritten: nobody needs it afterwards.
         """
+        if self.strips is not None:
+            return native_block.depthwise(x, self.strips, self.strips_bias, add=other, out=other)
         if self.packed is not None:
             torch.ops.mkldnn._convolution_pointwise_.binary(
                 to_nchw(other),
@@ -215,7 +236,19 @@ class FrozenNorm(nn.Module):
             self.register_buffer(name, None if tensor is None else tensor.detach().clone())
         wide = torch.float64 if norm.weight.dtype == torch.float64 else torch.float32
         self.register_buffer("shift", None if lead is None else -lead.to(wide))
+        self.vectors: tuple[Tensor | None, Tensor | None] | None = None
+
+    def use_native(self) -> None:
+        """Normalise by the C kernels for CPUs, where nothing is shifted and no means are wanted."""
+        if self.shift is None:
+            weight, bias = self.weight, self.bias
+            self.vectors = (
+                None if weight is None else weight.float(),
+                None if bias is None else bias.float(),
+            )
 
     def forward(self, x: Tensor, region: tuple[int, int] | None = None) -> tuple[Tensor, Tensor | None]:
         """``[B, H, W, C]`` to the same, and the means of its regions where a region is given."""
+        if self.vectors is not None and region is None:
+            return native_block.layer_norm(x, *self.vectors, eps=self.eps), None
         return layer_norm(x, self.weight, self.bias, eps=self.eps, shift=self.shift, region=region)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bratune.kernels.dispatch import is_recorded, is_transformed
 
-__all__ = ["mark_packed", "origin_of", "split_packed"]
+__all__ = ["is_packed", "mark_packed", "origin_of", "split_packed"]
 
 _ORIGIN = "_bratune_origin"
 _WHOLE = "_bratune_whole"
@@ -56,6 +56,20 @@ def mark_packed(whole: Tensor, sizes: Sequence[int], origin: object) -> tuple[Te
     for part in slices:
         setattr(part, _WHOLE, (whole, origin))
     return slices
+
+
+def is_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether q, k and v lie side by side, as slices of one projection ``[B, H, W, 3 * C]`` do.
+
+    Their gradients are then written side by side too.
+    """
+    channels = q.shape[-1]
+    return (
+        q.shape == k.shape == v.shape
+        and q.stride() == k.stride() == v.stride()
+        and q.stride(-1) == 1
+        and q.stride(-2) == 3 * channels
+    )
 
 
 class _Split(torch.autograd.Function):

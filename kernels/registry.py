@@ -46,6 +46,7 @@ GROUP = "bratune.backends"
 # Most preferred first: where `choose` finds several that accept, the first one runs.
 _BUILT_IN = {
     "triton": "bratune.kernels.fused.backend:TritonBackend",
+    "native": "bratune.kernels.native.backend:NativeBackend",
     "gather-sdpa": "bratune.kernels.gather:GatherSDPABackend",
     "dense": "bratune.kernels.dense:DenseBackend",
     "sparse": "bratune.kernels.sparse:SparseBackend",
@@ -146,16 +147,16 @@ def choose(problem: Problem, machine: Machine) -> Backend:
 def preference(problem: Problem, machine: Machine) -> tuple[str, ...]:
     """Every backend's name in the order in which `choose` asks them.
 
-    That is the order of `names`, but on a CPU ``dense`` comes first for small regions on a small map:
-    with regions of up to 3x3 tokens and at most four keys on the map for every key that a query attends to,
-    it took 0.1 to 1 times as long as ``gather-sdpa`` (float32, one thread of an AMD EPYC with AVX-512,
-    torch 2.13; at 4x4 tokens 1.8 times). A plan (`bratune.kernels.tuned`) replaces this rule of thumb by what
-    was measured on the machine.
+    That is the order of `names`, but where ``native`` cannot run on a CPU, ``dense`` comes first for small
+    regions on a small map: with regions of up to 3x3 tokens and at most four keys on the map for every key
+    that a query attends to, it took 0.1 to 1 times as long as ``gather-sdpa`` (float32, one thread of an AMD
+    EPYC with AVX-512, torch 2.13; at 4x4 tokens 1.8 times). A plan (`bratune.kernels.tuned`) replaces this
+    rule of thumb by what was measured on the machine.
     """
     order = names()
     few_keys = problem.kv_tokens <= 4 * problem.keys_per_query
     if not machine.is_cuda and few_keys and problem.kv_region_tokens <= 9:
-        order = ("dense", *(name for name in order if name != "dense"))
+        order = ("native", "dense", *(name for name in order if name not in ("native", "dense")))
     return order
 
 

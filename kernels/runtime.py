@@ -5,7 +5,8 @@
 
 What it does: batch norms and layer scales are folded into the layer beside them, the last one into the
 head; the residual of the position embedding goes into its kernel; keys and values move as one tensor;
-GELU and residuals are part of the product before them where torch has that; on CUDA, norms take several
+GELU and residuals are part of the product before them where torch has that; on a CPU, attention, routing,
+norms and depthwise convolutions are C (`bratune.kernels.native`); on CUDA, norms take several
 tokens at a time and routes come from two kernels; maps stay NHWC from the stem to the head. What it needs:
 a model in evaluation, on the device and in the data type that it shall run in. It copies the weights: later
 changes of the model do not reach it.
@@ -14,21 +15,25 @@ changes of the model do not reach it.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from bratune import machine as machines
 from bratune.errors import ProblemError, TargetError
-from bratune.kernels import layout
+from bratune.kernels import layout, tuned
 from bratune.kernels.api import routed_attention
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.blocks import ConvAttention, DWConv, Residual
+from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.epilogues import FrozenConv, FrozenLinear, FrozenNorm, accumulates
 from bratune.kernels.fold import conv_then_norm, norm_then_conv, norm_then_linear
 from bratune.kernels.full_attention import Attention, FullAttention, full_attention
 from bratune.kernels.fused import launch
 from bratune.kernels.layer import BiLevelRoutingAttention, RoutedLayer
+from bratune.kernels.native import block as native_block
 from bratune.kernels.nhwc import to_nchw, to_nhwc
 from bratune.kernels.packed_attention import PackedAttention, prefers_mask
 from bratune.kernels.routing import route, route_pooled
@@ -60,7 +65,7 @@ def optimize(model: Backbone, *, compile: bool = False, graph_input: Tensor | No
         raise ProblemError(
             "the model is in training, whose batch statistics cannot be folded; model.eval() can"
         )
-    fast: nn.Module = FastModel(model, pack=not compile)
+    fast: nn.Module = FastModel(model, pack=not compile, native=True)
     if compile:
         fast.compile(dynamic=False)
     return fast if graph_input is None else GraphRunner(fast, graph_input)
@@ -72,9 +77,11 @@ class FastModel(nn.Module):
     Args:
         model: In evaluation.
         pack: See `FrozenLinear`.
+        native: Use the C kernels for CPUs where they run and a layer's backend is ``auto``; by default where
+            weights are packed. Without both, the model is plain PyTorch, which other tools can read.
     """
 
-    def __init__(self, model: Backbone, *, pack: bool = True) -> None:
+    def __init__(self, model: Backbone, *, pack: bool = True, native: bool | None = None) -> None:
         super().__init__()
         self.check_size = _skeleton(model).check_size
         self.dtype = next(model.parameters()).dtype
@@ -84,6 +91,11 @@ class FastModel(nn.Module):
         self.stages = nn.ModuleList(
             _fast_stage(stage, down, pack=pack) for stage, down in zip(model.stages, folded, strict=True)
         )
+        weight = next(model.parameters())
+        if (pack if native is None else native) and native_block.can_run(weight):
+            for part in self.stages.modules():
+                if isinstance(part, FrozenConv | FrozenNorm | _FastRouted | _FastFull):
+                    part.use_native()
         if model.features_only:
             self.norms = copy.deepcopy(model.extra_norms)
             return
@@ -211,9 +223,14 @@ class _FastRouted(_Merged):
         self.qkv = _linear(attn.qkv_layer, None, pack=pack)
         self.source = _skeleton(attn)
         self.qk_dim = attn.qk_dim
+        self.native = False
         self.packed = PackedAttention(
             heads=attn.num_heads, qk_dim=self.qk_dim, n_win=attn.n_win, topk=attn.topk, scale=attn.scale
         )
+
+    def use_native(self) -> None:
+        """Route and attend by the C kernels for CPUs, where the backend is ``auto`` and would choose them."""
+        self.native = self.source.backend == "auto"
 
     def pooled_region(self, x: Tensor) -> tuple[int, int] | None:
         region = self.source.region_of(*layout.sides(x))
@@ -228,11 +245,19 @@ class _FastRouted(_Merged):
             y = self.source.pad(y)
         region = self.source.region_of(*layout.sides(y))
         routes = self._pooled_routes(y, region, means)
-        if self.source.backend == "auto" and self._tiles(y, region) and not y.is_cuda:
+        native = self.native and _attends_natively(*self._numbers(y, region))
+        if self.source.backend == "auto" and self._tiles(y, region) and not (y.is_cuda or native):
             masked = prefers_mask(self._problem(y, region))
             return self.merge(*self.packed(y, self.qkv, masked=masked, routes=routes), residual)
         qkv = self.qkv(y)
         q, k, v = qkv.split((self.qk_dim, self.qk_dim, qkv.shape[-1] - 2 * self.qk_dim), dim=-1)
+        if native:
+            if routes is None:
+                routes = native_block.route(q, k, region=region, topk=self.source.topk)
+            out = native_block.attend(
+                q, k, v, routes, heads=self.source.num_heads, region=region, scale=self.source.scale
+            )
+            return self.merge(out, v, residual)
         if routes is None:
             routes = route(q, k, region=region, topk=self.source.topk, backend=_router(q, k, region))
         out = routed_attention(
@@ -265,15 +290,12 @@ class _FastRouted(_Merged):
         )
 
     def _problem(self, y: Tensor, region: tuple[int, int]) -> Problem:
-        return Problem(
-            batch=layout.batch_to_choose_by(y.shape[0]),
-            height=layout.sides(y)[0],
-            width=layout.sides(y)[1],
-            heads=self.source.num_heads,
-            head_dim=self.qk_dim // self.source.num_heads,
-            region=region,
-            topk=self.source.topk,
-        )
+        return _problem(*self._numbers(y, region))
+
+    def _numbers(self, y: Tensor, region: tuple[int, int]) -> tuple[Any, ...]:
+        """What `_problem` takes."""
+        source, batch = self.source, layout.batch_to_choose_by(y.shape[0])
+        return batch, *layout.sides(y), source.num_heads, self.qk_dim, region, source.topk, str(y.dtype)
 
 
 class _FastFull(_Merged):
@@ -281,10 +303,20 @@ class _FastFull(_Merged):
         super().__init__(attn.lepe, attn.proj, gamma, pack=pack)
         self.qkv = _linear(attn.qkv, None, pack=pack)
         self.heads, self.scale, self.backend = attn.num_heads, attn.scale, attn.backend
+        self.native = False
         self.enhances_input = isinstance(attn, Attention)  # the NCHW module enhances the values
+
+    def use_native(self) -> None:
+        """Attend by the C kernels for CPUs, where the backend is ``auto`` and heads fit them."""
+        self.native = self.backend == "auto" and native_block.can_attend(
+            self.proj.weight.shape[1] // self.heads
+        )
 
     def forward(self, y: Tensor, residual: Tensor, means: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(y).chunk(3, dim=-1)
+        if self.native:
+            out = native_block.attend_fully(q, k, v, heads=self.heads, scale=self.scale)
+            return self.merge(out, y if self.enhances_input else v, residual)
         out = full_attention(q, k, v, heads=self.heads, scale=self.scale, backend=self.backend)
         return self.merge(out, y if self.enhances_input else v, residual)
 
@@ -312,6 +344,40 @@ class _AsItIs(_Fast):
     def forward(self, y: Tensor, residual: Tensor, means: Tensor | None = None) -> Tensor:
         out: Tensor = self.attn(y)
         return residual + (out if self.gamma is None else out * self.gamma)
+
+
+def _problem(
+    batch: int,
+    height: int,
+    width: int,
+    heads: int,
+    qk_dim: int,
+    region: tuple[int, int],
+    topk: int,
+    dtype: str,
+) -> Problem:
+    """The attention of a layer on a map."""
+    return Problem(
+        batch=batch,
+        height=height,
+        width=width,
+        heads=heads,
+        head_dim=qk_dim // heads,
+        region=region,
+        topk=topk,
+        dtype=dtype.removeprefix("torch."),
+    )
+
+
+@constant_in_graphs
+def _attends_natively(*numbers: Any) -> bool:
+    """Whether ``auto`` chooses the C kernels, by a plan or by preference."""
+    return _chosen_natively(*numbers)
+
+
+@functools.lru_cache(maxsize=256)
+def _chosen_natively(*numbers: Any) -> bool:
+    return tuned.choose(_problem(*numbers), machines.detect("cpu"))[0].name == "native"
 
 
 def _router(q: Tensor, k: Tensor, region: tuple[int, int]) -> str:

@@ -20,11 +20,11 @@ from bratune.errors import UnsupportedError
 from bratune.kernels.dispatch import is_observed, is_recorded, is_transformed
 from bratune.kernels.fused.call import Call, call_for, statistics_planes
 from bratune.kernels.fused.run import empty_gradients, run_backward, run_forward
-from bratune.kernels.packed import mark_packed, origin_of
+from bratune.kernels.packed import is_packed, mark_packed, origin_of
 from bratune.machine import Machine
 from bratune.problem import Problem
 
-__all__ = ["attend", "is_packed"]
+__all__ = ["attend"]
 
 _ARGUMENTS = "int heads, int[] region, int[] kv_region, float scale, bool masked, str config"
 library.define(
@@ -161,20 +161,6 @@ def _as_one_batch(
     larger = problem.replace(batch=count * problem.batch)
     found = function.apply(*folded, call_for(larger, config, _machine(folded[0].device)), larger, config)
     return tuple(x.unflatten(0, (count, problem.batch)) for x in found), (0,) * len(found)
-
-
-def is_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether q, k and v lie side by side, as slices of one projection ``[B, H, W, 3 * C]`` do.
-
-    Their gradients are then written side by side too.
-    """
-    channels = q.shape[-1]
-    return (
-        q.shape == k.shape == v.shape
-        and q.stride() == k.stride() == v.stride()
-        and q.stride(-1) == 1
-        and q.stride(-2) == 3 * channels
-    )
 
 
 # --- what runs on the device ------------------------------------------------------------------------

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bratune.backend import Backend
 from bratune.errors import BratuneError, ConfigError, ProblemError, UnknownNameError, UnsupportedError
-from bratune.kernels import api
+from bratune.kernels import api, registry
 from bratune.kernels.api import route, routed_attention
+from bratune.machine import Machine
+from bratune.problem import Problem
 
 COMPILABLE = ("gather", "gather-sdpa", "dense")
 
@@ -109,8 +112,16 @@ def test_values_may_have_channels_of_their_own() -> None:
     torch.testing.assert_close(attend(v=v[..., :32], heads=1), attend(heads=1)[..., :32])
 
 
-def test_auto_runs_what_the_registry_chooses() -> None:
-    assert torch.equal(attend(backend="auto"), attend(backend="gather-sdpa"))
+def test_auto_runs_what_the_registry_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+
+    def choose(problem: Problem, machine: Machine) -> Backend:
+        chosen.append(registry.preference(problem, machine)[-1])
+        return registry.get(chosen[-1])
+
+    monkeypatch.setattr(registry, "choose", choose)
+    found = attend(backend="auto", scale=0.77)  # not asked for before
+    assert torch.equal(found, attend(backend=chosen[0], scale=0.77))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

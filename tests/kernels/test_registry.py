@@ -232,10 +232,20 @@ def test_the_example_of_the_readme_is_a_backend_that_conforms(tmp_path: Path) ->
     ],
 )
 def test_the_first_that_accepts_is_chosen(
-    height: int, region: tuple[int, int], topk: int, machine: Machine, expected: str
+    height: int,
+    region: tuple[int, int],
+    topk: int,
+    machine: Machine,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     problem = Problem(batch=1, height=height, width=height, heads=2, head_dim=32, region=region, topk=topk)
-    assert registry.choose(problem, machine).name == expected
+    for found, chosen in (("/a/library", "native"), ("no compiler", expected)):
+        refusal = () if chosen == "native" else (found,)
+        monkeypatch.setattr(type(registry.get("native")), "why_not", lambda *_, refusal=refusal: refusal)
+        registry._chosen_name.cache_clear()
+        assert registry.choose(problem, machine).name == chosen
+    registry._chosen_name.cache_clear()
 
 
 def test_the_order_on_a_gpu_is_that_of_the_table() -> None:

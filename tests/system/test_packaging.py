@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKED = ("kernels", "suites", "results")
-ROOMS = {"kernels": ("fused", "mixers")}  # folders inside, which are packages of their own
+ROOMS = {"kernels": ("fused", "mixers", "native")}  # folders inside, which are packages of their own
 
 IMPORTED = """
 import sys

@@ -27,8 +27,8 @@ from bratune.errors import ConfigError
 from bratune.kernels.fused.backend import TritonBackend
 from bratune.kernels.fused.call import INTERPRETING, as_text, from_text
 from bratune.kernels.fused.inverse import inverse_routes
-from bratune.kernels.fused.ops import is_packed
 from bratune.kernels.gather import GatherBackend
+from bratune.kernels.packed import is_packed
 from bratune.machine import Machine, detect
 from bratune.problem import Problem
 from bratune.testing.sanitizer import products_in_one_order

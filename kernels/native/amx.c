@@ -1,0 +1,347 @@
+/* Matrix tiles of Intel's server processors since 2023 (AMX-BF16): the forward pass on bfloat16. All else is AVX-512's.
+
+   A tile is 16 rows of 64 bytes; _tile_dpbf16ps(C, A, B) adds to C [16 queries, 16 columns] the product of
+   A [16 queries, 32 numbers] and B, where B [16, 16] holds pairs: two numbers that follow one another in the sum side
+   by side. So keys are packed as [channel pairs, keys] and values as [key pairs, channels], words of 32 bits:
+
+       scores  A = queries [M, 32 channels]   B = keys   [16 channel pairs, 16 keys]
+       output  A = weights [M, 32 keys]       B = values [16 key pairs, 16 channels]
+
+   A region of an odd number of keys gets one more, without weight. Rows of A and C cost time, rows of B do not: regions
+   of fewer than 16 queries use tiles of as many rows. The softmax between the products is AVX-512's, in float32. */
+#include "call.h"
+
+#if defined(HAVE_AMX)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target( \
+    "avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
+#endif
+#define LANES 16
+#include "simd.h"
+
+#include "attention.h"
+
+/* Numbers of the tiles: two sums, two operands of the kind B, up to four of the kind A (128 channels of a query). */
+#define C0 0
+#define C1 1
+#define B0 2
+#define B1 3
+#define A0 4
+#define A1 5
+#define A2 6
+#define A3 7
+enum { TILES = 8 };
+enum { TILE = 16, DEEP = 32 }; /* rows, and numbers of a sum that one product takes */
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_config_t;
+
+typedef struct {
+    const attention_t *call;
+    shape_t s;              /* its tk and k count the added keys */
+    int64_t deep, wide;     /* channels in whole tiles: of a sum (32), of the output (16) */
+    int64_t keys, m;        /* keys in whole tiles (32); queries of a tile */
+    int64_t slot_words;     /* [deep / 2, tk] of keys and [tk / 2, wide] of values */
+} amx_job_t;
+
+typedef struct {
+    int64_t *region_in, *regions;
+    uint32_t **blocks;
+    const uint16_t **tokens; /* [tk] */
+    uint32_t *slots, *columns, *rows; /* rows and columns of a query region, where they are put side by side */
+    uint16_t *spare, *zero;           /* [tk, D] */
+    uint16_t *q, *p;                  /* [T in whole tiles, deep], [16, keys] */
+    float *bias, *s, *o;              /* [keys], [16, keys], [16, wide] */
+} amx_scratch_t;
+
+static amx_scratch_t amx_lay_out(pieces_t *pieces, const amx_job_t *j)
+{
+    const shape_t *s = &j->s;
+    amx_scratch_t m;
+    m.region_in = piece(pieces, s->slots * 8);
+    m.regions = piece(pieces, j->call->topk * 8);
+    m.blocks = piece(pieces, j->call->topk * 8);
+    m.tokens = piece(pieces, s->tk * (int64_t)sizeof(uint16_t *));
+    m.slots = piece(pieces, s->slots * j->slot_words * 4);
+    m.columns = piece(pieces, j->deep / 2 * j->keys * 4);
+    m.rows = piece(pieces, j->keys / 2 * j->wide * 4);
+    m.spare = piece(pieces, s->tk * s->d * 2);
+    m.zero = piece(pieces, s->d * 2);
+    m.q = piece(pieces, ceil_div(s->t, TILE) * TILE * j->deep * 2);
+    m.p = piece(pieces, TILE * j->keys * 2);
+    m.bias = piece(pieces, j->keys * 4);
+    m.s = piece(pieces, TILE * j->keys * 4);
+    m.o = piece(pieces, TILE * j->wide * 4);
+    return m;
+}
+
+/* The tokens of a key region as pointers to their channels: where they lie, or copied where channels lie apart. The
+   map's padding, and the key that is added to an odd number, are `zero`. */
+static void tokens_of(const map_t *map, const amx_job_t *j, amx_scratch_t *m, int64_t b, int64_t h, tile_t tile)
+{
+    const uint16_t **at = m->tokens;
+    const shape_t *s = &j->s;
+    int64_t y = tile.y, x = tile.x, real = tile.h * tile.w;
+    for (int64_t i = 0; i < s->tk; i++) {
+        at[i] = m->zero;
+        if (i < real && y < tile.height && x < tile.width) {
+            at[i] = (const uint16_t *)token_at(map, BFLOAT16, b, y, x, h, s->d);
+            if (map->channel != 1) {
+                for (int64_t d = 0; d < s->d; d++)
+                    m->spare[i * s->d + d] = at[i][d * map->channel];
+                at[i] = m->spare + i * s->d;
+            }
+        }
+        if (++x == tile.x + tile.w) {
+            x = tile.x;
+            y++;
+        }
+    }
+}
+
+static uint32_t *amx_block_of(const amx_job_t *j, amx_scratch_t *m, int64_t b, int64_t h, int64_t region, int64_t slot)
+{
+    const shape_t *s = &j->s;
+    if (s->kept)
+        slot = region;
+    uint32_t *keys = m->slots + slot * j->slot_words, *values = keys + j->deep / 2 * s->tk;
+    if (m->region_in[slot] == region)
+        return keys;
+    m->region_in[slot] = region;
+    const uint16_t **at = m->tokens;
+    tile_t tile = key_tile(j->call, s, region);
+    tokens_of(&j->call->k, j, m, b, h, tile);
+    for (int64_t i = 0; i < s->tk; i += LANES)
+        transpose((float *)keys + i, s->tk, (const float *const *)at + i, min_of(LANES, s->tk - i), s->d / 2);
+    tokens_of(&j->call->v, j, m, b, h, tile);
+    for (int64_t i = 0; i < s->tk; i += 2)
+        for (int64_t d = 0; d < j->wide; d += 16) {
+            __mmask16 real = s->d - d >= 16 ? 0xffff : (__mmask16)((1 << (s->d - d)) - 1);
+            __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, at[i] + d));
+            __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, at[i + 1] + d));
+            _mm512_storeu_si512(values + i / 2 * j->wide + d, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+        }
+    return keys;
+}
+
+/* n words side by side; compilers make one move of a length they know, and 4 is that of regions of 2x2. */
+INLINE void move_words(uint32_t *to, const uint32_t *from, int64_t n)
+{
+    if (n == 4)
+        memcpy(to, from, 16);
+    else if (n % 16 == 0)
+        for (int64_t i = 0; i < n; i += 16)
+            _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+    else
+        for (int64_t i = 0; i < n; i++)
+            to[i] = from[i];
+}
+
+/* S [M, 16 keys] of one column of tiles; `ld` words from one channel pair to the next. */
+INLINE void score_column(float *to, int64_t keys, const uint32_t *columns, int64_t ld, int64_t deep, const int sums)
+{
+#define STEP(n)                                                                  \
+    if (deep > n * DEEP) {                                                       \
+        if (sums == C0) {                                                        \
+            _tile_loadd(B0, columns + n * 16 * ld, ld * 4);                      \
+            _tile_dpbf16ps(C0, A##n, B0);                                        \
+        } else {                                                                 \
+            _tile_loadd(B1, columns + n * 16 * ld, ld * 4);                      \
+            _tile_dpbf16ps(C1, A##n, B1);                                        \
+        }                                                                        \
+    }
+    if (sums == C0)
+        _tile_zero(C0);
+    else
+        _tile_zero(C1);
+    STEP(0)
+    STEP(1)
+    STEP(2)
+    STEP(3)
+#undef STEP
+    if (sums == C0)
+        _tile_stored(C0, to, keys * 4);
+    else
+        _tile_stored(C1, to, keys * 4);
+}
+
+/* 2^x for x <= 0 to 1e-4 of its value, which is finer than the weights are stored; NaN of NaN, 0 of minus infinity. */
+INLINE V coarse_exp2(V x)
+{
+    V held = larger(splat(-256.0f), x), n = _mm512_roundscale_ps(held, 0), f = held - n;
+    V p = splat(5.51716685e-2f) * f + splat(2.42611125e-1f);
+    p = p * f + splat(6.93260968e-1f);
+    p = p * f + splat(9.99928057e-1f);
+    return _mm512_scalef_ps(p, n);
+}
+
+/* A row of scores becomes weights in bfloat16; gives their sum, and the largest logit. */
+INLINE float soften_row(uint16_t *p, float *s, const float *bias, int64_t keys, float factor, float *most)
+{
+    V top = splat(-INFINITY), by = splat(factor);
+    for (int64_t i = 0; i < keys; i += 16) {
+        V x = load(s + i) * by + load(bias + i);
+        store(s + i, x);
+        top = larger(top, x);
+    }
+    *most = largest_of(top);
+    V max = splat(*most), sum = {0};
+    for (int64_t i = 0; i < keys; i += 32) {
+        V low = coarse_exp2(load(s + i) - max), high = coarse_exp2(load(s + i + 16) - max);
+        sum += low + high;
+        _mm512_storeu_si512(p + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    return sum_of(sum);
+}
+
+static void amx_task(void *context, int64_t task, char *memory)
+{
+    const amx_job_t *j = context;
+    const attention_t *c = j->call;
+    const shape_t *s = &j->s;
+    pieces_t pieces = {memory, 0};
+    amx_scratch_t m = amx_lay_out(&pieces, j);
+    tile_config_t config = {.palette = 1};
+    for (int i = 0; i < TILES; i++) {
+        config.row_bytes[i] = 64;
+        config.rows[i] = i == B0 || i == B1 ? TILE : (uint8_t)j->m;
+    }
+    _tile_loadconfig(&config);
+
+    int64_t b, h, first, end, direct_keys = s->tk % 16 == 0, direct_values = s->tk % 32 == 0;
+    task_range(c, s, task, &b, &h, &first, &end);
+    for (int64_t i = 0; i < s->slots; i++)
+        m.region_in[i] = -1;
+    /* What is read and belongs to nobody: channels and keys that fill tiles. */
+    if (s->d < j->deep)
+        memset(m.slots, 0, (size_t)(s->slots * j->slot_words) * 4);
+    memset(m.columns, 0, (size_t)(j->deep / 2 * j->keys) * 4);
+    memset(m.rows, 0, (size_t)(j->keys / 2 * j->wide) * 4);
+    memset(m.zero, 0, (size_t)s->d * 2);
+    memset(m.q, 0, (size_t)(ceil_div(s->t, TILE) * TILE * j->deep) * 2);
+    for (int64_t r = first; r < end; r++) {
+        for (int64_t slot = 0; slot < c->topk; slot++) {
+            m.regions[slot] = route_of(c, b, h, r, slot);
+            m.blocks[slot] = amx_block_of(j, &m, b, h, m.regions[slot], slot);
+            const uint32_t *keys = m.blocks[slot], *values = keys + j->deep / 2 * s->tk;
+            if (!direct_keys)
+                for (int64_t d = 0; d < s->d / 2; d++)
+                    move_words(m.columns + d * j->keys + slot * s->tk, keys + d * s->tk, s->tk);
+            if (!direct_values)
+                move_words(m.rows + slot * (s->tk / 2) * j->wide, values, s->tk / 2 * j->wide);
+        }
+        if (c->masked || r == first) {
+            for (int64_t slot = 0; slot < c->topk; slot++) {
+                tile_t at = key_tile(c, s, m.regions[slot]);
+                for (int64_t i = 0; i < s->tk; i++) {
+                    int64_t real = at.y + i / at.w < at.height && at.x + i % at.w < at.width;
+                    m.bias[slot * s->tk + i] = i < at.h * at.w && (real || !c->masked) ? 0.0f : -INFINITY;
+                }
+            }
+            for (int64_t i = s->k; i < j->keys; i++)
+                m.bias[i] = -INFINITY;
+        }
+        tile_t at = query_tile(c, s, r);
+        for (int64_t i = 0, y = at.y; y < at.y + at.h; y++)
+            for (int64_t x = at.x; x < at.x + at.w; x++, i++) {
+                uint16_t *to = m.q + i * j->deep;
+                if (y >= at.height || x >= at.width) {
+                    memset(to, 0, (size_t)s->d * 2);
+                    continue;
+                }
+                const uint16_t *from = (const uint16_t *)token_at(&c->q, BFLOAT16, b, y, x, h, s->d);
+                if (c->q.channel == 1)
+                    for (int64_t d = 0; d < s->d; d += 8)
+                        memcpy(to + d, from + d, 16);
+                else
+                    for (int64_t d = 0; d < s->d; d++)
+                        to[d] = from[d * c->q.channel];
+            }
+        for (int64_t i = 0; i < s->t; i += j->m) {
+            const uint16_t *q = m.q + i * j->deep;
+            int64_t stride = j->deep * 2, n = min_of(j->m, s->t - i);
+            _tile_loadd(A0, q, stride);
+            if (j->deep > DEEP)
+                _tile_loadd(A1, q + DEEP, stride);
+            if (j->deep > 2 * DEEP)
+                _tile_loadd(A2, q + 2 * DEEP, stride);
+            if (j->deep > 3 * DEEP)
+                _tile_loadd(A3, q + 3 * DEEP, stride);
+            for (int64_t key = 0; key < j->keys; key += 2 * TILE) {
+                const uint32_t *left = m.columns + key, *right = left + TILE;
+                int64_t ld = j->keys;
+                if (direct_keys) {
+                    ld = s->tk;
+                    left = m.blocks[key / s->tk] + key % s->tk;
+                    int64_t next = min_of(key + TILE, s->k - TILE); /* a tile beyond K is hidden by its bias */
+                    right = m.blocks[next / s->tk] + next % s->tk;
+                }
+                score_column(m.s + key, j->keys, left, ld, j->deep, C0);
+                score_column(m.s + key + TILE, j->keys, right, ld, j->deep, C1);
+            }
+            float scale[TILE];
+            for (int64_t u = 0; u < n; u++) {
+                float most, sum = soften_row(m.p + u * j->keys, m.s + u * j->keys, m.bias, j->keys, s->factor, &most);
+                scale[u] = 1.0f / sum;
+                if (c->lse)
+                    c->lse[((b * c->heads + h) * s->regions + r) * s->t + i + u] = most + log2f(sum);
+            }
+            for (int64_t d = 0; d < j->wide; d += 2 * TILE) {
+                int64_t both = d + TILE < j->wide;
+                _tile_zero(C0);
+                _tile_zero(C1);
+                for (int64_t key = 0; key < j->keys; key += DEEP) {
+                    const uint32_t *from = m.rows + key / 2 * j->wide + d;
+                    if (direct_values)
+                        from = m.blocks[key / s->tk] + j->deep / 2 * s->tk + key % s->tk / 2 * j->wide + d;
+                    _tile_loadd(A0, m.p + key, j->keys * 2);
+                    _tile_loadd(B0, from, j->wide * 4);
+                    _tile_dpbf16ps(C0, A0, B0);
+                    if (both) {
+                        _tile_loadd(B1, from + TILE, j->wide * 4);
+                        _tile_dpbf16ps(C1, A0, B1);
+                    }
+                }
+                _tile_stored(C0, m.o + d, j->wide * 4);
+                if (both)
+                    _tile_stored(C1, m.o + d + TILE, j->wide * 4);
+            }
+            write_rows(m.o, &c->out, c, b, h, at, s, i, n, scale);
+        }
+    }
+    _tile_release();
+}
+
+extern const variant_t avx512_variant;
+
+static int64_t amx_forward(const attention_t *c)
+{
+    if (c->dtype != BFLOAT16)
+        return avx512_variant.forward(c);
+    amx_job_t j = {.call = c};
+    j.deep = ceil_div(c->head_dim, DEEP) * DEEP;
+    j.wide = ceil_div(c->head_dim, TILE) * TILE;
+    int64_t tk = ceil_div(c->kv_region_h * c->kv_region_w, 2) * 2;
+    j.slot_words = tk / 2 * (j.deep + j.wide);
+    j.s = shape_of(c, j.slot_words / tk);
+    j.s.tk = tk;
+    j.s.k = c->topk * tk;
+    j.s.dp = j.wide; /* rows of the output */
+    j.keys = ceil_div(j.s.k, DEEP) * DEEP;
+    j.m = min_of(TILE, j.s.t);
+    cut(&j.s, c->batch * c->heads, c->threads, c->threads > 1 ? 4 : 1);
+    pieces_t nothing = {NULL, 0};
+    amx_lay_out(&nothing, &j);
+    return spread(amx_task, &j, c->batch * c->heads * j.s.parts, (size_t)nothing.used, c->threads);
+}
+
+const variant_t amx_variant = {"amx", amx_forward, NULL, NULL, NULL, NULL};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

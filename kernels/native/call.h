@@ -1,0 +1,91 @@
+/* What callers and kernels agree on: the arguments of every entry point, and how work is spread over threads.
+
+   Every field has eight bytes, so that Python writes a call with one struct.pack (kernels/native/ops.py has the
+   same order). Strides count numbers, not bytes. */
+#pragma once
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+/* Older compilers do not know these tiles. */
+#if defined(__x86_64__) && (__GNUC__ >= 11 || (defined(__clang__) && __clang_major__ >= 12))
+#define HAVE_AMX 1
+#endif
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+/* A map [B, H, W, C] as it lies in memory. */
+typedef struct {
+    char *data;
+    int64_t image, row, token, channel;
+} map_t;
+
+/* One call of routed attention; `out` and `grad` have the shape of q. */
+typedef struct {
+    map_t q, k, v, out;
+    float *lse; /* [B, heads, R * T]: log2 of the sum of 2^logit of every query; NULL where nobody wants it */
+    map_t grad, dq, dk, dv; /* backward pass only */
+    const char *routes;     /* [B, heads, R, topk]; the heads' stride is 0 where they share their routes */
+    int64_t route_image, route_head, route_region, route_slot, route_bytes;
+    int64_t batch, heads, head_dim;
+    int64_t height, width, region_h, region_w;             /* queries */
+    int64_t kv_height, kv_width, kv_region_h, kv_region_w; /* keys and values */
+    int64_t topk, masked, dtype, threads;
+    double scale;
+} attention_t;
+
+/* LayerNorm of rows [N, C], contiguous: y = (x + shift - mean) / deviation * weight + bias. */
+typedef struct {
+    const char *x;
+    const float *weight, *bias, *shift; /* [C] each, NULL where there is none */
+    char *y;
+    int64_t rows, channels, dtype, threads;
+    double eps;
+} norm_t;
+
+/* Depthwise convolution of a map, stride 1, odd side, the map's size kept: out = conv(x) + bias + add. */
+typedef struct {
+    map_t x, add, out; /* add.data is NULL where nothing is added; it may be out */
+    const float *weight, *bias; /* [side * side, C] and [C] or NULL */
+    int64_t batch, height, width, channels, side, dtype, threads;
+} depthwise_t;
+
+/* Routing: region means of q and k, their products, and the topk largest of every row. */
+typedef struct {
+    map_t q, k;
+    int64_t *routes; /* [B, R, topk], contiguous */
+    int64_t batch, channels, height, width, region_h, region_w;
+    int64_t kv_height, kv_width, kv_region_h, kv_region_w;
+    int64_t topk, dtype, threads;
+} routing_t;
+
+/* What entry points return: 0, NO_MEMORY, or 1 + the place of the first route that names no region. */
+enum { NO_MEMORY = -1 };
+
+/* The kernels of one instruction set; NULL stands for those of the next slower variant. */
+typedef struct {
+    const char *name;
+    int64_t (*forward)(const attention_t *);
+    int64_t (*backward)(const attention_t *);
+    int64_t (*norm)(const norm_t *);
+    int64_t (*depthwise)(const depthwise_t *);
+    int64_t (*route)(const routing_t *);
+} variant_t;
+
+/* Calls run(context, task, scratch) for every task from 0 to tasks - 1 on up to `threads` threads of torch's own
+   OpenMP. scratch is `bytes` long, aligned to 64 bytes, one per thread, and holds what the thread left in it.
+   Gives 0 or NO_MEMORY. */
+typedef void (*task_t)(void *context, int64_t task, char *scratch);
+int64_t spread(task_t run, void *context, int64_t tasks, size_t bytes, int64_t threads);
+
+/* The place of the first route that is out of range, plus 1; 0 where all are in range. */
+int64_t bad_route(const attention_t *call);
+
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }

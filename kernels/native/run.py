@@ -1,0 +1,138 @@
+"""Calling the library: one routed attention, forward or backward, on tensors of a CPU."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bratune.errors import ProblemError
+from bratune.kernels.native.library import loaded, variant_number
+from bratune.problem import ceil_div
+
+__all__ = [
+    "DTYPES",
+    "MOST_CHANNELS",
+    "Call",
+    "empty_gradients",
+    "lse_shape",
+    "map_of",
+    "run_backward",
+    "run_forward",
+    "shout",
+]
+
+# The numbers of call.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MOST_CHANNELS = 128
+_NO_MEMORY = -1
+# attention_t: five maps, the pointer between them, routes, sizes, the scale.
+_ATTENTION = struct.Struct("20qq20q6q15qd")
+_NOWHERE = (0, 0, 0, 0, 0)
+
+
+class Call(NamedTuple):
+    """What one attention is asked for beside its tensors."""
+
+    heads: int
+    region: tuple[int, int]
+    kv_region: tuple[int, int]
+    scale: float
+    masked: bool
+    variant: str
+
+
+def lse_shape(q: Tensor, call: Call) -> tuple[int, int, int]:
+    """Shape of the statistics: a number per query, in the order of the regions and with padding."""
+    rh, rw = call.region
+    tokens = ceil_div(q.shape[1], rh) * ceil_div(q.shape[2], rw) * rh * rw
+    return q.shape[0], call.heads, tokens
+
+
+def run_forward(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: Call, *, keep_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """The output ``[B, Hq, Wq, C]``, contiguous, and the statistics of `lse_shape` (empty where not kept).
+
+    Raises:
+        ProblemError: a route names no key region.
+    """
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(lse_shape(q, call) if keep_lse else (0,), dtype=torch.float32)
+    if not out.numel():
+        return out, lse
+    packed = _ATTENTION.pack(
+        *map_of(q), *map_of(k), *map_of(v), *map_of(out), lse.data_ptr() if keep_lse else 0,
+        *_NOWHERE * 4, *_routes(routes), *_sizes(q, k, routes, call), call.scale,
+    )  # fmt: skip
+    _check(loaded().functions.bratune_forward(variant_number(call.variant), packed), routes, k, call)
+    return out, lse
+
+
+def run_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, call: Call,
+    *, packed: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of q, k and v: three tensors, or one ``[B, H, W, 3 * C]`` where ``packed``."""
+    results = empty_gradients(q, k, v, packed=packed)
+    if not q.numel():
+        return [result.zero_() for result in results]
+    dq, dk, dv = results[0].chunk(3, -1) if packed else results
+    arguments = _ATTENTION.pack(
+        *map_of(q), *map_of(k), *map_of(v), *map_of(out), lse.data_ptr(),
+        *map_of(grad), *map_of(dq), *map_of(dk), *map_of(dv),
+        *_routes(routes), *_sizes(q, k, routes, call), call.scale,
+    )  # fmt: skip
+    _check(loaded().functions.bratune_backward(variant_number(call.variant), arguments), routes, k, call)
+    return results
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> list[Tensor]:
+    """Room for the gradients, contiguous: side by side in one tensor, or each in its own."""
+    if packed:
+        return [q.new_empty((*q.shape[:-1], 3 * q.shape[-1]))]
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+
+def map_of(x: Tensor) -> tuple[int, ...]:
+    """The fields of a ``map_t``."""
+    return x.data_ptr(), *x.stride()
+
+
+def _routes(routes: Tensor) -> tuple[int, ...]:
+    strides = routes.stride()
+    if len(strides) == 3:
+        strides = (strides[0], 0, *strides[1:])
+    return routes.data_ptr(), *strides, routes.element_size()
+
+
+def _sizes(q: Tensor, k: Tensor, routes: Tensor, call: Call) -> tuple[int, ...]:
+    batch, height, width, channels = q.shape
+    return (
+        batch, call.heads, channels // call.heads, height, width, *call.region, k.shape[1], k.shape[2],
+        *call.kv_region, routes.shape[-1], call.masked, DTYPES[q.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def shout(failed: int) -> None:
+    """Raise what the library's answer says of memory.
+
+    Raises:
+        MemoryError: there was no room for what a thread holds.
+    """
+    if failed == _NO_MEMORY:
+        raise MemoryError("the backend native could not allocate its scratch memory")
+
+
+def _check(answer: int, routes: Tensor, k: Tensor, call: Call) -> None:
+    """Raise what the library's answer says of an attention."""
+    shout(answer)
+    if not answer:
+        return
+    regions = ceil_div(k.shape[1], call.kv_region[0]) * ceil_div(k.shape[2], call.kv_region[1])
+    place = [int(x) for x in torch.unravel_index(torch.tensor(answer - 1), routes.shape)]
+    raise ProblemError(
+        f"routes{place} is {int(routes[tuple(place)])}; there are {regions} key regions, 0 to {regions - 1}"
+    )
