@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bratune.machine import Machine
+from bratune.measure.host import launch_us
 from bratune.measure.stolen import StolenTime
 from bratune.measure.telemetry import Reading
 
@@ -27,6 +28,7 @@ __all__ = [
     "check_disk",
     "check_environment",
     "check_flags",
+    "check_host",
     "check_load",
     "check_noise",
     "check_sensors",
@@ -191,6 +193,12 @@ def check_noise(medians_ms: Sequence[float]) -> Finding:
     return Finding("noise floor", OK, found)
 
 
+def check_host(us: float) -> Finding:
+    """What the host takes to launch an operation, and who wants to know."""
+    advice = f"of a like host, `bratune predict --host {us:.1f}` narrows what small batches may take"
+    return Finding("host", OK, f"{us:.1f} us per operation of eager PyTorch", advice)
+
+
 def check_stolen(share: float) -> Finding:
     """Whether the host of a virtual machine gave its processors to others while something was measured.
 
@@ -220,7 +228,7 @@ def examine(machine: Machine, *, measure: bool = True, folder: str | Path = ".")
 
     Args:
         machine: Where measurements would be taken.
-        measure: Measure the noise floor, too.
+        measure: Measure the noise floor and the host, too.
         folder: Where results would be written.
     """
     from bratune import gpus
@@ -235,6 +243,8 @@ def examine(machine: Machine, *, measure: bool = True, folder: str | Path = ".")
     findings.append(check_load(os.getloadavg()[0], cores, machine.threads or cores))
     findings += check_environment(os.environ)
     findings += check_flags(torch_flags())
+    if measure and machine.is_cuda:
+        findings.append(check_host(launch_us(machine.device)))
     if measure:
         stolen = StolenTime()
         findings.append(check_noise(noise_samples(machine)))
