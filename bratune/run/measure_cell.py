@@ -20,7 +20,7 @@ from bratune.record import Record
 from bratune.variant import Stage, get_variant
 from bratune.work import call as work
 from bratune.work.cells import model_stages
-from bratune.work.count import model_macs, part_macs
+from bratune.work.count import part_macs
 
 __all__ = ["Checked", "Result", "check", "failure", "finish", "prepare", "refusals", "run_cell"]
 
@@ -82,7 +82,9 @@ def finish(made: Checked, machine: Machine, measured: Measurement) -> Result:
     """The row of a cell that was timed, with what follows from its time."""
     cell = made.cell
     values = {**made.fields, **measured.to_record_fields()}
-    values |= derived(cell, measured.median_ms, made.work.images) | _floor(cell, machine, measured.median_ms)
+    macs = made.work.macs() if made.work.macs else cell_macs(cell)
+    values |= derived(cell, measured.median_ms, made.work.images, macs)
+    values |= _floor(cell, machine, measured.median_ms)
     if cell.part == "model":
         values |= energy_fields(measured.run or made.work.call, machine, made.work.images)
     return Result(Record.of(cell, machine, outcome="measured", **values), measured.samples_ms)
@@ -109,7 +111,7 @@ def refusals(cell: Cell, machine: Machine) -> tuple[str, ...]:
     parts = model_stages(cell)
     names = cell.backend.split(",")
     for stage, name in zip(parts, names * len(parts) if len(names) == 1 else names, strict=False):
-        if stage.kind == "routed" and stage.problem:
+        if stage.kind == "routed" and stage.problem and name != "auto":
             reasons = registry.get(name).why_not(stage.problem, machine)
             found += [f"stage {stage.index}: {reason}" for reason in reasons]
     return tuple(found)
@@ -133,14 +135,27 @@ def check(made: work.Work) -> dict[str, Any]:
             worst[name] = max(values, default=None)
         if not found.ok:
             return worst | {"reason": found.reason}
-    return worst
+    return worst | _agreement(made)
 
 
-def derived(cell: Cell, median_ms: float, images: int) -> dict[str, Any]:
+def _agreement(made: work.Work) -> dict[str, Any]:
+    """How far a form of a model is from the plain model; a reason where that is too far."""
+    found = made.agreement()
+    if found is None:
+        return {}
+    difference, limit = found
+    values: dict[str, Any] = {"max_rel_err": difference, "tolerance": limit}
+    if not difference <= limit:
+        values["reason"] = (
+            f"differs from the plain model by {difference:.1e} of the largest number; {limit:.0e} would pass"
+        )
+    return values
+
+
+def derived(cell: Cell, median_ms: float, images: int, macs: int) -> dict[str, Any]:
     """Rates that follow from a time: images, useful multiply-adds and least bytes per second."""
     seconds = median_ms / 1e3
     values: dict[str, Any] = {"images_per_s": images / seconds}
-    macs = cell_macs(cell)
     if macs and not cell.problem.backward:
         values["tflops_s"] = 2 * macs / seconds / 1e12
     if cell.part == "attention" and not cell.problem.backward:
@@ -151,7 +166,7 @@ def derived(cell: Cell, median_ms: float, images: int) -> dict[str, Any]:
 def _floor(cell: Cell, machine: Machine, median_ms: float) -> dict[str, Any]:
     """How near a time is to what the board's published peaks allow; nothing where they are unknown."""
     board = gpus.from_machine(machine)
-    if board is None:
+    if board is None or cell.form == "timm":
         return {}
     try:
         least = bound_cell(cell, board)
@@ -163,14 +178,12 @@ def _floor(cell: Cell, machine: Machine, median_ms: float) -> dict[str, Any]:
 
 
 def cell_macs(cell: Cell) -> int:
-    """Multiply-adds of the forward pass of a cell; 0 where none are counted."""
+    """Multiply-adds of the forward pass of a cell below a model; 0 where none are counted."""
     if cell.part == "attention":
         return cell.problem.attention_macs
     if not cell.model:
         return 0
     variant, batch = get_variant(cell.model), cell.problem.batch
-    if cell.part == "model":
-        return model_macs(variant, model_stages(cell), batch)
     counts = part_macs(variant, _stage_of(cell), batch)
     return sum(counts.values()) if cell.part == "block" else counts.get(cell.part, 0)
 

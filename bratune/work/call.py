@@ -18,17 +18,19 @@ from torch import Tensor, nn
 from bratune.backend import Backend
 from bratune.cell import Cell
 from bratune.errors import UsageError
-from bratune.kernels import registry
+from bratune.kernels import registry, tuned
 from bratune.kernels.api import route, routed_attention
+from bratune.kernels.backbone import Backbone
 from bratune.kernels.blocks import Residual
-from bratune.machine import Machine
+from bratune.machine import Machine, detect
 from bratune.problem import Problem
 from bratune.work.cells import model_stages
+from bratune.work.forms import build_form, cell_macs, difference_limit
 from bratune.work.inputs import make_routes
-from bratune.work.modules import block_for, images_for, model_for, scenery_for
+from bratune.work.modules import block_for, scenery_for
 from bratune.work.parts import State, Step, steps_of
 
-__all__ = ["Attention", "Work", "build"]
+__all__ = ["Attention", "Work", "build", "training_step"]
 
 Call = Callable[[], Any]
 
@@ -58,13 +60,19 @@ class Work:
             eager, it ends with what precedes the part, whose results the part then takes: inputs that
             were made long ago would lie farther away than in the network, and add up to more.
         images: Images per call.
-        attentions: The attention calls in it; of a model, those of the first block of every stage.
+        attentions: The attention calls in it; of a model, those of the first block of every stage, and none
+            of a model that is not ours.
+        agreement: For a model in another form than plain: how far what it gives is from what the plain model
+            gives, over the largest number, and how far its data type allows. None for anything else.
+        macs: Multiply-adds of a forward pass of a whole model; None for anything else.
     """
 
     call: Call
     before: Call | None
     images: int
     attentions: Callable[[], tuple[Attention, ...]]
+    agreement: Callable[[], tuple[float, float] | None] = lambda: None
+    macs: Callable[[], int] | None = None
 
 
 def build(cell: Cell, machine: Machine) -> Work:
@@ -135,8 +143,11 @@ def _seen(attn: Any, state: State, problem: Problem) -> Attention:
         routes = torch.zeros(q.shape[0], 1, 1, dtype=torch.int64, device=q.device)
         shim = cast(Backend, _FullAttention(attn))
         return Attention(shim, problem, q, k, v, routes, None)
-    backend = registry.get(attn.backend)
-    return Attention(backend, problem, q, k, v, state["routes"], attn.config)
+    if attn.backend == "auto":  # the gate checks what that comes to
+        backend, config = tuned.choose(problem, detect(str(q.device)))
+    else:
+        backend, config = registry.get(attn.backend), attn.config
+    return Attention(backend, problem, q, k, v, state["routes"], config)
 
 
 def _timed(cell: Cell, device: str, steps: list[tuple[Step, State]], module: nn.Module | None) -> Call:
@@ -255,10 +266,42 @@ def _bare(cell: Cell, device: str) -> Work:
     return Work(call, None, p.batch, lambda: (seen,))
 
 
+def training_step(
+    model: nn.Module, images: Tensor, wanted: Sequence[Tensor] | None = None
+) -> tuple[Tensor | None, ...]:
+    """A forward and a backward pass, without an optimizer's step.
+
+    The loss is the sum of everything that comes out, class scores or a tuple of maps, weighted from -1 to 1
+    by place: normalized maps have sums and sums of squares that no weight of the model can change, and a mean
+    over a large batch would have gradients too small for float16.
+
+    Args:
+        model: In training.
+        images: A batch.
+        wanted: What gradients are taken of; by default every parameter that has one.
+
+    Returns:
+        The gradients; None where there is none.
+    """
+    outs = _tensors(model(images))
+    leaves = [p for p in model.parameters() if p.requires_grad] if wanted is None else list(wanted)
+    loss = torch.stack([(out.float().flatten() * _ramp(out)).sum() for out in outs]).sum()
+    return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def _ramp(out: Tensor) -> Tensor:
+    return torch.linspace(-1.0, 1.0, out.numel(), device=out.device)
+
+
+def _tensors(output: Any) -> tuple[Tensor, ...]:
+    """What a model gives: class scores, or maps in a tuple or list."""
+    return tuple(output) if isinstance(output, tuple | list) else (output,)
+
+
 def _model(cell: Cell, device: str) -> Work:
-    model, images = model_for(cell, device), images_for(cell, device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    problems = [stage.problem for stage in model_stages(cell)]
+    form = build_form(cell, device)
+    model, images, backward = form.model, form.images, cell.problem.backward
+    own = form.plain if form.plain is not None else model
 
     def forward() -> Any:
         with _context(cell, device, gradients=False):
@@ -266,18 +309,41 @@ def _model(cell: Cell, device: str) -> Work:
 
     def forward_backward() -> Any:
         with _context(cell, device, gradients=True):
-            made = model(images)
-        outs = made if isinstance(made, tuple) else (made,)
-        return torch.autograd.grad(outs, parameters, [torch.ones_like(o) for o in outs], allow_unused=True)
+            return training_step(model, images)
 
     def attentions() -> tuple[Attention, ...]:
+        if not isinstance(own, Backbone):
+            return ()
         caught: list[Attention] = []
-        with _context(cell, device, gradients=False), _listening(model, problems, caught):
-            model(images)
+        problems = [stage.problem for stage in model_stages(cell)]
+        with _context(cell, device, gradients=False), _listening(own, problems, caught):
+            own(images)
         return tuple(caught)
 
-    call = forward_backward if cell.problem.backward else forward
-    return Work(call, None, cell.problem.batch, attentions)
+    def agreement() -> tuple[float, float] | None:
+        if form.plain is None:
+            return None
+        with _context(cell, device, gradients=backward):
+            found, expected = (_seen_from_outside(m, images, backward) for m in (model, form.plain))
+        return difference_limit(found, expected)
+
+    call = forward_backward if backward else forward
+    return Work(call, None, cell.problem.batch, attentions, agreement, lambda: cell_macs(cell, form))
+
+
+def _seen_from_outside(model: nn.Module, images: Tensor, backward: bool) -> tuple[Tensor, ...]:
+    """What tells two forms of a model apart: their outputs, in training the gradients of the images.
+
+    One image gives a classifier in training no gradient (batch norm makes the mean of its last map a
+    constant): there it is the outputs.
+    """
+    outs = _tensors(model(images))
+    if not backward or (images.shape[0] == 1 and len(outs) == 1):
+        return outs
+    leaf = images.detach().requires_grad_()
+    (gradient,) = training_step(model, leaf, [leaf])
+    assert gradient is not None
+    return (gradient,)
 
 
 @contextlib.contextmanager
