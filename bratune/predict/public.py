@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bratune.gpus import GPU
+from bratune.gpus import GPU, resolve
 from bratune.predict.counted import Load
 from bratune.predict.roofline import Rates
+from bratune.record import Record
 
 __all__ = [
     "HeldOut",
@@ -31,6 +32,7 @@ __all__ = [
     "carried_fits",
     "public_rates",
     "published_figures",
+    "published_records",
     "used_matrix",
 ]
 
@@ -258,6 +260,39 @@ class PublishedFigure:
     images_per_s: float
     software: str
     source: str
+
+
+def published_records(gpu: str = "") -> list[Record]:
+    """The selected published figures as records with evidence ``published``.
+
+    Args:
+        gpu: Key of a board; empty: of every board.
+    """
+    return [
+        Record(
+            cell_id=f"published:{f.source.rpartition('/')[2]}:{f.model}:{f.image}:{f.batch}",
+            evidence="published",
+            reason=f"{f.software}; {f.source}",
+            gpu_key=f.gpu,
+            gpu_name=resolve(f.gpu).name,
+            torch=f.software.partition(",")[0].removeprefix("torch "),
+            model=f.model,
+            part="model",
+            form="timm",
+            batch=f.batch,
+            image_height=f.image,
+            image_width=f.image,
+            dtype=f.dtype,
+            amp=f.amp,
+            layout=f.layout,
+            regime=f.regime,
+            direction="fwd",
+            median_ms=1e3 * f.batch / f.images_per_s,
+            images_per_s=f.images_per_s,
+        )
+        for f in published_figures()
+        if gpu in ("", f.gpu)
+    ]
 
 
 @functools.cache
