@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -55,7 +56,8 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-@dataclass(frozen=True, kw_only=True)
+# With slots, and each different text once: reports hold a row per line of files of millions.
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """One row. Field order is column order."""
 
@@ -311,7 +313,12 @@ class Record:
 
     @classmethod
     def _of_checked(cls, fields: Mapping[str, Any]) -> Record:
-        known = {name: value for name, value in fields.items() if name in _KINDS}
+        intern = sys.intern
+        known: dict[str, Any] = {
+            name: intern(value) if type(value) is str else value
+            for name, value in fields.items()
+            if name in _KINDS
+        }
         if known.get("part") == "model" and "form" not in known:
             known |= form_fields(str(known.get("backend", "")))
         return cls(**known)

@@ -65,6 +65,14 @@ def test_a_record_survives_its_line(row: Record) -> None:
     assert Record.from_json(row.to_json()) == row
 
 
+def test_a_record_holds_no_dictionary_and_each_different_text_once() -> None:
+    line = Record.of(CELL, MACHINE, reason="the same words in every row", median_ms=1.0).to_json()
+    one, other = Record.from_json(line), Record.from_json(line)
+    assert not hasattr(one, "__dict__")
+    assert one.reason is other.reason
+    assert one.cell is other.cell
+
+
 @pytest.mark.parametrize("outcome", [o for o in OUTCOMES if o not in ("measured", "modelled", "started")])
 def test_a_failure_needs_a_reason(outcome: str) -> None:
     with pytest.raises(StoreError, match="needs a reason"):
