@@ -5,6 +5,7 @@
 #   make test      the tests, then the Triton kernels in Triton's interpreter
 #   make faults    the table of docs/faults.md: every fault, many times (minutes)
 #   make check     ruff, ruff format, mypy --strict
+#   make wheels    wheels with the C kernels inside, for x86-64 and Arm (the compiler is a download of 100 MB)
 #   make gpu       on a machine with an NVIDIA GPU: the GPU tests and the measurements worth keeping
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: profile test faults check gpu clean
+.PHONY: profile test faults check wheels gpu clean
 
 profile: $(VENV)/.installed
 	$(BIN)/bratune profile
@@ -28,6 +29,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheels: $(VENV)/.dev
+	$(INSTALL) --editable '.[native]' wheel
+	.ci/wheels
 
 gpu:
 	.ci/gpu

@@ -30,6 +30,7 @@ __all__ = [
     "check_flags",
     "check_host",
     "check_load",
+    "check_native",
     "check_noise",
     "check_sensors",
     "check_stolen",
@@ -124,6 +125,28 @@ def check_sensors(reading: Reading, foreign: int | None) -> list[Finding]:
     else:
         found.append(Finding("other processes", OK, "none on the board"))
     return found
+
+
+def check_native(variants: Sequence[str], default: str, openmp: str, source: str, reason: str) -> Finding:
+    """The backend for CPUs: which instruction sets it uses, whose threads, and where its library is from.
+
+    Args:
+        variants: Those that this processor runs, the fastest first.
+        default: The one that runs where nobody names one.
+        openmp: The OpenMP library whose threads it uses; empty for none.
+        source: Where the library is from, in words.
+        reason: Why there is no library; empty where there is one.
+    """
+    if reason:
+        return Finding("native backend", NOTE, "cannot run here", reason)
+    found = f"{default} (of {', '.join(variants)}), threads of {openmp or 'nobody'}, {source}"
+    if not openmp:
+        advice = "one thread: torch has loaded no OpenMP whose threads could be used"
+        return Finding("native backend", NOTE, found, advice)
+    if default != variants[0]:
+        advice = f"BRATUNE_NATIVE asks for it; {variants[0]} is the fastest here"
+        return Finding("native backend", NOTE, found, advice)
+    return Finding("native backend", OK, found)
 
 
 def check_load(load: float, cores: int, threads: int) -> Finding:
@@ -239,6 +262,8 @@ def examine(machine: Machine, *, measure: bool = True, folder: str | Path = ".")
     if machine.is_cuda:
         with open_telemetry(machine) as telemetry:
             findings += check_sensors(telemetry.read(), telemetry.foreign_processes(holds_context=False))
+    else:
+        findings.append(check_native(**native_facts()))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     findings.append(check_load(os.getloadavg()[0], cores, machine.threads or cores))
     findings += check_environment(os.environ)
@@ -269,6 +294,24 @@ def _wanted_triton() -> str:
     except importlib.metadata.PackageNotFoundError:
         return ""
     return next((text for text in wanted if re.match(r"triton\b", text)), "")
+
+
+def native_facts() -> dict[str, Any]:
+    """What there is of the backend for CPUs, for `check_native`; builds its library where that is missing."""
+    from bratune.kernels.native import build, library
+
+    found = library.find()
+    if isinstance(found, str):
+        return {"variants": (), "default": "", "openmp": "", "source": "", "reason": found}
+    compilers = [" ".join(compiler) for compiler in build.compilers()]
+    came_along = found.path == build.bundled()
+    return {
+        "variants": found.runnable,
+        "default": found.default,
+        "openmp": found.openmp,
+        "source": "came with the package" if came_along else f"built by {compilers[0] if compilers else '?'}",
+        "reason": "",
+    }
 
 
 def torch_flags() -> dict[str, Any]:

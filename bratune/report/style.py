@@ -20,6 +20,7 @@ BACKEND_COLOURS = {
     "flex": "#a06cb0",
     "sparse": "#c8603c",
     "triton": "#16877a",
+    "native": "#2f6f4f",
     "reference": "#b9b2a8",
     "best per stage": "#0d5c53",
 }

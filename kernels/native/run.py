@@ -80,6 +80,7 @@ def run_backward(
     if not q.numel():
         return [result.zero_() for result in results]
     dq, dk, dv = results[0].chunk(3, -1) if packed else results
+    lse = lse.contiguous()  # as the forward pass made it, before any batching
     arguments = _ATTENTION.pack(
         *map_of(q), *map_of(k), *map_of(v), *map_of(out), lse.data_ptr(),
         *map_of(grad), *map_of(dq), *map_of(dk), *map_of(dv),

@@ -164,3 +164,30 @@ def test_the_whole_examination_runs_here(capsys: pytest.CaptureFixture[str]) -> 
     assert run(["doctor", "--device", "cpu", "--no-noise", "--format", "json"]) in (0, 1)
     found = {f["what"] for f in json.loads(capsys.readouterr().out)}
     assert {"torch", "triton", "GPU", "CPU load", "TF32", "deterministic algorithms", "disk"} <= found
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "words"),
+    [
+        ({}, "ok", "amx (of amx, avx2), threads of libgomp.so, built by cc"),
+        ({"default": "avx2"}, "note", "BRATUNE_NATIVE asks for it; amx is the fastest here"),
+        ({"openmp": ""}, "note", "one thread"),
+        ({"reason": "needs a C compiler"}, "note", "needs a C compiler"),
+    ],
+)
+def test_the_backend_for_cpus_says_what_it_uses(change: dict[str, Any], state: str, words: str) -> None:
+    facts: dict[str, Any] = {
+        "variants": ("amx", "avx2"),
+        "default": "amx",
+        "openmp": "libgomp.so",
+        "source": "built by cc",
+        "reason": "",
+    }
+    found = health.check_native(**(facts | change))
+    assert found.state == state
+    assert words in f"{found.found} {found.advice}"
+
+
+def test_on_a_cpu_the_backend_for_cpus_is_looked_at() -> None:
+    found = states(health.examine(CPU, measure=False))
+    assert "native backend" in found
