@@ -15,7 +15,7 @@ from bratune.backend import Backend, Config
 from bratune.errors import ConfigError, ProblemError, UnsupportedError
 from bratune.kernels import layout, registry, tuned
 from bratune.kernels.constants import constant_in_graphs
-from bratune.kernels.dispatch import is_observed, is_transformed
+from bratune.kernels.dispatch import is_exported, is_observed, is_transformed
 from bratune.kernels.routing import route
 from bratune.machine import Machine
 from bratune.problem import Problem
@@ -113,6 +113,7 @@ def _attend(
         padding,
         backend,
         () if config is None else tuple(sorted(config)),
+        is_exported(),
     )
     found: tuple[Problem, Backend, Config | None] = getattr(_RESOLVED, call)
     problem, chosen, planned = found
@@ -188,6 +189,8 @@ class _Resolved:
 _RESOLVED = _Resolved()
 _PLACES: dict[tuple[Any, ...], str] = {}
 _NUMBERS = itertools.count()
+# Backends that are operators of ours in a graph.
+_OPERATORS = ("triton", "native")
 # Detection at free resolutions makes a new call per image size; the older half of so many is let go.
 _MOST_CALLS = 4096
 
@@ -222,6 +225,7 @@ def _found_out(
     padding: str,
     backend: str,
     settings: tuple[str, ...],
+    exported: bool,
 ) -> tuple[Problem, Backend, Config | None]:
     """The problem that tensors of these shapes state, its backend, and a plan's settings for it."""
     _check_shapes(q, k, v, heads)
@@ -253,7 +257,11 @@ def _found_out(
             f"routes of shape {list(routes)} do not fit {problem}; {[*rows, problem.topk]} would"
         )
     here = _machine(device)
-    if backend == "auto":
+    if backend == "auto" and exported and not here.is_cuda:
+        # Operators of our own are nothing to the tools that graphs are exported for.
+        names = [name for name in registry.preference(problem, here) if name not in _OPERATORS]
+        chosen, planned = next(b for b in map(registry.get, names) if not b.why_not(problem, here)), None
+    elif backend == "auto":
         chosen, planned = tuned.choose(problem, here)
     else:
         planned = None

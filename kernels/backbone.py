@@ -17,7 +17,7 @@ from bratune.kernels.full_attention import FullAttention
 from bratune.kernels.layer import RoutedLayer
 from bratune.kernels.nhwc import LayerNorm2d, to_nchw, to_nhwc
 
-__all__ = ["Backbone", "drop_path_rates", "per_stage"]
+__all__ = ["Backbone", "check_images", "drop_path_rates", "per_stage"]
 
 # The modules that a backend stands behind.
 ATTENTION = (RoutedLayer, FullAttention)
@@ -154,10 +154,16 @@ class Backbone(nn.Module):
         return out
 
     def _prepared(self, x: Tensor) -> Tensor:
-        if x.ndim != 4:
-            raise ProblemError(f"images must be [B, channels, H, W], not {list(x.shape)}")
+        check_images(x)
         self.check_size(*layout.settled(x.shape[2:]))
         return x.contiguous(memory_format=torch.channels_last)
+
+
+def check_images(x: Tensor) -> None:
+    """Raise a `ProblemError` where a tensor is no batch of images."""
+    if x.ndim != 4:
+        hint = "; x[None] is a batch of one" if x.ndim == 3 else ""
+        raise ProblemError(f"images must be [B, channels, H, W], not {list(x.shape)}{hint}")
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -7,6 +7,7 @@ the same names (``pos_embed norm1 attn norm2 mlp``), whatever its attention is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,17 @@ from torch import Tensor, nn
 from bratune.backend import Config
 from bratune.errors import ProblemError
 from bratune.kernels import layout
+from bratune.kernels.dispatch import is_transformed
 from bratune.kernels.full_attention import Attention, AttentionLePE, NCHWAttentionLePE
 from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, RoutedLayer
 from bratune.kernels.lean import add_conv, add_mlp
-from bratune.kernels.nhwc import conv_nhwc, linear_1x1, to_nchw, to_nhwc
+from bratune.kernels.nhwc import conv_nhwc, is_1x1, keeps_size, linear_1x1, to_nchw, to_nhwc
+from bratune.kernels.plain import is_plain
 
 __all__ = ["Block", "BlockSTL", "ConvAttention", "DropPath", "NCHWBlockSTL", "Residual"]
+
+
+Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 
 class DropPath(nn.Module):
@@ -64,6 +70,33 @@ class DWConv(nn.Module):
         return conv_nhwc(self.dwconv, x)
 
 
+def plain_mlp(mlp: nn.Module) -> tuple[Layer, nn.Conv2d | None, Layer] | None:
+    """The two layers of an MLP, and the convolution between them, where their weights may be read.
+
+    None where something in it must be called, or where it is another function.
+    """
+    parts = list(mlp.children())
+    if not is_plain(mlp, nn.Sequential) or len(parts) < 3:
+        return None
+    widen, *between, narrow = parts
+    conv = None
+    for part in between:
+        if is_plain(part, DWConv) and conv is None and part is between[0]:
+            assert isinstance(part, DWConv)
+            conv = part.dwconv
+        elif not (is_plain(part, nn.Identity) or (is_plain(part, nn.GELU) and part is between[-1])):
+            return None
+    if getattr(between[-1], "approximate", "") != "none" or (conv is not None and not keeps_size(conv)):
+        return None
+    if not (_is_layer(widen) and _is_layer(narrow)):
+        return None
+    return widen, conv, narrow  # type: ignore[return-value]  # _is_layer has looked
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return is_plain(module, nn.Linear) or is_1x1(module)
+
+
 class ConvAttention(nn.Sequential):
     """Convolutions in the place of attention (official top-k 0), on NHWC maps: 1x1, depthwise 5x5, 1x1."""
 
@@ -77,7 +110,7 @@ class ConvAttention(nn.Sequential):
 
     def project(self, x: Tensor) -> Tensor:
         """The first 1x1 convolution."""
-        return linear_1x1(self[1], x)
+        return linear_1x1(self[1], self[0](x))
 
     def enhance(self, v: Tensor) -> Tensor:
         """The depthwise convolution."""
@@ -131,7 +164,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, C]`` to ``[B, H, W, C]``."""
-        if self.lean and torch.is_grad_enabled():
+        if self.lean and torch.is_grad_enabled() and not is_transformed():
             return self._forward_lean(x)
         if self.pos_embed is not None:
             x = conv_nhwc(self.pos_embed, x, add=x)
@@ -140,15 +173,19 @@ class Residual(nn.Module):
 
     def _forward_lean(self, x: Tensor) -> Tensor:
         """`forward` with the parts of `bratune.kernels.lean`, where the block's options allow them."""
-        if isinstance(self.pos_embed, nn.Conv2d):
-            x = add_conv(x, self.pos_embed)
+        pos = self.pos_embed
+        if pos is not None and keeps_size(pos):
+            assert isinstance(pos, nn.Conv2d)
+            x = add_conv(x, pos)
+        elif pos is not None:
+            x = conv_nhwc(pos, x, add=x)
         x = self._attend_lean(x)
         return self._feed_lean(x)
 
     def _attend_lean(self, x: Tensor) -> Tensor:
         attn, norm = self.attn, self.norm1
-        known = self.pre_norm and isinstance(attn, RoutedLayer) and attn.takes_norm(*layout.sides(x))
-        if not known:
+        known = isinstance(attn, RoutedLayer) and attn.takes_norm(*layout.sides(x))
+        if not (self.pre_norm and known and is_plain(norm, nn.LayerNorm)):
             return self._add(x, self.attend, norm, self.gamma1)
         assert isinstance(attn, RoutedLayer)
         assert isinstance(norm, nn.LayerNorm)
@@ -157,13 +194,15 @@ class Residual(nn.Module):
         return out
 
     def _feed_lean(self, x: Tensor) -> Tensor:
-        norm, layers = self.norm2, list(self.mlp.children())
-        if not self.pre_norm or self.gamma2 is not None or any(isinstance(part, DWConv) for part in layers):
+        norm, layers = self.norm2, plain_mlp(self.mlp)
+        whole = layers is not None and layers[1] is None and is_plain(norm, nn.LayerNorm)
+        if not (self.pre_norm and whole and is_plain(self.drop_path, DropPath, nn.Identity)) or (
+            self.gamma2 is not None
+        ):
             return self._add(x, self.feed, norm, self.gamma2)
-        widen, narrow = layers[0], layers[-1]
+        assert layers is not None
         assert isinstance(norm, nn.LayerNorm)
-        assert isinstance(widen, nn.Linear | nn.Conv2d)
-        assert isinstance(narrow, nn.Linear | nn.Conv2d)
+        widen, _, narrow = layers
         mask = None
         if isinstance(self.drop_path, DropPath) and self.drop_path.training:
             mask = self.drop_path.draw(x)
@@ -388,8 +427,10 @@ class NCHWBlockSTL(Residual):
 
     def feed(self, x: Tensor) -> Tensor:
         """The MLP part, NHWC."""
-        assert isinstance(self.mlp, nn.Sequential)
-        widen, activate, narrow = self.mlp
+        parts = list(self.mlp.children())
+        if not is_plain(self.mlp, nn.Sequential) or len(parts) != 3:
+            return to_nhwc(self.mlp(to_nchw(x)))
+        widen, activate, narrow = parts
         return linear_1x1(narrow, activate(linear_1x1(widen, x)))
 
 

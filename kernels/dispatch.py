@@ -10,7 +10,14 @@ from torch import Tensor
 
 from bratune.errors import UnsupportedError
 
-__all__ = ["is_observed", "is_recorded", "is_transformed", "on_device_of", "refuse_second_derivative"]
+__all__ = [
+    "is_exported",
+    "is_observed",
+    "is_recorded",
+    "is_transformed",
+    "on_device_of",
+    "refuse_second_derivative",
+]
 
 
 def is_observed(x: Tensor) -> bool:
@@ -29,6 +36,11 @@ def is_observed(x: Tensor) -> bool:
 def is_recorded() -> bool:
     """Whether `torch.compile`, `torch.export` or `torch.jit.trace` makes a graph of what runs."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_exported() -> bool:
+    """Whether what runs becomes a graph for other tools: `torch.export` or `torch.jit.trace` records it."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def is_transformed() -> bool:

@@ -12,17 +12,28 @@ the products that a block adds are added where the map is written before (see `F
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bratune.errors import ProblemError
+from bratune.kernels.dispatch import is_exported, is_recorded
 from bratune.kernels.native import block as native_block
 from bratune.kernels.nhwc import to_nchw, to_nhwc
 from bratune.kernels.norm import layer_norm
 
-__all__ = ["FrozenConv", "FrozenLinear", "FrozenNorm", "accumulates", "packs"]
+__all__ = [
+    "Frozen",
+    "FrozenConv",
+    "FrozenLinear",
+    "FrozenNorm",
+    "accumulates",
+    "packs",
+    "refuse_another_form",
+]
 
 
 def accumulates(weight: Tensor) -> bool:
@@ -39,7 +50,99 @@ def packs(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
-class FrozenLinear(nn.Module):
+class Derived:
+    """What is made of tensors: once, and anew wherever one of them has changed. No copy takes it along."""
+
+    def __init__(self) -> None:
+        self.stamps: list[tuple[Tensor | None, int]] = []
+        self.value: Any = None
+
+    def get(self, make: Callable[[], Any], *sources: Tensor | None) -> Any:
+        """What ``make`` makes of these tensors as they are now."""
+        stamps = [(x, 0 if x is None or x.is_inference() else x._version) for x in sources]
+        known = len(stamps) == len(self.stamps) and all(
+            x is held and version == last
+            for (x, version), (held, last) in zip(stamps, self.stamps, strict=True)
+        )
+        if not known:
+            self.value, self.stamps = make(), stamps
+        return self.value
+
+    def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
+        return Derived, ()
+
+
+class Frozen(nn.Module):
+    """Weights as they were, for one device and data type.
+
+    They may be loaded again; what is packed of them is packed anew wherever they have changed.
+
+    Attributes:
+        pack: Pack the weight for oneDNN where `packs`.
+        native: Use the C kernels for CPUs.
+    """
+
+    weight: Tensor | None
+
+    def __init__(self, *, pack: bool) -> None:
+        super().__init__()
+        self.pack = pack
+        self.native = False
+        self._packed = Derived()
+        self._native = Derived()
+
+    @property
+    def packed(self) -> Tensor | None:
+        """The weight in the order of oneDNN; None where that is not used, and in a graph that is recorded."""
+        weight = self.weight
+        if not self.pack or weight is None or is_recorded():
+            return None
+        found: Tensor | None = self._packed.get(
+            lambda: self._packing(weight) if packs(weight) else None, weight
+        )
+        return found
+
+    def natively(self, make: Callable[[], Any], *sources: Tensor | None) -> Any:
+        """What the C kernels read; None where they are not used, and in a graph for other tools."""
+        if not self.native or is_exported():
+            return None
+        return make() if is_recorded() else self._native.get(make, *sources)
+
+    def _packing(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.weight is not None:
+            refuse_another_form(self.weight, fn)
+        done: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return done
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        given = state_dict.get(f"{prefix}weight")
+        if self.weight is not None and given is not None and given.dtype != self.weight.dtype:
+            raise ProblemError(
+                f"{prefix}weight is {given.dtype} in the file and {self.weight.dtype} here, and an optimized "
+                "model of another data type has other weights; load the plain model, then optimize it"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def refuse_another_form(weight: Tensor, fn: Callable[[Tensor], Tensor]) -> None:
+    """Raise where a conversion, as `nn.Module.to` makes them, changes the device or the data type.
+
+    Raises:
+        ProblemError: the weights are folded, scaled and ordered for the ones that they have.
+    """
+    with torch.no_grad():
+        there = fn(weight.new_empty(0))
+    if (there.device, there.dtype) != (weight.device, weight.dtype):
+        raise ProblemError(
+            f"an optimized model is made for {weight.dtype} on {weight.device} and cannot go to "
+            f"{there.dtype} on {there.device}; move the plain model, then optimize it"
+        )
+
+
+class FrozenLinear(Frozen):
     """``x @ weight.T + bias`` over the last dimension, without gradients.
 
     Args:
@@ -52,14 +155,16 @@ class FrozenLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, pack: bool = True) -> None:
-        super().__init__()
-        weight = weight.detach().flatten(1).contiguous()
-        self.packed: Tensor | None = None
-        if pack and packs(weight):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        super().__init__(pack=pack)
         self.accumulating = False
-        self.register_buffer("weight", weight)
+        self.register_buffer(
+            "weight", weight.detach().flatten(1).clone(memory_format=torch.contiguous_format)
+        )
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def _packing(self, weight: Tensor) -> Tensor:
+        found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return found
 
     def accumulate(self) -> Tensor:
         """Let `add` write into its second argument from now on, and leave the bias to the caller.
@@ -73,15 +178,17 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        if self.packed is None:
+        packed = self.packed
+        if packed is None:
             return F.linear(x, self.weight, self.bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "none")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "none")
         return out
 
     def gelu(self, x: Tensor) -> Tensor:
         """`forward`, then GELU."""
-        if self.packed is not None:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "gelu", [], "none")
+        packed = self.packed
+        if packed is not None:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "gelu", [], "none")
             return out
         if x.is_cuda and x.dtype == torch.bfloat16 and self.bias is not None:
             flat = torch._addmm_activation(self.bias, x.flatten(0, -2), self.weight.t(), use_gelu=True)
@@ -93,13 +200,14 @@ class FrozenLinear(nn.Module):
         if self.accumulating:
             other.view(-1, other.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), self.weight.t())
             return other
-        if self.packed is not None:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, "add")
+        packed = self.packed
+        if packed is not None:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, self.bias, "add")
             return out
         return self(x).add_(other)  # type: ignore[no-any-return]
 
 
-class FrozenConv(nn.Module):
+class FrozenConv(Frozen):
     """A convolution of NHWC maps, without gradients.
 
     Args:
@@ -114,7 +222,7 @@ class FrozenConv(nn.Module):
     bias: Tensor | None
 
     def __init__(self, conv: nn.Conv2d, *, residual: bool = False, pack: bool = True) -> None:
-        super().__init__()
+        super().__init__(pack=pack)
         weight = conv.weight.detach().clone(memory_format=torch.channels_last)
         exact = weight.dtype in (torch.float32, torch.float64) and weight.device.type == "cpu"
         self.adds_input = residual and not exact
@@ -128,27 +236,35 @@ class FrozenConv(nn.Module):
             "dilation": conv.dilation,
             "groups": conv.groups,
         }
-        self.packed: Tensor | None = None
-        if pack and packs(weight):
-            # Otherwise oneDNN orders the weight at every call: at 3x3x256x512, longer than it convolves.
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry.values())
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
-        self.strips: Tensor | None = None
-        self.strips_bias: Tensor | None = None
 
     def use_native(self) -> None:
         """Convolve by the C kernels for CPUs, where this convolution is one of theirs."""
         side = self.weight.shape[-1]
         same = self.geometry["padding"] == (side // 2, side // 2) and self.geometry["dilation"] == (1, 1)
-        if (
+        self.native = (
             self.is_depthwise
             and same
             and self.weight.shape[2] == side
             and native_block.can_convolve(self.weight)
-        ):
-            self.strips = native_block.pack_depthwise(self.weight)
-            self.strips_bias = None if self.bias is None else self.bias.float()
+        )
+
+    @property
+    def strips(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias as the C kernels read them."""
+        weight, bias = self.weight, self.bias
+        found: tuple[Tensor, Tensor | None] | None = self.natively(
+            lambda: (native_block.pack_depthwise(weight), None if bias is None else bias.float()),
+            weight,
+            bias,
+        )
+        return found
+
+    def _packing(self, weight: Tensor) -> Tensor:
+        # Otherwise oneDNN orders the weight at every call: at 3x3x256x512, longer than it convolves.
+        found: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry.values())
+        return found
 
     def raise_by(self, lead: Tensor) -> None:
         """Add a vector, ``[out]``, to every token of the output, at no cost."""
@@ -157,9 +273,9 @@ class FrozenConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, in]`` to ``[B, H', W', out]``."""
-        if self.strips is not None:
-            added = x if self.adds_input else None
-            return native_block.depthwise(x, self.strips, self.strips_bias, add=added)
+        strips = self.strips
+        if strips is not None:
+            return native_block.depthwise(x, *strips, add=x if self.adds_input else None)
         if x.is_cuda and self.is_depthwise:
             return self._depthwise(x, x if self.adds_input else None)
         out = self._convolve(x)
@@ -167,7 +283,7 @@ class FrozenConv(nn.Module):
 
     def gelu(self, x: Tensor) -> Tensor:
         """`forward`, then GELU."""
-        if self.packed is not None and not self.adds_input:
+        if not self.adds_input and self.packed is not None:
             return self._convolve(x, "gelu")
         return torch.ops.aten.gelu_(self(x))  # type: ignore[no-any-return]
 
@@ -178,13 +294,15 @@ class FrozenConv(nn.Module):
             x: The input.
             other: Contiguous, in its own memory, and overwritten: nobody needs it afterwards.
         """
-        if self.strips is not None:
-            return native_block.depthwise(x, self.strips, self.strips_bias, add=other, out=other)
-        if self.packed is not None:
+        strips = self.strips
+        if strips is not None:
+            return native_block.depthwise(x, *strips, add=other, out=other)
+        packed = self.packed
+        if packed is not None:
             torch.ops.mkldnn._convolution_pointwise_.binary(
                 to_nchw(other),
                 to_nchw(x.contiguous()),
-                self.packed,
+                packed,
                 self.bias,
                 *self.geometry.values(),
                 "add",
@@ -207,16 +325,17 @@ class FrozenConv(nn.Module):
 
     def _convolve(self, x: Tensor, then: str = "none") -> Tensor:
         """The convolution, and in its packed form what shall follow."""
-        if self.packed is None:
+        packed = self.packed
+        if packed is None:
             return to_nhwc(F.conv2d(to_nchw(x), self.weight, self.bias, **self.geometry))
         # A slice of channels would be copied inside, where nobody counts it.
         out: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            to_nchw(x.contiguous()), self.packed, self.bias, *self.geometry.values(), then, [], "none"
+            to_nchw(x.contiguous()), packed, self.bias, *self.geometry.values(), then, [], "none"
         )
         return to_nhwc(out)
 
 
-class FrozenNorm(nn.Module):
+class FrozenNorm(Frozen):
     """LayerNorm of an NHWC map that may hold more than it says, without gradients.
 
     Args:
@@ -229,26 +348,22 @@ class FrozenNorm(nn.Module):
     shift: Tensor | None
 
     def __init__(self, norm: nn.LayerNorm, lead: Tensor | None = None) -> None:
-        super().__init__()
+        super().__init__(pack=False)
         self.eps = norm.eps
         for name in ("weight", "bias"):
             tensor = getattr(norm, name)
             self.register_buffer(name, None if tensor is None else tensor.detach().clone())
         wide = torch.float64 if norm.weight.dtype == torch.float64 else torch.float32
         self.register_buffer("shift", None if lead is None else -lead.to(wide))
-        self.vectors: tuple[Tensor | None, Tensor | None] | None = None
 
     def use_native(self) -> None:
         """Normalise by the C kernels for CPUs, where nothing is shifted and no means are wanted."""
-        if self.shift is None:
-            weight, bias = self.weight, self.bias
-            self.vectors = (
-                None if weight is None else weight.float(),
-                None if bias is None else bias.float(),
-            )
+        self.native = self.shift is None
 
     def forward(self, x: Tensor, region: tuple[int, int] | None = None) -> tuple[Tensor, Tensor | None]:
         """``[B, H, W, C]`` to the same, and the means of its regions where a region is given."""
-        if self.vectors is not None and region is None:
-            return native_block.layer_norm(x, *self.vectors, eps=self.eps), None
+        held = (self.weight, self.bias)
+        vectors = self.natively(lambda: [None if v is None else v.float() for v in held], *held)
+        if vectors is not None and region is None:
+            return native_block.layer_norm(x, *vectors, eps=self.eps), None
         return layer_norm(x, self.weight, self.bias, eps=self.eps, shift=self.shift, region=region)

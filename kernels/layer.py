@@ -16,11 +16,11 @@ from bratune.errors import ProblemError, UnknownNameError
 from bratune.kernels import layout
 from bratune.kernels.api import route, routed_attention
 from bratune.kernels.composed import TopkRouting, composed_attention, require_composition
-from bratune.kernels.depthwise import depthwise as convolve
 from bratune.kernels.kv_pool import kv_pool, pool_regions
 from bratune.kernels.lean import norm_linear
-from bratune.kernels.nhwc import depthwise, linear_1x1, to_nchw, to_nhwc
+from bratune.kernels.nhwc import conv_nhwc, depthwise, is_1x1, keeps_size, linear_1x1, to_nchw, to_nhwc
 from bratune.kernels.packed import split_packed
+from bratune.kernels.plain import is_plain
 from bratune.kernels.registry import get
 from bratune.kernels.routing import region_means, route_pooled
 from bratune.problem import split_map
@@ -118,7 +118,7 @@ class RoutedLayer(nn.Module):
 
     def enhance(self, v: Tensor) -> Tensor | None:
         """The depthwise convolution of the values (LePE); None without one."""
-        return None if self.lepe is None else convolve(v, self.lepe.weight, self.lepe.bias)
+        return None if self.lepe is None else conv_nhwc(self.lepe, v)
 
     def merge(self, x: Tensor) -> Tensor:
         """The output projection, on an NHWC map."""
@@ -126,7 +126,16 @@ class RoutedLayer(nn.Module):
 
     def takes_norm(self, height: int, width: int) -> bool:
         """Whether `forward_normed` can run on a map of this size: what else reads the layer's input?"""
-        return not self.pooled_routing
+        return not self.pooled_routing and is_plain(self, type(self)) and self.reads_projection()
+
+    def reads_projection(self) -> bool:
+        """Whether the weights of ``qkv_layer`` may be read in the place of a call of it."""
+        raise NotImplementedError
+
+    def reads_all(self) -> bool:
+        """Whether all weights may be read: what a layer must be to be made ready for inference."""
+        fits_local = self.lepe is None or keeps_size(self.lepe)
+        return is_plain(self, type(self)) and self.reads_projection() and fits_local
 
     def forward_normed(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """The layer of ``norm(x)``, NHWC, which keeps x for the backward pass and not the norm's output."""
@@ -260,6 +269,7 @@ class BiLevelRoutingAttention(RoutedLayer):
             ``[B, H, W, dim]``; with ``ret_attn_mask`` also the routing weights and the routes,
             ``[B, R, topk]`` each, and the attention matrix ``[B * R, heads, T, topk * Tk]``.
         """
+        _check_map(x, "[B, H, W, channels]", self.dim, -1)
         height, width = layout.sides(x)
         x = self.pad(x)
         q, k, v = self.project(x)
@@ -276,7 +286,8 @@ class BiLevelRoutingAttention(RoutedLayer):
                 q, k, v, routes, weights, fused=self.backend not in ("reference", "gather")
             )
         else:
-            routes = self.route_pooled(x) if self.pooled_routing else self.route(q, k)
+            pooled = self.pooled_routing and self.reads_projection()
+            routes = self.route_pooled(x) if pooled else self.route(q, k)
             out = self.attend(q, k, v, routes)
         return self._finish(out, v, height, width)
 
@@ -301,6 +312,20 @@ class BiLevelRoutingAttention(RoutedLayer):
         rh, rw = self.region_of(height, width)
         tiled = (rh * self.n_win, rw * self.n_win) == (height, width)
         return tiled and not self.soft_routing and super().takes_norm(height, width)
+
+    def reads_projection(self) -> bool:
+        """Whether the weights of ``qkv_layer`` may be read in the place of a call of it."""
+        return is_plain(self.qkv, _QKVLinear) and is_plain(self.qkv.qkv, nn.Linear)
+
+    def reads_all(self) -> bool:
+        """Whether all weights may be read: what a layer must be to be made ready for inference."""
+        return (
+            super().reads_all()
+            and not self.soft_routing
+            and is_plain(self.router, TopkRouting)
+            and is_plain(self.kv_down, nn.Identity)
+            and is_plain(self.wo, nn.Linear)
+        )
 
     # --- the parts, on padded maps -------------------------------------------------------------------
 
@@ -329,7 +354,8 @@ class BiLevelRoutingAttention(RoutedLayer):
 
     def route(self, q: Tensor, k: Tensor) -> Tensor:
         """The key regions of every query region, ``[B, R, topk]``, without gradient."""
-        return self.route_soft(q, k)[0] if self.soft_routing else super().route(q, k)
+        called = self.soft_routing or not is_plain(self.router, TopkRouting)
+        return self.route_soft(q, k)[0] if called else super().route(q, k)
 
     def route_soft(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Routes and their softmax weights, ``[B, R, topk]`` each."""
@@ -374,7 +400,7 @@ class BiLevelRoutingAttention(RoutedLayer):
 
     def _pool(self, k: Tensor, v: Tensor, region: tuple[int, int]) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Keys and values pooled within each region, and the region that is left."""
-        if isinstance(self.kv_down, nn.Identity):
+        if is_plain(self.kv_down, nn.Identity):
             return k, v, region
         (k, kv_region), (v, _) = (pool_regions(x, region, self.kv_down) for x in (k, v))
         return k, v, kv_region
@@ -450,9 +476,11 @@ class NCHWBiLevelRoutingAttention(RoutedLayer):
         Returns:
             ``[B, dim, H, W]``; with ``ret_attn_mask`` also the matrix ``[B, heads, R, T, topk * T]``.
         """
+        _check_map(x, "[B, channels, H, W]", self.dim, 1)
         x = to_nhwc(x)
         q, k, v = self.project(x)
-        routes = self.route_pooled(x) if self.pooled_routing else self.route(q, k)
+        pooled = self.pooled_routing and self.reads_projection()
+        routes = self.route_pooled(x) if pooled else self.route(q, k)
         attn = None
         if ret_attn_mask:
             require_composition(self.backend, "the attention matrix")
@@ -483,6 +511,14 @@ class NCHWBiLevelRoutingAttention(RoutedLayer):
         """The output projection."""
         return self.output_linear
 
+    def reads_projection(self) -> bool:
+        """Whether the weights of ``qkv_layer`` may be read in the place of a call of it."""
+        return is_1x1(self.qkv_linear)
+
+    def reads_all(self) -> bool:
+        """Whether all weights may be read: what a layer must be to be made ready for inference."""
+        return super().reads_all() and is_1x1(self.output_linear)
+
     # --- the parts, on NHWC maps ---------------------------------------------------------------------
 
     def region_of(self, height: int, width: int) -> tuple[int, int]:
@@ -506,6 +542,12 @@ class NCHWBiLevelRoutingAttention(RoutedLayer):
     def merge(self, x: Tensor) -> Tensor:
         """The output projection, on an NHWC map."""
         return linear_1x1(self.output_linear, x)
+
+
+def _check_map(x: Tensor, form: str, dim: int, axis: int) -> None:
+    if x.ndim != 4 or layout.comparable(x.shape)[axis] != dim:
+        hint = "; x[None] is a batch of one" if x.ndim == 3 else ""
+        raise ProblemError(f"the map must be {form} with {dim} channels, not {list(x.shape)}{hint}")
 
 
 def _check_routes(n_win: int, topk: int) -> None:

@@ -12,8 +12,18 @@ from torch import Tensor, nn
 
 from bratune.errors import ProblemError
 from bratune.kernels.depthwise import depthwise as convolve
+from bratune.kernels.plain import is_plain
 
-__all__ = ["LayerNorm2d", "conv_nhwc", "depthwise", "linear_1x1", "to_nchw", "to_nhwc"]
+__all__ = [
+    "LayerNorm2d",
+    "conv_nhwc",
+    "depthwise",
+    "is_1x1",
+    "keeps_size",
+    "linear_1x1",
+    "to_nchw",
+    "to_nhwc",
+]
 
 
 def to_nhwc(x: Tensor) -> Tensor:
@@ -29,23 +39,25 @@ def to_nchw(x: Tensor) -> Tensor:
 def conv_nhwc(conv: nn.Module, x: Tensor, *, add: Tensor | None = None) -> Tensor:
     """Apply a 2-d convolution (or any NCHW module) to an NHWC map.
 
-    A depthwise convolution that keeps the map's size is computed as `bratune.kernels.depthwise` chooses.
+    A depthwise convolution that keeps the map's size is computed as `bratune.kernels.depthwise` chooses,
+    unless something could notice that it is not called (`bratune.kernels.plain`).
 
     Args:
         conv: The module.
         x: ``[B, H, W, C]``.
         add: A map that the result is added to.
     """
-    if _keeps_size(conv):
+    if keeps_size(conv):
         return convolve(x, conv.weight, conv.bias, add=add)  # type: ignore[arg-type]
     y = to_nhwc(conv(to_nchw(x)))
     return y if add is None else add + y
 
 
-def _keeps_size(conv: nn.Module) -> bool:
-    """Whether a module is a depthwise convolution of stride 1 with zeros all around the map."""
+def keeps_size(conv: nn.Module) -> bool:
+    """Whether a module is a plain depthwise convolution of stride 1 with zeros all around the map."""
     return (
-        type(conv) is nn.Conv2d
+        is_plain(conv, nn.Conv2d)
+        and isinstance(conv, nn.Conv2d)
         and conv.groups == conv.in_channels == conv.out_channels
         and conv.stride == conv.dilation == (1, 1)
         and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
@@ -56,9 +68,22 @@ def _keeps_size(conv: nn.Module) -> bool:
 
 
 def linear_1x1(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply a 1x1 convolution to an NHWC map as the matrix product that it is."""
+    """Apply a 1x1 convolution to an NHWC map as the matrix product that it is; any other module is called."""
+    if not is_1x1(conv):
+        return to_nhwc(conv(to_nchw(x)))
     assert isinstance(conv, nn.Conv2d)
     return F.linear(x, conv.weight.flatten(1), conv.bias)
+
+
+def is_1x1(conv: nn.Module) -> bool:
+    """Whether a module is a plain convolution of single tokens."""
+    return (
+        is_plain(conv, nn.Conv2d)
+        and isinstance(conv, nn.Conv2d)
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.padding == (0, 0)
+        and conv.groups == 1
+    )
 
 
 def depthwise(dim: int, side: int) -> nn.Conv2d | None:

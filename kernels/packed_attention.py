@@ -108,7 +108,7 @@ class PackedAttention:
             mask = mask.view(batch, 1, height * width, height * width)
         q, k, v = (self._by_head(x) for x in torch.split(qkv.flatten(1, 2), self._sizes(qkv), dim=-1))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
-        return out.transpose(1, 2).reshape(batch, height, width, -1)
+        return out.transpose(1, 2).reshape(batch, height, width, v.shape[1] * v.shape[3])
 
     def _attend_regions(self, qkv: Tensor, routes: Tensor) -> Tensor:
         batch, regions, tokens, _ = qkv.shape
@@ -116,7 +116,11 @@ class PackedAttention:
             routes = layout.flat_routes(routes, regions)
         qk, _, v_dim = self._sizes(qkv)
         flat = qkv.flatten(0, 1)  # [B * R, T, q | k | v]
-        pairs = flat[..., qk:].index_select(0, routes.flatten()).view(batch * regions, -1, qk + v_dim)
+        pairs = (
+            flat[..., qk:]
+            .index_select(0, routes.flatten())
+            .view(batch * regions, self.topk * tokens, qk + v_dim)
+        )
         k, v = (self._by_head(x) for x in torch.split(pairs, [qk, v_dim], dim=-1))
         q = self._by_head(flat[..., :qk])
         out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
@@ -124,7 +128,7 @@ class PackedAttention:
 
     def _by_head(self, x: Tensor) -> Tensor:
         """``[N, L, heads * D]`` as ``[N, heads, L, D]`` without a copy."""
-        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.heads, x.shape[-1] // self.heads).transpose(1, 2)
 
     def _sizes(self, x: Tensor) -> list[int]:
         return [self.qk_dim, self.qk_dim, x.shape[-1] - 2 * self.qk_dim]

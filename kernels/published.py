@@ -28,6 +28,10 @@ def as_published(model: BiFormer) -> nn.Module:
     Raises:
         UnsupportedError: the model has options that no published model has.
     """
+    if type(model) is not BiFormer:
+        raise UnsupportedError(
+            "published", (f"it runs the models of class BiFormer, not {type(model).__name__}",)
+        )
     for name, module in model.named_modules():
         reasons = _unpublished(module)
         if reasons:
@@ -38,10 +42,16 @@ def as_published(model: BiFormer) -> nn.Module:
 def _unpublished(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, Block) and (module.gamma1 is not None or not module.pre_norm):
         return ("layer scale and post-normalisation are in no published model",)
+    if isinstance(module, Block) and module.pos_embed is None:
+        return ("blocks without a position embedding are in no published model",)
+    if isinstance(module, Block) and not isinstance(module.attn, BiLevelRoutingAttention | AttentionLePE):
+        return (f"{type(module.attn).__name__} is in no published model; top-k 1 and more, and -2, are",)
     if isinstance(module, BiLevelRoutingAttention) and (
         module.soft_routing or not isinstance(module.kv_down, nn.Identity)
     ):
         return ("soft routing and pooled keys are in no published model",)
+    if isinstance(module, BiLevelRoutingAttention | AttentionLePE) and module.lepe is None:
+        return ("attention without local enhancement is in no published model",)
     return ()
 
 

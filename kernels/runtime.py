@@ -9,14 +9,19 @@ GELU and residuals are part of the product before them where torch has that; on 
 norms and depthwise convolutions are C (`bratune.kernels.native`); on CUDA, norms take several
 tokens at a time and routes come from two kernels; maps stay NHWC from the stem to the head. What it needs:
 a model in evaluation, on the device and in the data type that it shall run in. It copies the weights: later
-changes of the model do not reach it.
+changes of the model do not reach it. What it makes can be copied, pickled, exported, and loaded with the
+weights of another one; it refuses another device or data type, and training.
+
+A block in which something stands in the way of a call (an adapter, a hook, a parametrization, a quantised
+layer; `bratune.kernels.plain`) is copied and called as it is.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +30,21 @@ from bratune import machine as machines
 from bratune.errors import ProblemError, TargetError
 from bratune.kernels import layout, tuned
 from bratune.kernels.api import routed_attention
-from bratune.kernels.backbone import Backbone
-from bratune.kernels.blocks import ConvAttention, DWConv, Residual
+from bratune.kernels.backbone import Backbone, check_images
+from bratune.kernels.blocks import Block, BlockSTL, ConvAttention, DropPath, NCHWBlockSTL, Residual, plain_mlp
 from bratune.kernels.constants import constant_in_graphs
-from bratune.kernels.epilogues import FrozenConv, FrozenLinear, FrozenNorm, accumulates
+from bratune.kernels.dispatch import is_exported
+from bratune.kernels.epilogues import FrozenConv, FrozenLinear, FrozenNorm, accumulates, refuse_another_form
 from bratune.kernels.fold import conv_then_norm, norm_then_conv, norm_then_linear
 from bratune.kernels.full_attention import Attention, FullAttention, full_attention
 from bratune.kernels.fused import launch
 from bratune.kernels.layer import BiLevelRoutingAttention, RoutedLayer
 from bratune.kernels.native import block as native_block
-from bratune.kernels.nhwc import to_nchw, to_nhwc
+from bratune.kernels.nhwc import keeps_size, to_nchw, to_nhwc
 from bratune.kernels.packed_attention import PackedAttention, prefers_mask
+from bratune.kernels.plain import hooks_of, is_plain, is_plain_throughout
 from bratune.kernels.routing import route, route_pooled
+from bratune.kernels.stl import StageSTL
 from bratune.problem import Problem
 
 __all__ = ["FastModel", "GraphRunner", "optimize"]
@@ -58,9 +66,11 @@ def optimize(model: Backbone, *, compile: bool = False, graph_input: Tensor | No
             the same output tensors at every call.
 
     Raises:
-        ProblemError: the model is in training.
+        ProblemError: the model is in training, is none of `bratune.kernels.biformer`, has hooks of its own,
+            or holds something that cannot be copied.
         TargetError: a CUDA graph of a model that is not on a CUDA device.
     """
+    _check_model(model)
     if model.training:
         raise ProblemError(
             "the model is in training, whose batch statistics cannot be folded; model.eval() can"
@@ -100,12 +110,52 @@ class FastModel(nn.Module):
             self.norms = copy.deepcopy(model.extra_norms)
             return
         self.norm, self.head = copy.deepcopy(model.norm), copy.deepcopy(model.head)
-        if isinstance(model.norm, nn.BatchNorm2d) and isinstance(model.head, nn.Linear):
+        if is_plain(model.norm, nn.BatchNorm2d) and is_plain(model.head, nn.Linear):
+            assert isinstance(model.norm, nn.BatchNorm2d)
+            assert isinstance(model.head, nn.Linear)
             self.norm, self.head = nn.Identity(), norm_then_linear(model.norm, model.head)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """For inference alone.
+
+        Raises:
+            ProblemError: training is asked for.
+        """
+        if mode:
+            raise ProblemError(
+                "an optimized model is for inference alone; train the plain one, then optimize it"
+            )
+        return super().train(mode)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Take the weights of another optimized model, of the same model, device type and data type.
+
+        Raises:
+            ProblemError: the weights are those of a plain model, or of another one.
+        """
+        own = self.state_dict()
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in state_dict.items()}:
+            raise ProblemError(
+                f"these {len(state_dict)} weights do not fit the {len(own)} of this optimized model; load "
+                "them into the plain model, then optimize it"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for tensor in (*self.buffers(), *self.parameters()):
+            if tensor.dtype == self.dtype:
+                refuse_another_form(tensor, fn)  # before anything has changed
+                break
+        done: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return done
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Images ``[B, channels, H, W]`` to class scores, or to the four maps."""
+        check_images(x)
         self.check_size(*layout.settled(x.shape[2:]))
         if x.dtype != self.dtype:
             raise ProblemError(f"the runtime was made of a model in {self.dtype}; the images are {x.dtype}")
@@ -150,12 +200,12 @@ class FastBlock(nn.Module):
             assert isinstance(block.pos_embed, nn.Conv2d)
             self.pos_embed = FrozenConv(block.pos_embed, residual=True, pack=pack)
         self.attn = _fast_attention(block.attn, block.gamma1, pack=pack)
-        assert isinstance(block.mlp, nn.Sequential)
-        first, *between, last = block.mlp
+        layers = plain_mlp(block.mlp)
+        assert layers is not None
+        first, conv, last = layers
         self.widen = _linear(first, None, pack=pack)
         self.narrow = _linear(last, block.gamma2, pack=pack)
-        convs = [module.dwconv for module in between if isinstance(module, DWConv)]
-        self.between = FrozenConv(convs[0], pack=pack) if convs else None
+        self.between = None if conv is None else FrozenConv(conv, pack=pack)
         assert isinstance(block.norm1, nn.LayerNorm)
         assert isinstance(block.norm2, nn.LayerNorm)
         if lead is not None:
@@ -245,7 +295,7 @@ class _FastRouted(_Merged):
             y = self.source.pad(y)
         region = self.source.region_of(*layout.sides(y))
         routes = self._pooled_routes(y, region, means)
-        native = self.native and _attends_natively(*self._numbers(y, region))
+        native = self.native and not is_exported() and _attends_natively(*self._numbers(y, region))
         if self.source.backend == "auto" and self._tiles(y, region) and not (y.is_cuda or native):
             masked = prefers_mask(self._problem(y, region))
             return self.merge(*self.packed(y, self.qkv, masked=masked, routes=routes), residual)
@@ -314,7 +364,7 @@ class _FastFull(_Merged):
 
     def forward(self, y: Tensor, residual: Tensor, means: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(y).chunk(3, dim=-1)
-        if self.native:
+        if self.native and not is_exported():
             out = native_block.attend_fully(q, k, v, heads=self.heads, scale=self.scale)
             return self.merge(out, y if self.enhances_input else v, residual)
         out = full_attention(q, k, v, heads=self.heads, scale=self.scale, backend=self.backend)
@@ -337,7 +387,7 @@ class _AsItIs(_Fast):
 
     def __init__(self, attn: nn.Module, gamma: Tensor | None) -> None:
         super().__init__()
-        self.attn = copy.deepcopy(attn)
+        self.attn = _copied(attn)
         self.gamma: Tensor | None
         self.register_buffer("gamma", None if gamma is None else gamma.detach().clone())
 
@@ -391,7 +441,17 @@ def _router(q: Tensor, k: Tensor, region: tuple[int, int]) -> str:
 
 def _fast_stage(stage: nn.Module, before: nn.Sequential, *, pack: bool) -> nn.Sequential:
     """The blocks of a stage; ``before`` makes the map that enters it."""
-    blocks = [module for module in stage.modules() if isinstance(module, Residual)]
+    if not is_plain(stage, nn.Sequential, StageSTL):
+        return nn.Sequential(_AsBefore(stage))
+    inside = stage.blocks if isinstance(stage, StageSTL) else stage
+    assert isinstance(inside, nn.Sequential)
+    if not is_plain(inside, nn.Sequential):
+        return nn.Sequential(_AsBefore(inside))
+    if not all(map(_is_known, inside)):
+        return nn.Sequential(
+            *(FastBlock(b, pack=pack, lead=None) if _is_known(b) else _AsBefore(b) for b in inside)  # type: ignore[arg-type]
+        )
+    blocks = [block for block in inside if isinstance(block, Residual)]
     writer, weight = before[-1], next(stage.parameters())
     can_lead = all(block.pre_norm for block in blocks) and (
         isinstance(writer, FrozenConv) or all(block.pos_embed is not None for block in blocks)
@@ -406,14 +466,63 @@ def _fast_stage(stage: nn.Module, before: nn.Sequential, *, pack: bool) -> nn.Se
     return nn.Sequential(*fast)
 
 
+def _is_known(block: nn.Module) -> bool:
+    """Whether a block is one of ours, with nothing in the way of a call: what `FastBlock` takes apart."""
+    if type(block) not in (Block, BlockSTL, NCHWBlockSTL) or not is_plain_throughout(block):
+        return False
+    assert isinstance(block, Residual)
+    norms = (block.norm1, block.norm2)
+    return (
+        plain_mlp(block.mlp) is not None
+        and all(is_plain(norm, nn.LayerNorm) for norm in norms)
+        and (block.pos_embed is None or keeps_size(block.pos_embed))
+        and is_plain(block.drop_path, DropPath, nn.Identity)
+        and isinstance(block.attn, RoutedLayer | FullAttention | ConvAttention)
+    )
+
+
+def _check_model(model: nn.Module) -> None:
+    own = ("forward", "forward_features", "forward_maps", "forward_stage")
+    if not isinstance(model, Backbone):
+        raise ProblemError(
+            f"optimize takes the models of bratune.kernels.biformer, not {type(model).__name__}; "
+            "bratune.accelerate takes any"
+        )
+    changed = [name for name in own if getattr(type(model), name) is not getattr(Backbone, name)]
+    if changed or hooks_of(model):
+        what = f"{changed[0]} of its own" if changed else hooks_of(model)[0]
+        raise ProblemError(
+            f"this {type(model).__name__} has {what}, which an optimized model would leave out; "
+            "it can be optimized without"
+        )
+
+
+def _copied(module: Module) -> Module:
+    """A copy to be called, for inference."""
+    try:
+        copied = copy.deepcopy(module)
+    except RuntimeError as error:
+        raise ProblemError(
+            f"a {type(module).__name__} with weights that are computed in a hook cannot be copied; make them "
+            f"permanent first, with remove_weight_norm, remove_spectral_norm or prune.remove ({error})"
+        ) from None
+    return copied.eval()
+
+
+class _AsBefore(nn.Module):
+    """A part of a model with something in it that must be called, on NHWC maps."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = _copied(part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x).contiguous()  # type: ignore[no-any-return]
+
+
 def _fast_attention(attn: nn.Module, gamma: Tensor | None, *, pack: bool) -> _Fast:
-    if isinstance(attn, BiLevelRoutingAttention):
-        special = attn.soft_routing or not isinstance(attn.kv_down, nn.Identity)
-        if special or not isinstance(attn.wo, nn.Linear):
-            return _AsItIs(attn, gamma)
-        return _FastRouted(attn, gamma, pack=pack)
     if isinstance(attn, RoutedLayer):
-        return _FastRouted(attn, gamma, pack=pack)
+        return _FastRouted(attn, gamma, pack=pack) if attn.reads_all() else _AsItIs(attn, gamma)
     if isinstance(attn, ConvAttention):
         return _FastConvs(attn, gamma, pack=pack)
     assert isinstance(attn, FullAttention)
@@ -439,6 +548,8 @@ def _linear(layer: nn.Module, gamma: Tensor | None, *, pack: bool) -> FrozenLine
 
 def _folded(layer: nn.Module, *, pack: bool) -> nn.Sequential:
     """Stem or downsampling with its batch norms folded and its GELU part of the convolution, on NHWC maps."""
+    if not (is_plain(layer, nn.Sequential) and is_plain_throughout(layer)):
+        return nn.Sequential(_OnNCHW(layer))
     assert isinstance(layer, nn.Sequential)
     parts: list[nn.Module] = list(layer)
     done: list[nn.Module] = []
@@ -470,7 +581,7 @@ class _ConvGelu(nn.Module):
 class _OnNCHW(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = copy.deepcopy(module)
+        self.module = _copied(module)
 
     def forward(self, x: Tensor) -> Tensor:
         return to_nhwc(self.module(to_nchw(x)))
@@ -504,6 +615,17 @@ class GraphRunner(nn.Module):
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.static_output = model(self.static_input)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ProblemError(
+            "a captured CUDA graph is bound to the memory of its process and cannot be copied or pickled; "
+            "what was captured, its .model, can"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        refuse_another_form(self.static_input, fn)
+        done: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return done
 
     def forward(self, x: Tensor) -> Any:
         """The model's output for a batch, in tensors that the next call overwrites."""
