@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["BiLevelRoutingAttention", "Plan", "__version__", "create_model", "load_plan"]
+__all__ = ["BiLevelRoutingAttention", "Plan", "__version__", "accelerate", "create_model", "load_plan"]
 
 if TYPE_CHECKING:
+    from bratune.foreign import accelerate
     from bratune.kernels.layer import BiLevelRoutingAttention
     from bratune.tune.create import create_model
     from bratune.tune.plan import Plan, load_plan
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BiLevelRoutingAttention": "bratune.kernels.layer",
     "Plan": "bratune.tune.plan",
+    "accelerate": "bratune.foreign",
     "create_model": "bratune.tune.create",
     "load_plan": "bratune.tune.plan",
 }

@@ -29,7 +29,7 @@ FLOORS = (
     ("bratune.kernels",),
     ("bratune.measure",),
     ("bratune.predict", "bratune.suites", "bratune.results", "bratune.testing"),
-    ("bratune.work",),
+    ("bratune.work", "bratune.foreign"),
     ("bratune.run",),
     ("bratune.profile",),
     ("bratune.tune",),
