@@ -218,7 +218,7 @@ def _proved(
             with torch.no_grad():
                 ours(maps[0])  # the backend itself, in the data type that it will meet
         except (BratuneError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-            reasons.append(f"{how}: {' '.join(str(error).split())[:200]}")
+            reasons.append(f"{how}: {' '.join(str(error).split())[:500]}")
             continue
         return ours.train(layer.training), how, apart
     return "; ".join(reasons)
