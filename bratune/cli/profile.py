@@ -264,9 +264,9 @@ def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
                 rows[0] += measure(0, model)
                 Store(jobs[0].path).extend(rows[0])
                 return rows
-            _say_what_disturbs(jobs[0])
             _say_what_is_padded(jobs[0], asked)
             engines = [stack.enter_context(_engine(job, asked, progress)) for job in jobs]
+            _say_what_disturbs(jobs[0])
             for number, record in fleet.run(engines, measure):
                 rows[number].append(record)
                 progress.finish(record)

@@ -1,0 +1,84 @@
+"""The study of coverage, on runs whose truth is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from bratune.cell import Cell
+from bratune.errors import StoreError
+from bratune.machine import Machine
+from bratune.problem import Problem
+from bratune.record import Record
+from bratune.store import Store
+from bratune.studies.coverage import main
+
+CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="CPU")
+PROBLEM = Problem(batch=1, height=8, width=8, heads=2, head_dim=32, region=(4, 4), topk=2)
+CELLS = 12
+
+
+def write(
+    folder: Path, *, seed: int, scatter: float = 0.02, run_effect: float = 0.0, slower: float = 1.0
+) -> None:
+    """A run of three passes of twelve cells, the last by the backend `delayed`."""
+    rng = np.random.default_rng(seed)
+    levels = np.exp(rng.normal(0, run_effect, CELLS))
+    target = Store(folder / "records.jsonl")
+    for number in range(CELLS):
+        last = number == CELLS - 1
+        cell = Cell(
+            part="attention",
+            problem=PROBLEM,
+            backend="delayed" if last else "gather",
+            model="m",
+            stage=number,
+        )
+        for which in (1, 2, 3):
+            t = float(levels[number] * np.exp(rng.normal(0, scatter))) * (slower if last else 1.0)
+            row = Record.of(cell, CPU, median_ms=t, ci_lo_ms=0.999 * t, ci_hi_ms=1.001 * t, pass_number=which)
+            target.append(row.replace(ratio=2 * t, ratio_lo=1.998 * t, ratio_hi=2.002 * t))
+
+
+def figures(folder: Path) -> dict[str, dict[str, float]]:
+    result = CliRunner().invoke(main, ["show", "-o", str(folder)])
+    assert result.exit_code == 0, result.output
+    found: dict[str, dict[str, float]] = json.loads((folder / "figures.json").read_text())
+    return found
+
+
+def test_intervals_cover_where_runs_differ_by_what_passes_show(tmp_path: Path) -> None:
+    for number in range(8):
+        write(tmp_path / f"quiet-{number}", seed=number)
+    seen = figures(tmp_path)
+    assert seen["quiet times"]["n"] == seen["quiet ratios"]["n"] == 8 * CELLS
+    assert seen["quiet times"]["inside"] >= 0.9 * 8 * CELLS
+    assert (seen["quiet pairs"]["n"], seen["quiet pairs"]["wrong"] <= 2) == (20, True)
+
+
+def test_intervals_do_not_cover_where_runs_differ_by_more(tmp_path: Path) -> None:
+    for number in range(8):
+        write(tmp_path / f"busy-{number}", seed=number, scatter=0.002, run_effect=0.2)
+    seen = figures(tmp_path)
+    assert seen["busy times"]["inside"] < 0.8 * 8 * CELLS
+    assert seen["busy pairs"]["wrong"] > 10
+
+
+def test_a_true_slowdown_is_counted_where_it_is_found(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / f"delay0-{number}", seed=number, scatter=0.005)
+        write(tmp_path / f"delay10-{number}", seed=10 + number, scatter=0.005, slower=1.1)
+    assert figures(tmp_path)["delay 10 %"] == {"n": 3, "slower": 3}
+
+
+def test_too_few_runs_or_nothing_in_common_is_said(tmp_path: Path) -> None:
+    from bratune.studies.coverage import coverage
+
+    with pytest.raises(StoreError, match="three runs or more, not 0"):
+        coverage([], lambda row: None)
+    with pytest.raises(StoreError, match="no cell has an interval in all runs"):
+        coverage([[], [], []], lambda row: None)
