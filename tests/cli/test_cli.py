@@ -76,7 +76,7 @@ BAD = [
     ("profile --timeout 0s", 2, "must be longer than nothing"),
     ("profile --max-noise loud", 2, "'loud' is not a percentage"),
     ("profile --stage 5", 2, "5 is not in the range"),
-    ("profile --seed x", 2, "'x' is not a valid integer"),
+    ("profile --seed x", 2, "--seed x is no seed"),
     ("profile --suite imagenet", 2, "no suite is called 'imagenet'; these are: classification-224"),
     ("profile --config nowhere.yaml", 2, "nowhere.yaml cannot be read: No such file"),
     ("profile --images nowhere --stage 1 --backend gather", 2, "there are no pictures"),
