@@ -30,6 +30,7 @@ __all__ = [
     "Record",
     "check_fields",
     "field_types",
+    "new_run_id",
     "parse_fields",
     "parse_line",
     "utc_now",
@@ -54,6 +55,11 @@ OUTCOMES = (
 def utc_now() -> str:
     """The time, to the second, in UTC: ``2026-01-31T12:00:00Z``."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def new_run_id() -> str:
+    """A name for a run that begins now: ``20260131T120000Z``."""
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
 
 
 # With slots, and each different text once: reports hold a row per line of files of millions.

@@ -10,6 +10,8 @@ import functools
 import json
 import os
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,6 +36,7 @@ __all__ = [
     "Seed",
     "backend_names",
     "cluster_option",
+    "command_line",
     "config_file",
     "dump_config",
     "engine_options",
@@ -469,6 +472,11 @@ def meter_changes(asked: Mapping[str, Any]) -> dict[str, float]:
         "timeout_s": asked["timeout"],
     }
     return {name: value for name, value in given.items() if value is not None}
+
+
+def command_line() -> str:
+    """The command line that was given, ready to be pasted."""
+    return shlex.join(["bratune", *sys.argv[1:]])
 
 
 def request_values(asked: Mapping[str, Any]) -> dict[str, Any]:

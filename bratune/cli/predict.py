@@ -118,8 +118,8 @@ def _boards(keys: Sequence[str], specs: Sequence[Path]) -> list[GPU]:
 
 def _cells(request: Request, peers: Sequence[str]) -> list[Cell]:
     """Attention of every routed stage and the whole model, by every backend, and the peers."""
-    from bratune.profile.peers import PEERS
     from bratune.work.cells import scenes
+    from bratune.work.peers import PEERS
 
     found: list[Cell] = []
     for scene in scenes(request):

@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shlex
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +15,10 @@ import click
 from bratune import gpus
 from bratune.cli import options
 from bratune.errors import UsageError
+from bratune.record import new_run_id
 from bratune.store import Store
 
 if TYPE_CHECKING:
-    from bratune.cell import Cell
     from bratune.cli.progress import Progress
     from bratune.cluster import Site
     from bratune.engine import Engine
@@ -55,17 +52,18 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
     default=None,
     help="Time whole models too.  [default: yes, without --stage]",
 )
+@click.option("--stages/--no-stages", default=True, help="Time the parts of stages.  [default: yes]")
+@click.option(
+    "--forms",
+    metavar="NAME,NAME",
+    help="Forms of whole models: published, runtime, lean (in training), auto, or a backend everywhere.  "
+    "[default: published,gather,auto,runtime; lean in training]",
+)
 @click.option(
     "--peers",
     metavar="NAME,NAME",
-    help="Also time these models of timm: swin_tiny, convnext_tiny, pvt_v2_b2, maxvit_tiny, deit_small, "
-    "resnet50, or any name that timm knows; and these forms of ours: published, gather, auto, runtime.",
-)
-@click.option(
-    "--confirm/--no-confirm",
-    default=None,
-    help="Measure the fastest whole model and the baseline again, side by side in six new processes.  "
-    "[default: with --effort full]",
+    help="Also time these models of timm in turn with ours: swin_tiny, convnext_tiny, pvt_v2_b2, "
+    "maxvit_tiny, deit_small, resnet50, or any name that timm knows.",
 )
 @options.measuring_options
 @click.option(
@@ -96,68 +94,17 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     if asked["suite"]:
         asked = _with_suite(asked)
     jobs = _cluster_jobs(asked) if asked["cluster"] else _local_jobs(asked)
-    peers = [_peer_cells(job, asked["peers"]) for job in jobs]  # a name that is unknown costs no measurement
     if asked["dry_run"]:
-        for job, cells in zip(jobs, peers, strict=True):
-            _show_plan(job, cells)
+        for job in jobs:
+            _show_plan(job)
         return 0
     rows = _run(jobs, asked)
-    for job, cells, found in zip(jobs, peers, rows, strict=True):
+    for job, found in zip(jobs, rows, strict=True):
         _show(job.target, sorted(found, key=lambda row: row.stage or 0) if asked["budget"] else found, asked)
         _say_what_is_missing(found)
-        _confirm(job, found, asked)
-        found += _run_peers(job, cells, [row for row in found if row.part == "model"])
-        click.echo(f"results: {job.path}   again: {_again(ctx)}", err=True)
+        click.echo(f"results: {job.path}   again: {options.command_line()}", err=True)
     failed = any(row.outcome in FAILED for found in rows for row in found)
     return 4 if asked["strict"] and failed else 0
-
-
-def _confirm(job: _Job, rows: Sequence[Record], asked: dict[str, Any]) -> None:
-    """Say whether the fastest whole model stays faster than the baseline in fresh processes."""
-    wanted = asked["effort"] == "full" if asked["confirm"] is None else asked["confirm"]
-    if not wanted or job.target.absent or job.replayed or job.site:
-        return
-    from bratune.profile.finalists import confirm, whole_models
-    from bratune.run.isolated import IsolatedEngine
-
-    def fresh() -> IsolatedEngine:
-        run_id = time.strftime("%Y%m%dT%H%M%SZ-confirm", time.gmtime())
-        store = Store(job.path)
-        return IsolatedEngine(job.target.machine, job.settings, store=store, fresh=True, run_id=run_id)
-
-    for default, candidates in whole_models(rows):
-        click.echo("measuring again in six new processes ...", err=True)
-        for final in confirm(candidates, default, fresh):
-            click.echo(f"{final} against {default.backend}", err=asked["format"] != "table")
-
-
-def _peer_cells(job: _Job, names: str | None) -> list[Cell]:
-    """The cells of whole models beside the plan's; none where nothing can be measured."""
-    if not names:
-        return []
-    if job.target.absent or job.replayed or job.site:
-        click.echo("peers are only ever measured, and here: left out", err=True)
-        return []
-    from bratune.profile.peers import peer_cells
-
-    return peer_cells([name.strip() for name in names.split(",")], job.request)
-
-
-def _run_peers(job: _Job, cells: Sequence[Cell], ours: Sequence[Record]) -> list[Record]:
-    """Their rows, shown one per line."""
-    if not cells:
-        return []
-    from bratune.profile.peers import describe, measure_peers, pair_lines
-    from bratune.store import Store
-
-    run_id = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    rows = []
-    for row in measure_peers(cells, job.target.machine, job.settings, store=Store(job.path), run_id=run_id):
-        rows.append(row)
-        click.echo(describe(row))
-    for line in pair_lines([*ours, *rows]):
-        click.echo(line)
-    return rows
 
 
 @dataclass(frozen=True)
@@ -222,12 +169,18 @@ def _job(asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunn
     values = options.request_values(asked)
     whole = not asked["stage"] if asked["whole_model"] is None else asked["whole_model"]
     values |= {"regimes": asked["regime"], "l2": asked["l2"], "whole_model": whole}
+    values["parts"] = asked["stages"]
     values["checkpoint"] = str(asked["checkpoint"] or "")
+    values |= {name: _names(asked[name]) for name in ("forms", "peers")}
     request = make_request(target.machine, **values)
     if target.absent:
         gpus.check_dtype(target.absent, request.dtype)
     settings, flags = _settings(asked, target.machine)
     return _Job(target, replayed, request, settings, flags, tuple(asked["stage"]), path)
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
@@ -309,7 +262,7 @@ def _engine(job: _Job, asked: dict[str, Any], progress: Progress) -> CellEngine:
     given: dict[str, Any] = {
         "store": Store(job.path),
         "fresh": asked["fresh"],
-        "run_id": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
+        "run_id": new_run_id(),
         "flags": job.flags,
         "budget_s": asked["budget"],
         "on_start": progress.start,
@@ -409,15 +362,9 @@ def _records_path(output: Path | None, machine: Machine, *, several: bool) -> Pa
     return folder / "records.jsonl"
 
 
-def _again(ctx: click.Context) -> str:
-    """The command line that was given, ready to be pasted."""
-    return shlex.join(["bratune", *sys.argv[1:]]) if Path(sys.argv[0]).name != "pytest" else ctx.command_path
-
-
-def _show_plan(job: _Job, peers: Sequence[Cell]) -> None:
+def _show_plan(job: _Job) -> None:
     settings = job.settings
     texts = [step.text for step in job.planned]
-    texts += [f"{cell.model} ({cell.backend}), batch {cell.problem.batch}, {cell.regime}" for cell in peers]
     for text in (str(job.target.machine), *texts):
         click.echo(text)
     least = len(texts) * (settings.warmup_s + settings.min_time_s)
@@ -434,6 +381,7 @@ def _minutes(seconds: float) -> str:
 
 def _show(target: Target, rows: Sequence[Record], asked: dict[str, Any]) -> None:
     from bratune.report import profile_tables, timm_format
+    from bratune.report.answer import answer
     from bratune.report.tables import to_csv
     from bratune.run.passes import disturbance
 
@@ -452,3 +400,6 @@ def _show(target: Target, rows: Sequence[Record], asked: dict[str, Any]) -> None
         click.echo(f"{target.machine}\n\n{profile_tables.profile_markdown(rows)}")
     else:
         click.echo(f"{target.machine}\n{profile_tables.profile_text(rows)}")
+    if style in ("table", "md"):
+        for line in answer(rows):
+            click.echo(line)

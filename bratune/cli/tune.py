@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import click
 
 from bratune.cli import options, tune_modelled
 from bratune.errors import UsageError
+from bratune.record import new_run_id
 
 if TYPE_CHECKING:
     from bratune.cluster import Site
@@ -285,7 +285,7 @@ def _engines(asked: dict[str, Any], request: Request, folder: Path) -> tuple[Cel
     from bratune.store import Store
 
     settings = MeterSettings.for_effort(request.effort, **options.meter_changes(asked))
-    run_id = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    run_id = new_run_id()
     store = Store(folder / "records.jsonl")
     runner, machine = _replayed(asked), None if asked["replay"] else _machine(asked)
     site = _site(asked)

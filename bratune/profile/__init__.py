@@ -1,1 +1,1 @@
-"""Contests of whole models and of the attention of stages, until one engine measures everything in turn."""
+"""Commands of earlier versions that stored rows name in ``repro``: each is told to `bratune profile` now."""

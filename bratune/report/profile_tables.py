@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from bratune.cell import PARTS
 from bratune.record import Record
+from bratune.report.answer import name_of
 from bratune.report.tables import Note, Row, Table, to_markdown, to_text
 from bratune.run.summary import UNSETTLED_PCT, best_attention, differ, group, residual
 
@@ -167,8 +168,7 @@ def _model_table(rows: Sequence[Record]) -> Table:
     columns += ["<launch-bound"] if launch else []
     found: list[Row] = []
     for row in models:
-        names = row.backend.split(",")
-        who = f"{names[0]} everywhere" if len(set(names)) == 1 else "per stage: " + ", ".join(names)
+        who = name_of(row)
         if row.median_ms is None:
             found.append(Note((who,), _why(row)))
             continue
@@ -217,7 +217,13 @@ def _megabytes(value: float | None) -> str:
 
 
 def _speedup(row: Record, rows: Sequence[Record]) -> str:
-    """Relative to the baseline: ``2.1x``, in parentheses where the intervals overlap."""
+    """Relative to the baseline: ``2.1x``, in parentheses where nothing is shown.
+
+    That is where the interval of a ratio within rounds holds 1, or where intervals of medians overlap.
+    """
+    if row.ratio is not None and row.ratio_lo and row.ratio_hi:
+        text = f"{row.ratio:.2f}x"
+        return f"({text})" if row.ratio_lo <= 1 <= row.ratio_hi else text
     base = next(
         (
             r

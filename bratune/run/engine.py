@@ -155,7 +155,7 @@ class Baselines:
 
     def compared(self, cell: Cell, record: Record) -> Record:
         """The record with its speedup, where the baseline of its cell is known."""
-        if record.median_ms is None or not cell.backend:
+        if record.median_ms is None or not _is_compared(cell):
             return record
         if record.ratio is not None:  # measured in turn, which says more than two medians
             return record.replace(speedup=record.ratio, baseline=BASELINE)
@@ -179,7 +179,12 @@ def _question(row: Record) -> str:
 
 
 def _contest(cell: Cell) -> str:
-    return group_of(cell) if cell.backend else ""
+    return group_of(cell) if _is_compared(cell) else ""
+
+
+def _is_compared(cell: Cell) -> bool:
+    """Whether others do the same in another way; a peer is only compared within rounds."""
+    return bool(cell.backend) or cell.form == "published"
 
 
 def group_of(cell: Cell) -> str:
@@ -187,7 +192,35 @@ def group_of(cell: Cell) -> str:
     return cell.replace(backend="", config="{}", form="plain").cell_id
 
 
+def groups_of(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """Cells that take turns: what answers one question, and a model of ours with its peers.
+
+    Peers join the first model of ours that runs on the same images in the same way.
+    """
+    groups: dict[str, list[Cell]] = {}
+    peers: list[Cell] = []
+    for cell in cells:
+        if cell.form == "timm":
+            peers.append(cell)
+        else:
+            groups.setdefault(group_of(cell), []).append(cell)
+    for peer in peers:
+        own = next((g for g in groups.values() if g[0].part == "model" and _way(g[0]) == _way(peer)), None)
+        if own is None:
+            own = groups.setdefault(f"peers {_way(peer)}", [])
+        own.append(peer)
+    return list(groups.values())
+
+
+def _way(cell: Cell) -> tuple[object, ...]:
+    p = cell.problem
+    how = (cell.regime, cell.l2, cell.layout, cell.amp, cell.seed)
+    return (cell.task, cell.image, p.batch, p.dtype, p.direction, *how)
+
+
 def _is_baseline(cell: Cell) -> bool:
+    if cell.form != "plain":
+        return False
     return set(cell.backend.split(",")) == {BASELINE} and cell.config == "{}"
 
 
@@ -308,9 +341,7 @@ class CellEngine:
 
     def _run_passes(self, cells: Sequence[Cell]) -> Iterator[Record]:
         """Every cell pooled over its passes, once all of them are there."""
-        groups: dict[str, list[Cell]] = {}
-        for cell in cells:
-            groups.setdefault(group_of(cell), []).append(cell)
+        groups = groups_of(cells)
         rows = {cell: self._cache.find_all(cell) for cell in cells}
         self.reused += sum(_is_complete(found, self.passes) for found in rows.values())
         while self._all_passes(groups, rows) and not self._cancelled.wait(_LOOK_S):
@@ -325,12 +356,12 @@ class CellEngine:
         for cell in cells:
             yield self._baselines.compared(cell, pooled[cell.cell_id])
 
-    def _all_passes(self, groups: dict[str, list[Cell]], rows: dict[Cell, list[Record]]) -> bool:
+    def _all_passes(self, groups: list[list[Cell]], rows: dict[Cell, list[Record]]) -> bool:
         """Measure what passes are missing; whether another run of the same store has some of them in hand."""
         taken = False
         for number in range(1, self.passes + 1):
             begun = False
-            for group in groups.values():
+            for group in groups:
                 missing = [cell for cell in group if _lacks(rows[cell], number)]
                 if self._left_s() <= 0:
                     return False

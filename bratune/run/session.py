@@ -38,16 +38,17 @@ def plan(request: Request, stages: tuple[int, ...] = ()) -> list[Planned]:
     """What `run` will measure, in its order."""
     found: list[Planned] = []
     for scene in scenes(request):
-        for stage in scene.stages:
-            if stages and stage.index not in stages:
-                continue
+        for stage in _chosen(scene, stages):
             cells = [*scene.attention_cells(stage), *scene.part_cells(stage)]
             found += [Planned(cell, _words(scene, cell)) for cell in cells]
             if cells:
                 found.append(Planned(None, f"{scene.model} stage {stage.index} block by the fastest backend"))
         if request.whole_model:
-            found.append(Planned(None, f"{scene.model} batch {scene.batch}, {_baseline(request)} everywhere"))
-            found.append(Planned(None, f"{scene.model} batch {scene.batch}, fastest backend of each stage"))
+            cells = [*scene.form_cells(), *scene.peer_cells()]
+            found += [Planned(cell, f"{_whole(cell)}, batch {scene.batch}, {scene.regime}") for cell in cells]
+            if request.parts:
+                text = f"{scene.model} batch {scene.batch}, fastest backend of each stage"
+                found.append(Planned(None, text))
     return found
 
 
@@ -93,16 +94,13 @@ def _together(request: Request, engine: Engine, stages: tuple[int, ...]) -> Iter
             rows[number].append(baselines[number].compared(cell, record))
             yield rows[number][-1]
 
-    def chosen(scene: Scene) -> list[Stage]:
-        return [stage for stage in scene.stages if not stages or stage.index in stages]
-
     def known_before(number: int, scene: Scene) -> list[Cell]:
-        order = sorted(chosen(scene), key=_possible_gain, reverse=True)
+        order = sorted(_chosen(scene, stages), key=_possible_gain, reverse=True)
         attention = [cell for stage in order for cell in scene.attention_cells(stage)]
         return attention + [cell for stage in order for cell in scene.part_cells(stage)]
 
     def known_after(number: int, scene: Scene) -> list[Cell]:
-        cells = [_best_block(scene, rows[number], stage) for stage in chosen(scene)]
+        cells = [_best_block(scene, rows[number], stage) for stage in _chosen(scene, stages)]
         cells += _model_cells(scene, rows[number]) if request.whole_model else []
         return [cell for cell in cells if cell is not None]
 
@@ -114,7 +112,7 @@ def _scene_rows(
     scene: Scene, engine: Engine, rows: list[Record], stages: tuple[int, ...], answer_first: bool
 ) -> Iterator[Record]:
     """Rows of one scene; ``rows`` holds those that were yielded so far."""
-    chosen = [stage for stage in scene.stages if not stages or stage.index in stages]
+    chosen = _chosen(scene, stages)
     if answer_first:
         chosen.sort(key=_possible_gain, reverse=True)
         for stage in chosen:
@@ -127,6 +125,13 @@ def _scene_rows(
         yield from engine.run(scene.attention_cells(stage))
         yield from _block_rows(scene, engine, rows, stage)
     yield from _model_rows(scene, engine, rows)
+
+
+def _chosen(scene: Scene, stages: tuple[int, ...]) -> list[Stage]:
+    """The stages whose parts are measured."""
+    if not scene.request.parts:
+        return []
+    return [stage for stage in scene.stages if not stages or stage.index in stages]
 
 
 def _possible_gain(stage: Stage) -> int:
@@ -159,21 +164,22 @@ def _model_rows(scene: Scene, engine: Engine, rows: list[Record]) -> Iterator[Re
 
 
 def _model_cells(scene: Scene, rows: list[Record]) -> list[Cell]:
-    """The baseline everywhere, then the fastest backend of each stage, if that is something else."""
+    """The model in its forms and with the fastest backend of each stage, and its peers, each cell once."""
     baseline = _baseline(scene.request)
-    cells = [scene.model_cell((baseline,))]
-    fastest = []
-    for stage in scene.stages:
-        best = best_attention(rows, stage.index)
-        fastest.append(best.backend if best else baseline)
-    if set(fastest) != {baseline}:
-        cells.append(scene.model_cell(fastest))
-    return cells
+    best = [best_attention(rows, stage.index) for stage in scene.stages]
+    cells = scene.form_cells()
+    if any(best):
+        cells.append(scene.model_cell([row.backend if row else baseline for row in best]))
+    return list(dict.fromkeys([*cells, *scene.peer_cells()]))
 
 
 def _baseline(request: Request) -> str:
     """What speedups are relative to; the first backend where the baseline is not asked for."""
     return BASELINE if BASELINE in request.backends else request.backends[0]
+
+
+def _whole(cell: Cell) -> str:
+    return f"{cell.model} ({cell.form if cell.form != 'plain' else f'{cell.backend} everywhere'})"
 
 
 def _words(scene: Scene, cell: Cell) -> str:

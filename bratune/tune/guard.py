@@ -1,7 +1,7 @@
 """Guard: a pick is only exported when it beats the default in a comparison of its own.
 
 The search chose the pick because it looked fast, so its own measurement flatters it. Pick and default are
-therefore measured again, side by side in fresh processes (`bratune.profile.finalists`), and only those
+therefore measured again, side by side in fresh processes (`bratune.tune.finalists`), and only those
 numbers decide.
 """
 
@@ -14,7 +14,7 @@ from typing import TypeAlias
 from bratune.cell import Cell
 from bratune.engine import Engine
 from bratune.measure.statistics import median
-from bratune.profile.finalists import Final, confirm
+from bratune.tune.finalists import Final, confirm
 from bratune.tune.plan import EndToEnd
 
 __all__ = ["Fresh", "challenge", "judged"]
@@ -29,7 +29,7 @@ def challenge(default: Cell, pick: Cell, fresh: Fresh, rounds: int) -> EndToEnd:
     Args:
         default: Cell of the default.
         pick: Cell of the pick.
-        fresh: See `bratune.profile.finalists.confirm`.
+        fresh: See `bratune.tune.finalists.confirm`.
         rounds: Processes.
     """
     (final,) = confirm([pick], default, fresh, rounds=rounds)

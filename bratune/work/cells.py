@@ -13,15 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bratune.cell import Cell
+from bratune.cell import FORMS, Cell
 from bratune.problem import Problem
 from bratune.variant import Stage, get_variant, stages
-from bratune.work.request import Request
+from bratune.work.request import BASELINE, Request
 
 __all__ = ["BASELINE", "Scene", "joined_backends", "model_stages", "parts_of", "scenes"]
 
-# What speedups are relative to: the implementation that the paper describes and the official code has.
-BASELINE = "gather"
 # Backends that stand for the two forms of full attention: scores written out, and fused. The first is what
 # these two backends run, the second is what every other name does (`bratune.kernels.full_attention`).
 FULL_ATTENTION_FORMS = (BASELINE, "gather-sdpa")
@@ -118,6 +116,18 @@ class Scene:
             n_win=",".join(str(stage.n_win) for stage in found),
             topk=",".join(str(stage.topk) for stage in found),
         )
+
+    def form_cells(self) -> list[Cell]:
+        """The whole model in every form of the request."""
+        found = []
+        for name in self.request.forms:
+            form = name if name in FORMS else "plain"
+            found.append(self.model_cell(("auto" if form == name else name,), form=form))
+        return found
+
+    def peer_cells(self) -> list[Cell]:
+        """The models of timm that stand beside it."""
+        return [self.peer_cell(name) for name in self.request.peers]
 
     def peer_cell(self, name: str) -> Cell:
         """A model of timm, by the name that timm knows, on the images of this scene.

@@ -9,11 +9,16 @@ from pathlib import Path
 
 from bratune import defaults
 from bratune.cell import L2_STATES, REGIMES, ROUTE_KINDS
-from bratune.errors import ProblemError, UsageError
+from bratune.errors import ProblemError, UnknownNameError, UsageError
 from bratune.machine import Machine
 from bratune.variant import TASKS, Stage, Task, get_task, get_variant, stages
+from bratune.work.peers import peer_name
 
-__all__ = ["Request", "auto_batch", "make_request"]
+__all__ = ["BASELINE", "Request", "auto_batch", "make_request"]
+
+
+# What speedups are relative to: the implementation that the paper describes and the official code has.
+BASELINE = "gather"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,10 @@ class Request:
         regimes: ``eager``, ``graph``, ``compile``.
         l2: ``cold``, ``warm`` or both.
         whole_model: Time whole models too.
+        parts: Time the attention and the other parts of stages.
+        forms: Of a whole model, in the order in which they are shown: forms of `bratune.cell.FORMS`, and
+            names of backends (or ``auto``), which run everywhere in a plain one.
+        peers: Models of timm beside ours, by the names that timm knows.
         seed: Seed of weights, images and routes.
         images: Folder of pictures to feed; empty for synthetic images.
         checkpoint: Weights file of the model; empty for seeded random weights.
@@ -56,11 +65,16 @@ class Request:
     regimes: tuple[str, ...]
     l2: tuple[str, ...]
     whole_model: bool = True
+    parts: bool = True
+    forms: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
     seed: int = 0
     images: str = ""
     checkpoint: str = ""
 
     def __post_init__(self) -> None:
+        if not (self.parts or self.whole_model):
+            raise UsageError("nothing is left to measure with --no-stages and without whole models")
         if not self.backends:
             raise UsageError("no backend is left to measure: --skip leaves none of those asked for")
         for name, values, known in (
@@ -133,6 +147,9 @@ def make_request(
     regimes: Sequence[str] = (),
     l2: str | None = None,
     whole_model: bool = True,
+    parts: bool = True,
+    forms: Sequence[str] = (),
+    peers: Sequence[str] = (),
     seed: int = 0,
     images: str = "",
     checkpoint: str = "",
@@ -140,7 +157,8 @@ def make_request(
     """A request with the defaults that suit a machine.
 
     Defaults: those of `bratune.defaults`, the task's size and S, batch 1, every backend, eager, recorded
-    routes.
+    routes. A whole model is measured as published, by the baseline, by ``auto``, and in the runtime or, with
+    gradients, lean; of a machine that is not here, by the baseline alone: the others are only ever measured.
 
     Raises:
         UsageError: a value does not fit; ProblemError for S and top-k.
@@ -157,6 +175,7 @@ def make_request(
     usual = defaults.defaults_for(machine)
     layouts = {None: usual.layout, True: "nhwc", False: "nchw"}
     states = {"both": ("cold", "warm"), None: (usual.l2,)}
+    names_of_backends = tuple(b for b in tuple(backends) or registry.names() if b not in set(skip))
     request = Request(
         models=names,
         task=chosen,
@@ -168,11 +187,14 @@ def make_request(
         amp=amp,
         layout=layouts[channels_last],
         direction=direction,
-        backends=tuple(b for b in tuple(backends) or registry.names() if b not in set(skip)),
+        backends=names_of_backends,
         routes=tuple(routes) or ("recorded",),
         regimes=tuple(regimes) or ("eager",),
         l2=states.get(l2, (l2 or "",)),
         whole_model=whole_model,
+        parts=parts,
+        forms=_forms(forms, machine, direction, names_of_backends),
+        peers=tuple(peer_name(name) for name in peers),
         seed=seed,
         images=images,
         checkpoint=checkpoint,
@@ -181,6 +203,29 @@ def make_request(
         check_checkpoint(name, chosen.name, checkpoint)
     numbers = {auto_batch(request, machine) if b == "auto" else int(b) for b in batches}
     return dataclasses.replace(request, batches=tuple(sorted(numbers)) or (1,))
+
+
+def _forms(
+    forms: Sequence[str], machine: Machine, direction: str, backends: Sequence[str]
+) -> tuple[str, ...]:
+    """The forms that were asked for, or those that tell what is gained by what.
+
+    Raises:
+        UnknownNameError: one is no form of a model of ours and no backend.
+    """
+    from bratune.kernels import registry
+
+    known = ("published", "runtime", "lean", "auto", *registry.names())
+    for name in forms:
+        if name not in known:
+            raise UnknownNameError("form", name, known)
+    if forms:
+        return tuple(dict.fromkeys(forms))
+    baseline = () if not backends else (BASELINE if BASELINE in backends else backends[0],)
+    if machine.device == "absent":
+        return baseline
+    fastest = "lean" if direction == "fwd-bwd" else "runtime"
+    return tuple(dict.fromkeys(("published", *baseline, "auto", fastest)))
 
 
 def auto_batch(request: Request, machine: Machine) -> int:

@@ -69,7 +69,8 @@ def request(**asked: Any) -> Request:
 
 
 def profile(engine: FakeEngine, stages: tuple[int, ...] = (), **asked: Any) -> list[Record]:
-    return list(session.run(request(**asked), engine, stages))
+    baseline = "gather" if "gather" in asked.get("backends", ("gather",)) else asked["backends"][0]
+    return list(session.run(request(**{"forms": (baseline,), **asked}), engine, stages))
 
 
 # --- the session -------------------------------------------------------------------------------------
@@ -115,6 +116,40 @@ def test_without_the_baseline_the_first_backend_stands_in_and_nothing_has_a_spee
     assert {r.speedup for r in rows} == {None}
 
 
+@pytest.mark.parametrize(
+    ("direction", "forms"),
+    [
+        ("fwd", ["published", "gather", "auto", "runtime"]),
+        ("fwd-bwd", ["published", "gather", "auto", "lean"]),
+    ],
+)
+def test_whole_models_tell_what_is_gained_by_what(direction: str, forms: list[str]) -> None:
+    engine = FakeEngine(dense=0.5)
+    rows = profile(engine, forms=(), direction=direction)
+    models = [c for c in engine.asked if c.part == "model"]
+    assert [c.backend if c.form == "plain" else c.form for c in models] == [*forms, "dense,dense,dense,gather"]
+    text = profile_text(rows)
+    assert all(f"\n{name}" in text for name in ("published", "gather everywhere", "auto ", forms[-1]))
+
+
+def test_without_stages_only_whole_models_are_measured() -> None:
+    engine = FakeEngine()
+    profile(engine, parts=False, forms=("published", "runtime"), batches=(1, 2))
+    assert [(c.part, c.form) for c in engine.asked] == [("model", "published"), ("model", "runtime")] * 2
+
+
+def test_peers_take_turns_with_the_model_of_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bratune.run.engine import groups_of
+    from bratune.work.cells import scenes
+
+    monkeypatch.setattr("bratune.work.request.peer_name", lambda name: name)
+    found = scenes(request(batches=(1, 2), peers=("swin",), forms=("gather", "runtime")))
+    groups = groups_of([cell for scene in found for cell in (*scene.form_cells(), *scene.peer_cells())])
+    assert [[(c.form, c.problem.batch) for c in group] for group in groups] == [
+        [("plain", batch), ("runtime", batch), ("timm", batch)] for batch in (1, 2)
+    ]
+
+
 def test_only_the_stages_asked_for_are_measured() -> None:
     engine = FakeEngine()
     profile(engine, stages=(2,), whole_model=False)
@@ -129,7 +164,7 @@ def test_every_batch_size_has_rows_of_its_own() -> None:
 
 def test_a_session_plans_what_it_does() -> None:
     engine = FakeEngine(gather=4.0, dense=2.0)
-    profile(engine, routes=("recorded", "same"))
+    profile(engine, routes=("recorded", "same"), forms=())
     planned = session.plan(request(routes=("recorded", "same")))
     assert len(planned) == len(engine.asked)
     known = {p.cell for p in planned if p.cell}

@@ -31,11 +31,11 @@ FLOORS = (
     ("bratune.predict", "bratune.suites", "bratune.results", "bratune.testing"),
     ("bratune.work", "bratune.foreign"),
     ("bratune.run",),
-    ("bratune.profile",),
     ("bratune.tune",),
     ("bratune.report", "bratune.export", "bratune.cluster"),
     ("bratune.studies",),
     ("bratune.cli",),
+    ("bratune.profile",),
     ("bratune.__main__",),
 )
 

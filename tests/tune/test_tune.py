@@ -13,11 +13,11 @@ import pytest
 
 from bratune.cell import Cell
 from bratune.errors import UsageError
-from bratune.profile.finalists import Final
 from bratune.record import Record
 from bratune.tune.conclude import conclude, front_rows
 from bratune.tune.encoding import Encoding
 from bratune.tune.fidelity_source import FidelitySource
+from bratune.tune.finalists import Final
 from bratune.tune.guard import judged
 from bratune.tune.plan import Plan, load_plan
 from bratune.tune.request import Request

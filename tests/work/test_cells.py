@@ -251,8 +251,9 @@ def test_the_command_of_a_row_gives_the_row_again(asked: dict[str, Any]) -> None
 def test_a_plan_says_every_cell_that_is_known_before() -> None:
     request = make_request(CPU, backends=("gather", "dense"))
     planned = session.plan(request)
-    # three routed stages of 2 backends, 7 parts, a block; the last of 1 backend, 6 parts, a block; two models
-    assert len(planned) == 3 * (2 + 7 + 1) + (1 + 6 + 1) + 2
+    # three routed stages of 2 backends, 7 parts, a block; the last of 1 backend, 6 parts, a block; four
+    # forms of the model, and the fastest of each stage
+    assert len(planned) == 3 * (2 + 7 + 1) + (1 + 6 + 1) + 5
     assert [p.text for p in planned if p.cell is None][-1].endswith("fastest backend of each stage")
     only = session.plan(dataclasses.replace(request, whole_model=False), stages=(2,))
     assert len(only) == 10

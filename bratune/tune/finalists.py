@@ -21,7 +21,7 @@ from bratune.errors import MeasureError
 from bratune.measure.statistics import paired_ratio
 from bratune.record import Record
 
-__all__ = ["Final", "confirm", "whole_models"]
+__all__ = ["Final", "confirm"]
 
 # Six processes are the fewest for which a 95 % interval of a median exists.
 ROUNDS = 6
@@ -128,33 +128,6 @@ def confirm(
         _final(cell, default, times[cell], paired[cell], dropped.get(cell, ""), least_gain)
         for cell in candidates
     )
-
-
-def whole_models(records: Sequence[Record]) -> list[tuple[Cell, list[Cell]]]:
-    """The whole models of a run that are worth confirming: each baseline with its faster rivals.
-
-    Args:
-        records: Rows of a run; those that compare share everything but their backends.
-
-    Returns:
-        Pairs of a default and its candidates.
-    """
-    timed = [row for row in records if row.part == "model" and row.ok and row.cell]
-    pairs = []
-    for row in timed:
-        if row.backend != row.baseline:
-            continue
-        default = row.to_cell()
-        rivals = [
-            cell
-            for cell, other in ((other.to_cell(), other) for other in timed)
-            if cell != default
-            and cell.replace(backend=default.backend) == default
-            and (other.median_ms or 0.0) < (row.median_ms or 0.0)
-        ]
-        if rivals:
-            pairs.append((default, rivals))
-    return pairs
 
 
 def _order(cells: Sequence[Cell], default: Cell, turn: int) -> list[Cell]:

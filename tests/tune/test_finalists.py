@@ -12,8 +12,8 @@ from bratune.engine import Engine
 from bratune.errors import MeasureError
 from bratune.machine import Machine
 from bratune.problem import Problem
-from bratune.profile.finalists import Final, confirm, whole_models
 from bratune.record import Record
+from bratune.tune.finalists import Final, confirm
 
 CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="CPU")
 PROBLEM = Problem(batch=1, height=8, width=8, heads=1, head_dim=8, region=(2, 2), topk=2)
@@ -120,25 +120,6 @@ MODEL = DEFAULT.replace(part="model", model="biformer_tiny")
 def model_row(backend: str, median_ms: float, **changes: object) -> Record:
     cell = MODEL.replace(backend=backend, **changes)
     return Record.of(cell, CPU, median_ms=median_ms, baseline="gather")
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        pytest.param([("gather", 4.0), ("a,b", 2.0)], [("gather", ["a,b"])], id="one rival"),
-        pytest.param([("gather", 4.0), ("a", 5.0)], [], id="a slower one needs no confirmation"),
-        pytest.param([("a", 2.0)], [], id="no baseline"),
-    ],
-)
-def test_whole_models_that_look_faster_than_their_baseline_are_worth_confirming(
-    rows: list[tuple[str, float]], expected: list[tuple[str, list[str]]]
-) -> None:
-    found = whole_models([model_row(backend, median_ms) for backend, median_ms in rows])
-    assert [(default.backend, [cell.backend for cell in cells]) for default, cells in found] == expected
-
-
-def test_only_models_that_are_run_alike_are_compared() -> None:
-    assert whole_models([model_row("gather", 4.0), model_row("a", 2.0, regime="compile")]) == []
 
 
 def test_one_process_is_no_comparison() -> None:
