@@ -127,7 +127,8 @@ def test_whole_models_tell_what_is_gained_by_what(direction: str, forms: list[st
     engine = FakeEngine(dense=0.5)
     rows = profile(engine, forms=(), direction=direction)
     models = [c for c in engine.asked if c.part == "model"]
-    assert [c.backend if c.form == "plain" else c.form for c in models] == [*forms, "dense,dense,dense,gather"]
+    names = [c.backend if c.form == "plain" else c.form for c in models]
+    assert names == [*forms, "dense,dense,dense,gather"]
     text = profile_text(rows)
     assert all(f"\n{name}" in text for name in ("published", "gather everywhere", "auto ", forms[-1]))
 
