@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bratune.backend import Backend
 from bratune.errors import BratuneError, ConfigError, ProblemError, UnknownNameError, UnsupportedError
-from bratune.kernels import api, registry
+from bratune.kernels import api, layout, registry
 from bratune.kernels.api import route, routed_attention
 from bratune.machine import Machine
 from bratune.problem import Problem
@@ -192,3 +192,37 @@ def test_calls_of_ever_new_sizes_are_not_all_remembered(monkeypatch: pytest.Monk
             assert out.shape == v.shape, seed
     assert len(api._PLACES) <= 4
     assert set(api._PLACES.values()) == vars(api._RESOLVED).keys()
+
+
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, topk: int, scale: float) -> Tensor:
+    """Routed attention with one head on lists of regions ``[R, T, C]``."""
+    routes = (q.mean(1) @ k.mean(1).T).topk(topk).indices
+    outs = [
+        (scale * q[r] @ k[routes[r]].flatten(0, 1).T).softmax(-1) @ v[routes[r]].flatten(0, 1)
+        for r in range(len(q))
+    ]
+    return torch.stack(outs)
+
+
+def test_a_volume_folded_to_rows_of_regions_is_exact() -> None:
+    depth, height, width, channels = 4, 6, 4, 8
+    q, k, v = (x.double() for x in qkv(size=(1, depth * height, width, channels)))
+
+    def fold(x: Tensor) -> Tensor:
+        split = x.view(1, 2, 2, 2, 3, 2, 2, channels)  # regions of 2x3x2
+        return split.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(1, 8, 12, channels)
+
+    q, k, v = map(fold, (q, k, v))
+    routes = route(q, k, region=(1, 12), topk=3)
+    found = routed_attention(q, k, v, routes, heads=1, region=(1, 12))
+    torch.testing.assert_close(found[0], one_by_one(q[0], k[0], v[0], 3, channels**-0.5))
+
+
+def test_two_maps_in_rectangles_are_attended_to_as_lists_of_regions() -> None:
+    q, k, v = [x.double() for x in qkv(size=(1, 8, 6, 16))]
+    context = [x[:, :4, :3] for x in (k, v)]
+    routes = route(q, context[0], region=(4, 2), kv_region=(2, 1), topk=2)
+    found = routed_attention(q, context[0], context[1], routes, heads=1, region=(4, 2), kv_region=(2, 1))
+    rq, (rk, rv) = layout.to_regions(q, (4, 2))[0], (layout.to_regions(x, (2, 1))[0] for x in context)
+    expected = one_by_one(rq, rk, rv, 2, 16**-0.5)
+    torch.testing.assert_close(layout.to_regions(found, (4, 2))[0], expected)

@@ -43,18 +43,22 @@ def test_a_fresh_model_compiles_for_all_batches(
     cold: dict[str, dict[str, Any]], options: str, graphs: int
 ) -> None:
     """Beside the graph of an empty batch: one, or first one of the first batch."""
-    found = cold[f"compile-{options}"]
-    assert found == {"graphs": graphs + 1, "breaks": [], "apart": 0.0, "empty": [0, 8, 8, 32]}
+    found = dict(cold[f"compile-{options}"])
+    assert found.pop("apart") < 1e-5
+    assert found == {"graphs": graphs + 1, "breaks": [], "empty": [0, 8, 8, 32]}
 
 
 @pytest.mark.parametrize("name", ["export", "export-nchw"])
 def test_an_exported_layer_takes_any_batch(cold: dict[str, dict[str, Any]], name: str) -> None:
-    assert cold[name] == {"apart": 0.0}
+    assert cold[name].keys() == {"apart"}, cold[name]
+    assert cold[name]["apart"] < 1e-5  # a graph for other tools attends by PyTorch's operations
 
 
 @pytest.mark.parametrize("name", ["trace", "trace-nchw"])
 def test_a_traced_layer_takes_any_batch(cold: dict[str, dict[str, Any]], name: str) -> None:
-    assert cold[name] == {"apart": 0.0, "warnings": []}
+    assert cold[name].keys() == {"apart", "warnings"}, cold[name]
+    assert cold[name]["apart"] < 1e-5
+    assert cold[name]["warnings"] == []
 
 
 def layer(backend: str) -> bratune.BiLevelRoutingAttention:
