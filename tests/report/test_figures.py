@@ -151,6 +151,57 @@ def test_part_times_count_every_block_of_the_stage() -> None:
     assert {(r.part, r.stage): r.ms for r in rows} == {("attention", 3): 2.0, ("mlp", 1): 4.0}
 
 
+def of_s(cell: Cell, n_win: str, topk: str = "2") -> Cell:
+    return cell.replace(n_win=n_win, topk=topk)
+
+
+def test_stage_times_of_several_s_stand_apart_and_are_never_added() -> None:
+    times = (("7", 1.0), ("8", 2.0), ("14", 4.0))
+    rows = stages.infos([measured(of_s(attention(), s), ms) for s, ms in times])
+    assert {r.setting: r.ms for r in rows} == {"S 7": 4.0, "S 8": 8.0, "S 14": 16.0}
+    (panel,) = stages.panels(rows)
+    lanes = [name for trace in panel.data for name in trace["y"]]
+    assert sorted(lanes) == ["stage 1  S 14  gather", "stage 1  S 7  gather", "stage 1  S 8  gather"]
+
+
+def test_stage_times_of_other_caches_and_routes_are_not_added() -> None:
+    cells = (
+        attention(),
+        attention().replace(l2="warm"),
+        attention().replace(route_distribution="random"),
+        attention().replace(config='{"block": 1}'),
+    )
+    for panel in stages.panels(stages.infos([measured(cell, 1.0) for cell in cells])):
+        lanes = [name for trace in panel.data for name in trace["y"]]
+        assert len(lanes) == len(set(lanes)), panel.title
+
+
+def test_speedups_of_several_top_k_are_columns_of_their_own() -> None:
+    records = [
+        measured(of_s(attention(1, backend), "7", k), ms)
+        for backend, k, ms in (
+            ("gather", "1", 2.0),
+            ("triton", "1", 1.0),
+            ("gather", "4", 9.0),
+            ("triton", "4", 1.0),
+        )
+    ]
+    rows = speedup.infos(records)
+    assert {r.setting: round(r.speedup, 6) for r in rows if r.backend == "triton"} == {"k 1": 2, "k 4": 9}
+    (panel,) = speedup.panels(rows)
+    assert panel.data[0]["x"] == ["stage 1<br>k 1", "stage 1<br>k 4"]
+
+
+def test_forms_of_a_model_are_series_of_their_own() -> None:
+    forms = (("published", ""), ("runtime", "auto"), ("plain", "auto"))
+    records = [measured(model(backend).replace(form=form), 2.0) for form, backend in forms]
+    assert {bar.series for bar in throughput.infos(records)} == {
+        "biformer_tiny · published",
+        "biformer_tiny · runtime · auto",
+        "biformer_tiny · auto",
+    }
+
+
 def test_a_roofline_point_is_useful_operations_over_time_and_least_bytes() -> None:
     cell = attention()
     roofs, found = roofline.infos([measured(cell, 0.1)])

@@ -5,6 +5,7 @@ Where several records speak of one thing, the most trusted evidence wins (`bratu
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from bratune.predict.fit import board_of
@@ -17,6 +18,7 @@ __all__ = [
     "milliseconds",
     "provenance",
     "series_of",
+    "settings_of",
     "timed",
     "trusted",
     "with_bounds",
@@ -31,6 +33,8 @@ def work_of(record: Record) -> str:
     """The work in words, without model and backend: ``512x512, batch 16, bfloat16, fwd, eager``."""
     size = f"{record.image_height}x{record.image_width}" if record.image_height else "bare call"
     parts = [size, f"batch {record.batch}", record.dtype, record.direction, record.regime]
+    if record.route_distribution not in ("", "recorded"):
+        parts.append(f"{record.route_distribution} routes")
     if record.amp:
         parts.append("autocast")
     return ", ".join(part for part in parts if part)
@@ -71,11 +75,31 @@ def timed(records: Iterable[Record], part: str) -> list[Record]:
 
 
 def series_of(record: Record) -> str:
-    """Model and backend in words; S and top-k, too, where they are not those of the paper."""
+    """Model, form and backend in words; S and top-k, too, where they are not those of the paper."""
     backends = record.backend.split(",")
     backend = backends[0] if len(set(backends)) == 1 else "best per stage"
+    form = record.form if record.form in ("published", "runtime", "lean") else ""
+    how = " · ".join(filter(None, (form, backend)))
     model = f"{record.model}{_changed_setting(record)}"
-    return f"{model} · {backend}" if backend else model
+    return f"{model} · {how}" if how else model
+
+
+def settings_of(records: Iterable[Record]) -> dict[tuple[int, str, str], str]:
+    """What tells the settings of a stage apart, by stage, S and top-k; empty where a stage has only one.
+
+    E.g. ``S 7`` and ``S 14`` where only S differs, ``S 7, k 4`` where both do.
+    """
+    seen: dict[int, set[tuple[str, str]]] = defaultdict(set)
+    for r in records:
+        seen[r.stage or 0].add((r.n_win, r.topk))
+    found = {}
+    for stage, pairs in seen.items():
+        by_s, by_k = (len({pair[i] for pair in pairs}) > 1 for i in (0, 1))
+        for n_win, topk in pairs:
+            words = [f"S {n_win}"] if by_s else []
+            words += [f"k {topk}"] if by_k else []
+            found[(stage, n_win, topk)] = ", ".join(words)
+    return found
 
 
 def _changed_setting(record: Record) -> str:

@@ -13,6 +13,7 @@ from bratune.report.figures.facts import (
     BASELINE,
     milliseconds,
     provenance,
+    settings_of,
     timed,
     work_of,
 )
@@ -33,6 +34,7 @@ class SpeedupCell(NamedTuple):
     gpu: str
     backend: str
     stage: int
+    setting: str
     speedup: float
     lo: float
     hi: float
@@ -42,11 +44,17 @@ class SpeedupCell(NamedTuple):
 
 def infos(records: Sequence[Record]) -> list[SpeedupCell]:
     """Every backend against gather-then-dense on the same call, stage by stage."""
-    groups: dict[tuple[str, str, int], dict[str, Record]] = defaultdict(dict)
+    works: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for r in timed(records, "attention"):
-        groups[(f"{r.model or 'call'}, {work_of(r)}, {r.l2} cache", r.gpu_key, r.stage or 0)][r.backend] = r
+        works[(f"{r.model or 'call'}, {work_of(r)}, {r.l2} cache", r.gpu_key)].append(r)
+    groups: dict[tuple[str, str, int, str], dict[str, Record]] = defaultdict(dict)
+    for (work, gpu), rows in works.items():
+        names = settings_of(rows)
+        for r in rows:
+            stage = r.stage or 0
+            groups[(work, gpu, stage, names[(stage, r.n_win, r.topk)])][r.backend] = r
     found = []
-    for (work, gpu, stage), by_backend in groups.items():
+    for (work, gpu, stage, setting), by_backend in groups.items():
         base = by_backend.get(BASELINE)
         if base is None:
             continue
@@ -60,6 +68,7 @@ def infos(records: Sequence[Record]) -> list[SpeedupCell]:
                     gpu,
                     backend,
                     stage,
+                    setting,
                     base_ms / ms,
                     base_lo / hi,
                     base_hi / lo,
@@ -76,15 +85,15 @@ def panels(cells: Sequence[SpeedupCell]) -> list[Panel]:
 
 
 def _heat(title: str, cells: Sequence[SpeedupCell]) -> Panel:
-    stages = sorted({c.stage for c in cells})
-    found = {(c.backend, c.stage): c for c in cells}
+    columns = sorted({(c.stage, c.setting) for c in cells})
+    found = {(c.backend, c.stage, c.setting): c for c in cells}
     backends = _slowest_last(cells)
-    grid = [[found.get((b, s)) for s in stages] for b in backends]
+    grid = [[found.get((b, *column)) for column in columns] for b in backends]
     # Logarithms, so that half as fast and twice as fast are equally far from 1.
     data = [
         {
             "type": "heatmap",
-            "x": [f"stage {s}" for s in stages],
+            "x": ["<br>".join(filter(None, (f"stage {stage}", setting))) for stage, setting in columns],
             "y": backends,
             "z": [[math.log2(c.speedup) if c else None for c in row] for row in grid],
             "zmid": 0,

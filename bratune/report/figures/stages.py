@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from bratune.report import style
 from bratune.report.figures.facts import (
     milliseconds,
     provenance,
+    settings_of,
     trusted,
     work_of,
 )
@@ -35,6 +37,7 @@ class PartTime(NamedTuple):
     work: str
     gpu: str
     stage: int
+    setting: str
     backend: str
     part: str
     ms: float
@@ -43,25 +46,36 @@ class PartTime(NamedTuple):
 
 
 def infos(records: Sequence[Record]) -> list[PartTime]:
-    """Time per stage, part by part, all blocks of the stage together."""
-    found = []
+    """Time per stage, part by part, all blocks of the stage together; every S and top-k by itself.
+
+    Of several rows of one part (e.g. settings of a backend), the fastest is shown.
+    """
+    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for r in trusted(records).values():
-        if r.part not in PART_ORDER or not r.stage:
-            continue
-        ms, _, _ = milliseconds(r)
-        found.append(
-            PartTime(
-                f"{r.model}, {work_of(r)}",
-                r.gpu_key,
-                r.stage,
+        if r.part in PART_ORDER and r.stage:
+            groups[(f"{r.model}, {work_of(r)}, {r.l2} cache", r.gpu_key)].append(r)
+    found: dict[tuple[object, ...], PartTime] = {}
+    for (work, gpu), rows in groups.items():
+        names = settings_of(rows)
+        for r in rows:
+            stage = r.stage or 0
+            time = PartTime(
+                work,
+                gpu,
+                stage,
+                names[(stage, r.n_win, r.topk)],
                 r.backend if r.part == "attention" else "",
                 r.part,
-                ms * (r.block_count or 1),
+                milliseconds(r)[0] * (r.block_count or 1),
                 r.evidence,
                 provenance(r),
             )
-        )
-    return sorted(found)
+            found[time[:6]] = min(found.get(time[:6], time), time, key=_rank)
+    return sorted(found.values())
+
+
+def _rank(time: PartTime) -> tuple[int, float]:
+    return EVIDENCE.index(time.evidence), time.ms
 
 
 def panels(times: Sequence[PartTime]) -> list[Panel]:
@@ -70,10 +84,10 @@ def panels(times: Sequence[PartTime]) -> list[Panel]:
 
 
 def _stack(title: str, times: Sequence[PartTime]) -> Panel:
-    lanes = sorted({(t.stage, t.backend) for t in times if t.backend}, reverse=True)
+    lanes = sorted({(t.stage, t.setting, t.backend) for t in times if t.backend}, reverse=True)
     if not lanes:
-        lanes = sorted({(t.stage, "") for t in times}, reverse=True)
-    names = {lane: f"stage {lane[0]}  {lane[1]}" for lane in lanes}
+        lanes = sorted({(t.stage, t.setting, "") for t in times}, reverse=True)
+    names = {lane: "  ".join(filter(None, (f"stage {lane[0]}", *lane[1:]))) for lane in lanes}
     data: list[dict[str, Any]] = []
     used = []
     for part in PART_ORDER:
@@ -81,7 +95,7 @@ def _stack(title: str, times: Sequence[PartTime]) -> Panel:
             (names[lane], t)
             for lane in lanes
             for t in times
-            if t.part == part and t.stage == lane[0] and (not t.backend or t.backend == lane[1])
+            if t.part == part and (t.stage, t.setting) == lane[:2] and t.backend in ("", lane[2])
         ]
         if not found:
             continue
