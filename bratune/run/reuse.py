@@ -1,8 +1,9 @@
 """Cache: which stored row answers a cell, and why or why not, field by field.
 
 A row answers a cell when everything that can change its time is the same: the cell itself, the sources that
-compute it, what is in the files that it reads, the versions of torch, triton and the driver, the GPU, and how
-it is sampled. The board's serial number is not among them: a row of one H100 answers for another.
+compute and time it, what is in the files that it reads, the versions of bratune, torch, triton and the
+driver, the GPU, and how it is sampled. The board's serial number is not among them: a row of one H100
+answers for another.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +22,13 @@ from typing import Any
 from bratune.cell import Cell
 from bratune.errors import StoreError, UnknownNameError
 from bratune.kernels import registry
+from bratune.kernels.tuned import plan_folders
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.record import Record
 from bratune.store.index import Index
 from bratune.work.contents import contents_of
+from bratune.work.forms import form_modules
 
 __all__ = [
     "NOT_FINISHED",
@@ -43,10 +47,13 @@ _NO_ANSWER = ("started",)
 # How the reason of a row begins that the budget of its run left without a time.
 NOT_STARTED, NOT_FINISHED = "not started: ", "not finished: "
 NO_TURN = (NOT_STARTED, NOT_FINISHED)
-_MACHINE_FIELDS = ("gpu_key", "torch", "triton", "driver", "threads")
+_MACHINE_FIELDS = ("gpu_key", "bratune", "torch", "triton", "driver", "threads")
+# What builds, checks and times every cell, whoever computes it.
+_AROUND = ("bratune.work.call", "bratune.measure.meter", "bratune.measure.gate")
 # What runs around the attention of a block, whichever backend computes it.
 _LAYERS = "bratune.kernels.biformer"
 _PACKAGE = "bratune.kernels"
+_PACKAGES_AROUND = ("bratune.work", "bratune.measure")
 
 
 @dataclass(frozen=True)
@@ -173,37 +180,57 @@ def key_of(record: Record) -> str:
 
 
 def source_hash(cell: Cell) -> str:
-    """Twelve hexadecimal digits that name the sources that compute a cell.
+    """Twelve hexadecimal digits that name the sources that compute and time a cell.
 
-    These are the modules of its backends and, for anything but a bare attention call, those of the layers,
-    with every module of this package that they import, and the tables that lie beside them. Empty for a
-    backend that nobody has.
+    These are the modules of its backends and its form and, for anything but a bare attention call, those of
+    the layers, with every module of kernels that they import, and the tables that lie beside them; and what
+    builds, checks and times cells. ``auto`` may be any backend, as the plans say that are in place now. Empty
+    for a backend that nobody has.
     """
-    names = [name for name in cell.backend.split(",") if name]
+    names = {name for name in cell.backend.split(",") if name}
+    plans = _plans() if "auto" in names else ""
+    if "auto" in names:
+        names = (names - {"auto"}) | set(registry.BACKENDS)
     try:
         roots = {type(registry.get(name)).__module__ for name in names}
     except UnknownNameError:
         return ""
+    roots |= set(form_modules(cell.form))
     if cell.part != "attention" or not roots:
         roots.add(_LAYERS)
-    return _hash_of(tuple(sorted(roots)))
+    return _hash_of(tuple(sorted(roots)), plans)
+
+
+def _plans() -> str:
+    """A name for what the plans say that ``auto`` looks up."""
+    digest = hashlib.sha256(os.environ.get("BRATUNE_LOOKUP", "").encode())
+    for folder in plan_folders():
+        for path in sorted(folder.rglob("*.json")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=256)
-def _hash_of(roots: tuple[str, ...]) -> str:
+def _hash_of(roots: tuple[str, ...], plans: str) -> str:
+    found = _reached(roots, (_PACKAGE,)) | _reached(_AROUND, _PACKAGES_AROUND)
+    digest = hashlib.sha256(plans.encode())
+    for name in sorted(found):
+        path = found[name]
+        for file in (path, *sorted(path.parent.glob(f"{path.stem}*.json"))):
+            digest.update(f"{name} {file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _reached(roots: Iterable[str], packages: tuple[str, ...]) -> dict[str, Path]:
+    """Modules, and every module of some packages that they import, by name."""
     found: dict[str, Path] = {}
     todo = [(root, _file_of(root)) for root in roots]
     while todo:
         name, path = todo.pop()
         if name not in found and path is not None:
             found[name] = path
-            todo += _imports(path)
-    digest = hashlib.sha256()
-    for name in sorted(found):
-        path = found[name]
-        for file in (path, *sorted(path.parent.glob(f"{path.stem}*.json"))):
-            digest.update(f"{name} {file.name}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
+            todo += _imports(path, packages)
+    return found
 
 
 def _file_of(module: str) -> Path | None:
@@ -212,17 +239,21 @@ def _file_of(module: str) -> Path | None:
     return Path(origin) if origin is not None and origin.endswith(".py") else None
 
 
-def _imports(path: Path) -> list[tuple[str, Path]]:
-    """Modules of `bratune.kernels` that a file imports anywhere, found without importing them."""
+def _imports(path: Path, packages: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """Modules of packages that a file imports anywhere, found without importing them."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    folder = Path(registry.__file__).parent
-    below = {name: name.removeprefix(_PACKAGE + ".") for name in names if name.startswith(_PACKAGE)}
-    files = {name: folder / f"{path.replace('.', '/')}.py" for name, path in below.items()}
+    files = {}
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        for folder in spec.submodule_search_locations or ():
+            for name in (name for name in names if name.startswith(f"{package}.")):
+                files[name] = Path(folder) / f"{name.removeprefix(f'{package}.').replace('.', '/')}.py"
     return [(name, file) for name, file in files.items() if file.is_file()]
 
 

@@ -250,6 +250,7 @@ def replaced(machine: Machine, **changes: str | int) -> Machine:
         pytest.param(stored(machine=replaced(CPU, gpu_key="h100")), "gpu_key", id="board"),
         pytest.param(stored(machine=replaced(CPU, threads=1)), "threads", id="threads"),
         pytest.param(stored().replace(source_hash="0123"), "source_hash", id="sources"),
+        pytest.param(stored().replace(bratune="0.0.1"), "bratune", id="version"),
         pytest.param(stored(settings=MeterSettings.for_effort("full")), "sampling", id="effort"),
         pytest.param(stored(GATHER.replace(regime="compile")), "regime", id="regime"),
         pytest.param(stored(GATHER.replace(config='{"a": 1}')), "config", id="config"),
@@ -333,6 +334,53 @@ def test_sources_of_backends_differ_and_layers_count_only_where_they_run() -> No
     assert len(set(hashes.values())) == len(hashes)
     assert cache.source_hash(GATHER.replace(part="block")) != hashes["gather"]
     assert cache.source_hash(GATHER) == hashes["gather"]
+
+
+@pytest.mark.parametrize(
+    ("source", "changes"),
+    [
+        ("work/call.py", True),
+        ("work/parts.py", True),
+        ("work/modules.py", True),
+        ("measure/meter.py", True),
+        ("measure/gate.py", True),
+        ("kernels/gather.py", True),
+        ("kernels/runtime.py", False),
+        ("tune/space.py", False),
+    ],
+)
+def test_rows_fall_with_whatever_builds_checks_or_times_them(
+    source: str, changes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = cache.source_hash(GATHER)
+    read = Path.read_bytes
+
+    def edited(path: Path) -> bytes:
+        return read(path) + b"# edited" * path.as_posix().endswith(source)
+
+    monkeypatch.setattr(Path, "read_bytes", edited)
+    cache._hash_of.cache_clear()
+    try:
+        assert (cache.source_hash(GATHER) != before) == changes
+    finally:
+        cache._hash_of.cache_clear()
+
+
+def test_a_form_counts_the_modules_that_compute_it() -> None:
+    whole = GATHER.replace(part="model", model="biformer_tiny")
+    hashes = {cache.source_hash(whole.replace(form=form)) for form in ("plain", "published", "runtime")}
+    assert len(hashes) == 3
+
+
+def test_what_auto_runs_depends_on_the_plans_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRATUNE_CONFIG_DIR", str(tmp_path))
+    whole = GATHER.replace(part="model", model="biformer_tiny", backend="auto")
+    before = cache.source_hash(whole)
+    assert before
+    (tmp_path / "plan.json").write_text("{}")
+    assert cache.source_hash(whole) != before
 
 
 # --- many cells at a time ---------------------------------------------------------------------
