@@ -30,6 +30,8 @@
 #define Q_ROWS 16
 /* Keys whose values are added to all queries of a block before the next: 64 rows of 32 channels are 8 KiB. */
 #define KEY_STRETCH 64
+/* Regions of fewer keys are put side by side before their values are added up. */
+#define FEW_KEYS 16
 /* Blocks of a head are kept for its later query regions up to this size: half of a common L2 cache. */
 #define KEPT_BYTES (1 << 20)
 
@@ -318,29 +320,51 @@ INLINE void weigh_tile(float *o, int64_t dp, const float *w, int64_t kp, const f
         UNROLL for (int v = 0; v < nv; v++) store(o + i * dp + v * LANES, sum[i][v]);
 }
 
-/* o [rows, DP] += w [rows, K] times the routed rows of the blocks. */
-static void weigh(float *o, const shape_t *s, const float *w, int64_t rows, float *const *blocks, int64_t offset,
-                  int64_t topk)
+/* o [rows, DP] += w [rows, n] times `from` [n, DP]. */
+static void weigh_rows(float *o, const shape_t *s, const float *w, int64_t rows, const float *from, int64_t keys)
 {
     int64_t dp = s->dp;
-    for (int64_t slot = 0; slot < topk; slot++)
-        for (int64_t j = 0; j < s->tk; j += KEY_STRETCH) {
-            int64_t n = min_of(KEY_STRETCH, s->tk - j);
-            const float *from = blocks[slot] + offset + j * dp, *weights = w + slot * s->tk + j;
-            for (int64_t i = 0; i < rows; i += NQ) {
-                int64_t v = 0;
-                for (; v + NV * LANES <= dp; v += NV * LANES)
-                    weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, from + v, n, NV);
+    for (int64_t j = 0; j < keys; j += KEY_STRETCH) {
+        int64_t n = min_of(KEY_STRETCH, keys - j);
+        const float *values = from + j * dp, *weights = w + j;
+        for (int64_t i = 0; i < rows; i += NQ) {
+            int64_t v = 0;
+            for (; v + NV * LANES <= dp; v += NV * LANES)
+                weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, values + v, n, NV);
 #if NV == 4
-                if (dp - v == 3 * LANES)
-                    weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, from + v, n, 3);
-                else if (dp - v == 2 * LANES)
-                    weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, from + v, n, 2);
+            if (dp - v == 3 * LANES)
+                weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, values + v, n, 3);
+            else if (dp - v == 2 * LANES)
+                weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, values + v, n, 2);
 #endif
-                if (dp - v == LANES)
-                    weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, from + v, n, 1);
-            }
+            if (dp - v == LANES)
+                weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, values + v, n, 1);
         }
+    }
+}
+
+/* o [rows, DP] += w [rows, K] times the routed rows of the blocks. Regions of few tokens are put side by side first, in
+   `room` [K, DP]: to load and store the sums for each would cost more than the copy, which all queries share. */
+static void weigh(float *o, const shape_t *s, const float *w, int64_t rows, float *const *blocks, int64_t offset,
+                  int64_t topk, const float *room)
+{
+    if (room)
+        weigh_rows(o, s, w, rows, room, s->k);
+    else
+        for (int64_t slot = 0; slot < topk; slot++)
+            weigh_rows(o, s, w + slot * s->tk, rows, blocks[slot] + offset, s->tk);
+}
+
+/* The routed rows side by side, where their regions are small; else NULL. */
+static const float *routed_rows(const shape_t *s, int64_t topk, float *const *blocks, int64_t offset, float *room)
+{
+    if (s->tk >= FEW_KEYS)
+        return NULL;
+    int64_t numbers = s->tk * s->dp; /* a multiple of LANES */
+    for (int64_t slot = 0; slot < topk; slot++)
+        for (int64_t i = 0; i < numbers; i += LANES)
+            store(room + slot * numbers + i, load(blocks[slot] + offset + i));
+    return room;
 }
 
 /* A row of scores becomes 2^(s - max); gives their sum, and max. */
@@ -384,7 +408,7 @@ typedef struct {
     int64_t *region_in, *regions;
     float **blocks;
     const float **columns, **value_columns;
-    float *slots, *spare, *room, *value_room, *bias;
+    float *slots, *spare, *room, *value_room, *row_room, *bias;
     float *q, *s, *o;                       /* [T + Q_ROWS, DP], [Q_ROWS, KP], [Q_ROWS, DP] */
     float *grad, *out, *ds, *plain_q, *row; /* backward */
 } scratch_t;
@@ -405,6 +429,7 @@ static scratch_t lay_out(pieces_t *p, const shape_t *s, int64_t topk, int64_t ba
     m.o = piece(p, Q_ROWS * s->dp * 4);
     int64_t joins = s->tk % LANES != 0;
     m.room = piece(p, joins * s->d * s->kp * 4);
+    m.row_room = piece(p, (s->tk < FEW_KEYS) * s->k * s->dp * 4);
     if (backward) {
         m.value_columns = piece(p, s->vectors * (int64_t)sizeof(float *));
         m.value_room = piece(p, joins * s->d * s->kp * 4);
@@ -466,6 +491,7 @@ static void forward_task(void *context, int64_t task, char *memory)
             m.blocks[slot] = block_of(&keys, m.regions[slot], slot);
         }
         int64_t ld = routed_columns(s, c->topk, m.blocks, 0, m.columns, m.room);
+        const float *values = routed_rows(s, c->topk, m.blocks, s->tk * s->d, m.row_room);
         if (c->masked || (uneven && r == first))
             bias_of(c, s, m.regions, m.bias);
         tile_t at = query_tile(c, s, r);
@@ -485,7 +511,7 @@ static void forward_task(void *context, int64_t task, char *memory)
                     c->lse[((b * c->heads + h) * s->regions + r) * s->t + i + u] = most + log2f(sum);
             }
             memset(m.o, 0, (size_t)(n * s->dp) * 4);
-            weigh(m.o, s, m.s, n, m.blocks, s->tk * s->d, c->topk);
+            weigh(m.o, s, m.s, n, m.blocks, s->tk * s->d, c->topk, values);
             write_rows(m.o, &c->out, c, b, h, at, s, i, n, scale);
         }
     }
@@ -569,6 +595,7 @@ static void backward_task(void *context, int64_t task, char *memory)
         }
         int64_t ld = routed_columns(s, c->topk, m.blocks, 0, m.columns, m.room);
         routed_columns(s, c->topk, m.blocks, s->tk * s->d, m.value_columns, m.value_room);
+        const float *rows_of_keys = routed_rows(s, c->topk, m.blocks, 2 * s->tk * s->d, m.row_room);
         if (c->masked || (uneven && r == first))
             bias_of(c, s, m.regions, m.bias);
         tile_t at = query_tile(c, s, r);
@@ -601,7 +628,7 @@ static void backward_task(void *context, int64_t task, char *memory)
             }
             /* Tokens that are padding have a gradient of zero and weigh nothing below. */
             memset(m.o, 0, (size_t)(n * s->dp) * 4);
-            weigh(m.o, s, m.ds, n, m.blocks, 2 * s->tk * s->d, c->topk);
+            weigh(m.o, s, m.ds, n, m.blocks, 2 * s->tk * s->d, c->topk, rows_of_keys);
             write_rows(m.o, &c->dq, c, b, h, at, s, i, n, NULL);
             gather(value_sums, s, m.s, n, m.grad + i * s->dp, m.regions, c->topk);
             gather(key_sums, s, m.ds, n, m.plain_q + i * s->dp, m.regions, c->topk);
