@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bratune.cli.profile import command
+
 SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "gpu"
 # Notes what it was asked for; "-c" are the questions whether a package is there.
 PYTHON = """#!/bin/sh
@@ -54,7 +56,7 @@ def test_every_step_runs_whatever_became_of_the_one_before(what: str, tmp_path: 
 def test_the_output_of_a_step_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
     done, asked = run(tmp_path, "models", "kept", failing="biformer_stl")
     folder = tmp_path / "checkout" / "kept"
-    assert (folder / "small-224.txt").read_text().startswith("said: -m bratune.profile.whole_model")
+    assert (folder / "small-224.txt").read_text().startswith("said: -m bratune profile --no-stages")
     assert (folder / "stl-224.txt").read_text().endswith("broken\n")
     assert "FAILED  stl-224: exit status 3" in done.stdout
     assert "-o kept/small-224 --model biformer_small -b 128" in asked[0]
@@ -62,7 +64,25 @@ def test_the_output_of_a_step_is_kept_where_it_is_asked_for(tmp_path: Path) -> N
 
 def test_steps_are_chosen_by_name(tmp_path: Path) -> None:
     _, asked = run(tmp_path, "models", "kept", "^tiny-.*-1$")
-    assert [line.split(" -o kept/")[1].split()[0] for line in asked] == ["tiny-224-1", "tiny-compiled-1"]
+    assert [line.split(" -o kept/")[1].split()[0] for line in asked] == ["tiny-224-1"]
+
+
+def test_what_runs_out_of_time_is_interrupted_and_says_what_it_found(tmp_path: Path) -> None:
+    text = SCRIPT.read_text()
+    assert text.count("timeout --signal INT") == text.count("timeout --") == 1
+
+
+@pytest.mark.parametrize("what", ["models", "profile"])
+def test_every_command_line_is_one_that_profile_takes(what: str, tmp_path: Path) -> None:
+    """Parsed by the real command, which then finds no GPU here; a flag that is none would be said first."""
+    _, asked = run(tmp_path, what)
+    commands = [
+        line.removeprefix("-m bratune ").split() for line in asked if line.startswith("-m bratune profile")
+    ]
+    assert commands
+    for words in commands:
+        parsed = command.make_context("profile", words[1:], resilient_parsing=False)
+        assert not parsed.args
 
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
