@@ -96,6 +96,6 @@ def layer_norm(
             y, means = run(x.contiguous(), weight, bias, shift, eps, list(region or ()))
             return y, None if region is None else means
         shifted = x if shift is None else (x + shift).to(x.dtype)
-        y = F.layer_norm(shifted, x.shape[-1:], weight, bias, eps).contiguous()
+        y = F.layer_norm(shifted, layout.settled(x.shape[-1:]), weight, bias, eps).contiguous()
         wide = torch.promote_types(x.dtype, torch.float32)
         return y, None if region is None else region_means(y, region, dtype=wide)

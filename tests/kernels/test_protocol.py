@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -273,6 +274,28 @@ def test_an_optimized_model_is_exported_and_takes_no_image(name: str) -> None:
     for images in (X, X.repeat(3, 1, 1, 1), X[:1]):
         torch.testing.assert_close(program.module()(images), fast(images), rtol=1e-4, atol=1e-5)
     assert fast(X[:0]).shape == (0, 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["plain", "optimized"])
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "tracing"])
+def test_onnx_files_take_any_batch(form: str, dynamo: bool, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    made: nn.Module = model()
+    made = optimize(made) if form == "optimized" else made  # type: ignore[arg-type]
+    file = tmp_path / "model.onnx"
+    batch = torch.export.Dim("batch", min=1, max=64)
+    opened: dict[str, Any] = {"dynamic_shapes": ({0: batch},), "verbose": False}
+    if not dynamo:
+        opened = {"input_names": ["x"], "output_names": ["y"]}
+        opened["dynamic_axes"] = {"x": {0: "batch"}, "y": {0: "batch"}}
+    torch.onnx.export(made, (X,), str(file), dynamo=dynamo, **opened)
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for images in (X, X.repeat(3, 1, 1, 1), X[:1]):
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), made(images), rtol=1e-4, atol=1e-4)
 
 
 # --- sentences ---------------------------------------------------------------------------------------
