@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bratune.measure.verdict import BUSY_PCT
 from bratune.record import Record
 from bratune.run.summary import group
 
@@ -88,12 +89,19 @@ def answer(rows: Sequence[Record]) -> list[str]:
         }
         known = {name: ratio for name, ratio in found.items() if ratio is not None}
         if (best.passes or 1) < 2 or (found and not known):
-            lines.append(f"{where}: {name_of(best)} had the least median, in one process: nothing is shown")
+            few = (best.passes or 1) < 2
+            why = "in one process" if few else "without a baseline in the same rounds (--forms gather,...)"
+            lines.append(f"{where}: {name_of(best)} had the least median, {why}: nothing is shown")
+            continue
+        if (best.cpu_wait_pct or 0.0) > BUSY_PCT:
+            lines.append(f"{where}: the machine was busy, no answer is given")
             continue
         faster = [f"{ratio} as fast as {name}" for name, ratio in known.items() if ratio.shown]
         open_ones = [f"{name}, {ratio}" for name, ratio in known.items() if not ratio.shown]
         text = f"{where}: use {name_of(best)}"
         text += f", {' and '.join(faster)}" if faster else ""
+        if open_ones and not faster:
+            text = f"{where}: {name_of(best)} had the least median"
         text += f"; nothing is shown against {' and '.join(open_ones)}" if open_ones else ""
         lines.append(text)
         for peer in (row for row in models if row.form == "timm" and row.ok and _beside(row, best)):

@@ -24,7 +24,8 @@ def command_for(cell: Cell, *, extra: Sequence[str] = ()) -> str:
     if not cell.model:
         return ""
     p = cell.problem
-    words = ["bratune", "profile", "--model", cell.model]
+    words = ["bratune", "profile"]
+    words += ["--no-stages", "--peers", cell.model] if cell.form == "timm" else ["--model", cell.model]
     words += ["--task", cell.task] if cell.task else []
     words += ["--res", f"{cell.image[0]}x{cell.image[1]}", "-b", str(p.batch)]
     words += ["--dtype", SHORT_DTYPES[p.dtype], "--regime", cell.regime, "--l2", cell.l2]
@@ -32,14 +33,18 @@ def command_for(cell: Cell, *, extra: Sequence[str] = ()) -> str:
     words += ["--amp"] if cell.amp else []
     words += ["--channels-last"] if cell.layout == "nhwc" else []
     words += ["--seed", str(cell.seed)] if cell.seed else []
-    if cell.part == "model":
+    # One backend everywhere is a form to ask for; one per stage is what the stages' own measurements give.
+    form = cell.form if cell.form != "plain" else "" if "," in cell.backend else cell.backend
+    if cell.part == "model" and cell.form != "timm":
         words += [f"--n-win={cell.n_win}", f"--topks={cell.topk}"]
-    else:
+        words += ["--no-stages", "--forms", form] if form else []
+    elif cell.part != "model":
         words += ["--stage", str(cell.stage), *_grid_flags(cell)]
         words += ["--routes", cell.route_distribution] if cell.route_distribution != "recorded" else []
     for name, path in json.loads(cell.extra).items():
         words += [f"--{name}", path]
-    for name in dict.fromkeys(cell.backend.split(",")):
+    named = [] if cell.part == "model" and form else cell.backend.split(",")
+    for name in dict.fromkeys(named):
         words += ["--backend", name] if name else []
     return shlex.join([*words, *extra])
 

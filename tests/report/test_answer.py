@@ -50,6 +50,23 @@ def test_what_is_not_shown_is_said() -> None:
     assert line.endswith("nothing is shown against auto, 1.00x (0.99 to 1.01)")
 
 
+def test_where_nothing_is_shown_nothing_is_advised() -> None:
+    (line,) = answer(models(auto=1.999, runtime=2.0))
+    assert "use" not in line.split()
+    assert "runtime had the least median; nothing is shown against auto" in line
+
+
+def test_without_a_baseline_nothing_is_shown() -> None:
+    rows = [r.replace(ratio=None, ratio_lo=None, ratio_hi=None) for r in models(published=0.8, runtime=2.0)]
+    (line,) = answer(rows)
+    assert "runtime had the least median, without a baseline in the same rounds" in line
+
+
+def test_a_busy_machine_gives_no_answer() -> None:
+    rows = [row.replace(cpu_wait_pct=40.0) for row in models(published=0.8, auto=1.0, runtime=2.0)]
+    assert answer(rows) == ["biformer_tiny, batch 1, eager: the machine was busy, no answer is given"]
+
+
 def test_one_process_shows_nothing() -> None:
     (line,) = answer(models(passes=1, published=0.8, auto=1.0, runtime=2.0))
     assert line.endswith("runtime had the least median, in one process: nothing is shown")

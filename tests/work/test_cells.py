@@ -257,3 +257,23 @@ def test_a_plan_says_every_cell_that_is_known_before() -> None:
     assert [p.text for p in planned if p.cell is None][-1].endswith("fastest backend of each stage")
     only = session.plan(dataclasses.replace(request, whole_model=False), stages=(2,))
     assert len(only) == 10
+
+
+def test_the_command_of_a_whole_model_asks_for_its_form_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bratune.cli.profile import command
+
+    monkeypatch.setattr("bratune.work.request.peer_name", lambda name: name)
+    request = make_request(
+        CPU, models=("biformer_tiny",), forms=("published", "gather", "auto", "runtime"), peers=("swin",)
+    )
+    (scene,) = scenes(request)
+    for cell in (*scene.form_cells(), *scene.peer_cells()):
+        words = shlex.split(command_for(cell))
+        given = command.make_context("profile", words[2:]).params
+        assert not given["stages"]
+        named: dict[str, Any] = {
+            name: tuple((given[name] or "").split(",")) if given[name] else () for name in ("forms", "peers")
+        }
+        again = make_request(CPU, **request_values(given), regimes=given["regime"], l2=given["l2"], **named)
+        (other,) = scenes(again)
+        assert cell in (*other.form_cells(), *other.peer_cells()), shlex.join(words)
