@@ -51,7 +51,7 @@ def command(
     if not paths and not demo and not keys:
         raise UsageError("report needs records: a file, a folder, --gpu KEY for modelled rows, or --demo")
     records = demonstration.demo_records() if demo else []
-    records += [r for r in store.read_records(paths) if r.outcome != "started"] if paths else []
+    records += store.pool(store.read_records(paths)) if paths else []
     if keys:
         records += demonstration.modelled_records([gpus.resolve(key) for key in keys])
     gmacs: dict[str, float] = {}

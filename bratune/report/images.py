@@ -8,6 +8,7 @@ from typing import Any
 
 from bratune.errors import BratuneError, MissingPackageError
 from bratune.record import Record
+from bratune.report.figures.facts import told_apart
 from bratune.report.sections import sections
 
 __all__ = ["write_images"]
@@ -37,7 +38,7 @@ def write_images(
     import plotly.io as pio
 
     drawings: dict[Path, Any] = {}
-    for section in sections(records, plan, gmacs):
+    for section in sections(told_apart(records), plan, gmacs):
         for number, panel in enumerate(section.panels):
             layout = panel.layout | {
                 "paper_bgcolor": "white",

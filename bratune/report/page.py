@@ -16,6 +16,7 @@ from urllib.parse import quote
 from bratune.errors import MissingPackageError
 from bratune.record import EVIDENCE, Record
 from bratune.report import assets
+from bratune.report.figures.facts import told_apart
 from bratune.report.figures.panel import Key, Panel
 from bratune.report.figures.section import Section
 from bratune.report.sections import sections
@@ -46,6 +47,7 @@ def page(
     Raises:
         MissingPackageError: plotly is not installed.
     """
+    records = told_apart(records)
     found = sections(records, plan, gmacs)
     shown = [s for s in found if s.panels]
     missing = [s for s in found if not s.panels]

@@ -28,7 +28,9 @@ from bratune.report.figures import (
     stages,
     throughput,
 )
+from bratune.report.figures.facts import told_apart, trusted
 from bratune.report.figures.panel import Panel
+from bratune.report.page import page
 from bratune.report.published import read_timm
 from bratune.report.sections import sections
 
@@ -94,6 +96,17 @@ def test_the_most_trusted_evidence_wins_and_of_equals_the_latest() -> None:
         (bar,) = throughput.infos(records)
         assert bar.evidence == "measured"
         assert bar.images_per_s == pytest.approx(1000 / 3)
+
+
+def test_two_cpus_are_two_machines_and_one_keeps_its_key() -> None:
+    rows = [
+        measured(model(), ms, gpu_key="cpu", gpu_name=name) for name, ms in (("Xeon", 9.0), ("EPYC", 6.0))
+    ]
+    assert sorted(r.gpu_key for r in trusted(told_apart(rows)).values()) == ["EPYC", "Xeon"]
+    assert {r.gpu_key for r in told_apart(rows[:1])} == {"cpu"}
+    text = page(rows)
+    assert "Xeon" in text
+    assert "EPYC" in text
 
 
 def test_of_several_mixtures_of_backends_the_fastest_is_shown() -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "series_of",
     "settings_of",
     "timed",
+    "told_apart",
     "trusted",
     "with_bounds",
     "work_of",
@@ -54,6 +55,17 @@ def provenance(record: Record) -> str:
         words += [f"limited by {record.bound}"] if record.bound else []
         words += [record.reason] if record.reason else []
     return ", ".join(words)
+
+
+def told_apart(records: Iterable[Record]) -> list[Record]:
+    """The records with a key of its own for every machine: of several CPUs, the name of each.
+
+    All CPUs are measured under the key ``cpu``, so that rows of one cell from two would stand for each other.
+    """
+    found = list(records)
+    if len({r.gpu_name for r in found if r.gpu_key == "cpu"}) < 2:
+        return found
+    return [r.replace(gpu_key=r.gpu_name) if r.gpu_key == "cpu" and r.gpu_name else r for r in found]
 
 
 def trusted(records: Iterable[Record]) -> dict[tuple[object, ...], Record]:
