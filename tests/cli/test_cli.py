@@ -213,17 +213,20 @@ def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_peers_are_planned_and_their_names_known_before_anything_is_measured(
+def test_whole_models_are_planned_and_their_names_known_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, alone, _ = bratune("profile --device cpu --dry-run", capsys)
-    code, out, err = bratune("profile --device cpu --dry-run --peers published,runtime", capsys)
+    code, out, err = bratune("profile --device cpu --dry-run --no-stages --forms lean,dense", capsys)
     assert (code, err) == (0, "")
-    added = [line for line in out.splitlines() if line not in alone]
-    assert added[:2] == [f"biformer_tiny ({form}), batch 1, eager" for form in ("published", "runtime")]
-    assert len(added) == 3  # the number of cells is another one
-    code, out, err = bratune("profile --device cpu --peers runtime,nosuchnet", capsys)
+    assert out.splitlines()[1:3] == [
+        f"biformer_tiny ({form}), batch 1, eager" for form in ("lean", "dense everywhere")
+    ]
+    assert len(out.splitlines()) == 4
+    code, out, err = bratune("profile --device cpu --forms runtme", capsys)
+    assert (code, out) == (2, "")
+    assert "did you mean runtime?" in err
+    code, out, err = bratune("profile --device cpu --peers nosuchnet", capsys)
     assert code != 0
     assert "nosuchnet" in err or "timm" in err
     assert list(tmp_path.iterdir()) == []
