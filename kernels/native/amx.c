@@ -192,7 +192,8 @@ INLINE float soften_row(uint16_t *p, float *s, const float *bias, int64_t keys, 
     *most = largest_of(top);
     V max = splat(*most), sum = {0};
     for (int64_t i = 0; i < keys; i += 32) {
-        V low = coarse_exp2(load(s + i) - max), high = coarse_exp2(load(s + i + 16) - max);
+        V low = coarse_exp2((load(s + i) - max) * splat(LOG2_E));
+        V high = coarse_exp2((load(s + i + 16) - max) * splat(LOG2_E));
         sum += low + high;
         _mm512_storeu_si512(p + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
@@ -289,7 +290,7 @@ static void amx_task(void *context, int64_t task, char *memory)
                 float most, sum = soften_row(m.p + u * j->keys, m.s + u * j->keys, m.bias, j->keys, s->factor, &most);
                 scale[u] = 1.0f / sum;
                 if (c->lse)
-                    c->lse[((b * c->heads + h) * s->regions + r) * s->t + i + u] = most + log2f(sum);
+                    c->lse[((b * c->heads + h) * s->regions + r) * s->t + i + u] = most + logf(sum);
             }
             for (int64_t d = 0; d < j->wide; d += 2 * TILE) {
                 int64_t both = d + TILE < j->wide;

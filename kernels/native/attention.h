@@ -5,8 +5,8 @@
    the thread's scratch when the first query region asks for it (blocks_t): keys transposed, values by rows, padding
    in place, all float32 and contiguous, so that strides, padding and data types end there. For a query region:
 
-       scores   S[i][j] = q_i . k_j * scale * log2(e) + bias_j      rows of queries, columns of routed keys
-       softmax  P[i][j] = 2^(S[i][j] - max_i)
+       scores   S[i][j] = q_i . k_j * scale + bias_j                rows of queries, columns of routed keys
+       softmax  P[i][j] = 2^((S[i][j] - max_i) * log2(e))
        output   o_i     = sum_j P[i][j] v_j / sum_j P[i][j]
 
    Q_ROWS queries are taken at a time. Their scores stay in the L1 cache, and a block of keys or values that was
@@ -41,7 +41,7 @@ typedef struct {
     int64_t regions, kv_regions;
     int64_t slots, kept; /* blocks in the scratch; kept: one for every key region, else one per route */
     int64_t parts, stretch;
-    float factor; /* scale * log2(e) */
+    float factor; /* the scale */
 } shape_t;
 
 static shape_t shape_of(const attention_t *c, int64_t block_floats)
@@ -61,7 +61,7 @@ static shape_t shape_of(const attention_t *c, int64_t block_floats)
     s.kp = s.vectors * LANES;
     s.kept = s.kv_regions * s.tk * block_floats * 4 <= KEPT_BYTES;
     s.slots = s.kept ? s.kv_regions : c->topk;
-    s.factor = (float)(c->scale * 1.4426950408889634);
+    s.factor = (float)c->scale;
     return s;
 }
 
@@ -367,7 +367,8 @@ static const float *routed_rows(const shape_t *s, int64_t topk, float *const *bl
     return room;
 }
 
-/* A row of scores becomes 2^(s - max); gives their sum, and max. */
+/* A row of scores becomes e^(s - max); gives their sum, and max. The factor log2(e) comes after the difference: before,
+   its rounding would be one of the logits, which may be large. */
 INLINE float soften(float *s, int64_t vectors, float *most)
 {
     V top = load(s);
@@ -376,7 +377,7 @@ INLINE float soften(float *s, int64_t vectors, float *most)
     *most = largest_of(top);
     V sum = {0}, max = splat(*most);
     for (int64_t c = 0; c < vectors; c++) {
-        V e = exp2_of(load(s + c * LANES) - max);
+        V e = exp2_of((load(s + c * LANES) - max) * splat(LOG2_E));
         store(s + c * LANES, e);
         sum += e;
     }
@@ -508,7 +509,7 @@ static void forward_task(void *context, int64_t task, char *memory)
                 float most, sum = soften(m.s + u * s->kp, s->vectors, &most);
                 scale[u] = 1.0f / sum;
                 if (c->lse && i + u < s->t)
-                    c->lse[((b * c->heads + h) * s->regions + r) * s->t + i + u] = most + log2f(sum);
+                    c->lse[((b * c->heads + h) * s->regions + r) * s->t + i + u] = most + logf(sum);
             }
             memset(m.o, 0, (size_t)(n * s->dp) * 4);
             weigh(m.o, s, m.s, n, m.blocks, s->tk * s->d, c->topk, values);
@@ -621,7 +622,7 @@ static void backward_task(void *context, int64_t task, char *memory)
                 V delta = splat(sum_of(product)), top = splat(i + u < s->t ? lse[i + u] : 0.0f), by = splat(scale);
                 float *p = m.s + u * s->kp, *ds = m.ds + u * s->kp;
                 for (int64_t j = 0; j < s->kp; j += LANES) {
-                    V weight = exp2_of(load(p + j) - top);
+                    V weight = exp2_of((load(p + j) - top) * splat(LOG2_E));
                     store(p + j, weight);
                     store(ds + j, weight * (load(ds + j) - delta) * by);
                 }

@@ -28,7 +28,7 @@ typedef struct {
 /* One call of routed attention; `out` and `grad` have the shape of q. */
 typedef struct {
     map_t q, k, v, out;
-    float *lse; /* [B, heads, R * T]: log2 of the sum of 2^logit of every query; NULL where nobody wants it */
+    float *lse; /* [B, heads, R * T]: log of the sum of e^logit of every query; NULL where nobody wants it */
     map_t grad, dq, dk, dv; /* backward pass only */
     const char *routes;     /* [B, heads, R, topk]; the heads' stride is 0 where they share their routes */
     int64_t route_image, route_head, route_region, route_slot, route_bytes;

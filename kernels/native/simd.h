@@ -60,6 +60,8 @@ INLINE float largest_of(V x)
 #endif
 }
 
+#define LOG2_E 1.44269504f
+
 /* 2^x for x <= 0, to 2e-7 of its value above 2^-126; NaN of NaN, 0 of minus infinity.
 
    x = n + f with |f| <= 1/2; 2^f is a polynomial of degree 5 (minimax under p(0) = 1, error 9.2e-8). AVX-512 rounds and
