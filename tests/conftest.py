@@ -116,7 +116,7 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Any:
 def _few_threads() -> None:
     import torch
 
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    torch.set_num_threads(1)  # tensors are small: a second thread costs more time in waiting than it saves
 
 
 @pytest.fixture(autouse=True)

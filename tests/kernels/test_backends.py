@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bratune.backend import Config
 from bratune.kernels import registry
+from bratune.kernels.reference import ReferenceBackend
 from bratune.measure.memory import cpu_memory
 from bratune.problem import Problem
-from bratune.testing import CASES, BackendConformance, Case, Inputs, problem_id
+from bratune.testing import CASES, BackendConformance, Case, Inputs, conformance, problem_id
 
 
 class TestReference(BackendConformance):
@@ -56,6 +58,34 @@ class TestFlex(BackendConformance):
 class TestFlexOnEveryCase(BackendConformance):
     backend = "flex"
     config: ClassVar[Config] = {"compiled": False}
+
+
+def test_what_is_right_is_computed_once_per_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[Problem] = []
+
+    class Counted(ReferenceBackend):
+        def forward(
+            self,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            routes: Tensor,
+            problem: Problem,
+            config: Config | None = None,
+        ) -> Tensor:
+            computed.append(problem)
+            return super().forward(q, k, v, routes, problem, config)
+
+    monkeypatch.setattr(conformance, "ReferenceBackend", Counted)
+    # A scale that no table has, so that nothing is known of these cases; in both routes, for they differ.
+    problem = Problem(batch=1, height=8, width=8, heads=2, head_dim=8, region=(4, 4), topk=2, scale=0.3)
+    cases = [Case(problem), Case(problem, routes="repeated")]
+    for suite in (TestGather(), TestDense()):
+        for case in cases:
+            suite.test_output_is_that_of_the_reference(case, "cpu")
+            both = Case(case.problem.replace(direction="fwd-bwd"), case.routes)
+            suite.test_gradients_are_those_of_the_reference(both, "cpu")
+    assert len(computed) == len(cases)
 
 
 WORK = [
