@@ -12,7 +12,7 @@ import importlib
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import click
@@ -21,7 +21,7 @@ import bratune
 from bratune.errors import BratuneError, UnknownNameError
 from bratune.text import printable
 
-__all__ = ["main"]
+__all__ = ["LazyGroup", "main", "prepare", "run"]
 
 # verb -> one line for --help; the module is bratune.cli.<verb>, with _ for -.
 VERBS = {
@@ -40,42 +40,72 @@ VERBS = {
 }
 
 
-class _Verbs(click.Group):
-    """A group whose commands are imported when they are asked for."""
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are asked for.
+
+    Args:
+        table: Name, where the command is (``module:attribute``), and one line for ``--help``.
+        kind: What a name is called where it is not known.
+        options: Those of `click.Group`.
+    """
+
+    def __init__(self, *args: Any, table: Mapping[str, tuple[str, str]], kind: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.table, self.kind = table, kind
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*VERBS]
+        """The names, in the order of the table."""
+        return [*self.table]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
+        """The command of that name, imported now."""
+        if cmd_name not in self.table:
             return None
-        module = importlib.import_module(f"bratune.cli.{cmd_name.replace('-', '_')}")
-        command = module.command
+        module, _, attribute = self.table[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in VERBS and not args[0].startswith("-"):
-            raise UnknownNameError("command", args[0], VERBS)
+        """As click's; a name that is not known is told which are."""
+        if args[0] not in self.table and not args[0].startswith("-"):
+            raise UnknownNameError(self.kind, args[0], self.table)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The names with their lines; nothing is imported for it."""
         with formatter.section("Commands"):
-            formatter.write_dl([*VERBS.items()])
+            formatter.write_dl([(name, line) for name, (_, line) in self.table.items()])
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+_TABLE = {verb: (f"bratune.cli.{verb.replace('-', '_')}:command", line) for verb, line in VERBS.items()}
+
+
+@click.group(
+    cls=LazyGroup,
+    table=_TABLE,
+    kind="command",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(bratune.__version__, prog_name="bratune")
 def cli() -> None:
     """Which region factor, top-k and backend should a BiFormer run, on this GPU, for this task?"""
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+def run(
+    arguments: Sequence[str] | None = None, *, group: click.Command | None = None, name: str = "bratune"
+) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: By default those of this process.
+        group: By default that of the verbs.
+        name: What it is called in help and messages.
+    """
     try:
-        result: Any = cli.main(args=arguments, prog_name="bratune", standalone_mode=False)
+        result: Any = (group or cli).main(args=arguments, prog_name=name, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except BratuneError as error:
         click.echo(f"bratune: {printable(str(error))}", err=True)
@@ -111,12 +141,17 @@ def _end(number: int, frame: object) -> NoReturn:
     raise Ended(number)
 
 
-def main() -> NoReturn:
-    """The ``bratune`` program."""
+def prepare() -> None:
+    """Let warnings be messages, and signals that end programs end workers too."""
     warnings.showwarning = _say
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # under nohup it stays ignored
             signal.signal(number, _end)
+
+
+def main() -> NoReturn:
+    """The ``bratune`` program."""
+    prepare()
     sys.exit(run())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +85,10 @@ def command(**asked: Any) -> int:
 
 
 def _study(asked: dict[str, Any]) -> int:
-    from bratune.studies import accuracy
-    from bratune.studies.accuracy_findings import figure_of, findings_of, tables_of
+    from bratune.studies.accuracy_findings import write_study
 
-    folder: Path = asked["output"]
-    folder.mkdir(parents=True, exist_ok=True)
-    size = accuracy.SMOKE if asked["smoke"] else accuracy.Size()
     seeds = range(asked["seed"], asked["seed"] + (1 if asked["smoke"] else asked["seeds"]))
-    cases = accuracy.run_study(folder / "accuracy-study.jsonl", size, seeds=seeds, say=_say)
-    found = findings_of(cases)
-    (folder / "accuracy-study.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "accuracy-study.figure.json").write_text(figure_of(cases) + "\n")
-    click.echo(tables_of(found))
-    click.echo(f"results: {folder / 'accuracy-study.jsonl'}, .json and .figure.json", err=True)
+    click.echo(write_study(asked["output"], seeds, smoke=asked["smoke"], say=_say))
     return 0
 
 

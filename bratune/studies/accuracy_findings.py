@@ -2,23 +2,68 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from bratune.errors import MissingPackageError, UsageError
 from bratune.measure.ranks import spearman
-from bratune.studies.accuracy import PROXIES, TRAINED, Case, Trial, keys_of, rank_of, small_space
+from bratune.studies.accuracy import (
+    PROXIES,
+    SMOKE,
+    TRAINED,
+    Case,
+    Size,
+    Trial,
+    keys_of,
+    rank_of,
+    run_study,
+    small_space,
+)
 from bratune.tune.lost_accuracy import CONFIDENCE, Counts, most_lost_labelled
+from bratune.tune.progress import Say
 
-__all__ = ["figure_of", "findings_of", "tables_of"]
+__all__ = ["figure_of", "findings_of", "main", "tables_of", "write_study"]
 
 # Divergences that the search would try first.
 SMALL = 0.03
 # Losses of top-1 whose claims are tried out, as fractions.
 ALLOWED = (0.005, 0.015, 0.03)
+
+
+def write_study(folder: Path, seeds: Iterable[int], *, smoke: bool, say: Say = lambda text: None) -> str:
+    """Run what a folder lacks of the study, write its findings and figure there, and give its tables.
+
+    Args:
+        folder: Gets ``accuracy-study.jsonl``, ``.json`` and ``.figure.json``.
+        seeds: Of weights, pictures and settings.
+        smoke: Seconds, which prove nothing.
+        say: Told about every network.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = run_study(folder / "accuracy-study.jsonl", SMOKE if smoke else Size(), seeds=seeds, say=say)
+    found = findings_of(cases)
+    (folder / "accuracy-study.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "accuracy-study.figure.json").write_text(figure_of(cases) + "\n")
+    say(f"results: {folder / 'accuracy-study.jsonl'}, .json and .figure.json")
+    return tables_of(found)
+
+
+@click.command("accuracy")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
+@click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="How many, from 0.")
+@click.option("--smoke", is_flag=True, help="A version of seconds that proves nothing.")
+def main(output: Path, seeds: int, smoke: bool) -> None:
+    """Train small networks on three data sets and say which proxy ranks settings of their weights."""
+    click.echo(
+        write_study(output, range(1 if smoke else seeds), smoke=smoke, say=partial(click.echo, err=True))
+    )
 
 
 def findings_of(cases: Sequence[Case]) -> dict[str, Any]:

@@ -602,7 +602,3 @@ def write_published(files: Mapping[Source, Sequence[Timed]], path: Path) -> int:
         writer.writeheader()
         writer.writerows(rows)
     return len(rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
 """Coverage: whether printed intervals hold the next run's median, and whether changes are found.
 
-    $ python -m bratune.studies.coverage run -o out              # eight runs of `make profile`'s cells
-    $ python -m bratune.studies.coverage run -o out --busy       # the same beside one busy process
-    $ python -m bratune.studies.coverage run -o out --delay 0    # what the next is compared with
-    $ python -m bratune.studies.coverage run -o out --delay 10   # a backend that really is 10 % slower
-    $ python -m bratune.studies.coverage show -o out
+    $ python -m bratune.studies coverage run -o out              # eight runs of `make profile`'s cells
+    $ python -m bratune.studies coverage run -o out --busy       # the same beside one busy process
+    $ python -m bratune.studies coverage run -o out --delay 0    # what the next is compared with
+    $ python -m bratune.studies coverage run -o out --delay 10   # a backend that really is 10 % slower
+    $ python -m bratune.studies coverage show -o out
 
 Every run is a `bratune profile` in processes and a folder of its own; the same command goes on
 where it ended. A delay is waited inside a backend, not multiplied into samples.
@@ -278,7 +278,3 @@ def show_command(output: Path) -> None:
         figures[f"delay {delay:g} %"] = asdict(seen)
         click.echo(f"a true +{delay:g} %: SLOWER in {seen.slower} of {seen.n} cells")
     (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Where the time of the runtime goes on a CPU, part by part, beside what the machine could do.
 
-``python -m bratune.studies.cpu_parts`` runs a model made ready for inference with and without the C kernels,
+``python -m bratune.studies cpu-parts`` runs a model made ready for inference with and without the C kernels,
 in turn, with a clock around every part of every block. The floor of a part is the larger of its multiply-adds
 at the processor's peak and its bytes at the speed of a copy, both measured here first. Parts are timed one by
 one, in the thread that calls them, so that their sum is the time of the blocks.
@@ -149,7 +149,7 @@ def _row(part: str, plain: float, native: float, floor: float) -> tuple[str, ...
     return part, f"{1e3 * plain:.2f}", f"{1e3 * native:.2f}", f"{1e3 * floor:.2f}", f"{native / floor:.1f}"
 
 
-@click.command("cpu_parts")
+@click.command("cpu-parts")
 @click.option("--model", type=click.Choice(sorted(MODELS)), default="biformer_tiny", show_default=True)
 @click.option("--res", type=click.IntRange(min=32), default=224, show_default=True)
 @click.option("-b", "--batch-size", "batch", type=click.IntRange(min=1), default=1, show_default=True)
@@ -169,7 +169,3 @@ def command(model: str, res: int, batch: int, dtype: str, threads: int, rounds: 
     click.echo(f"{model} · {res} · batch {batch} · {dtype} · {threads} threads · least of {rounds} rounds")
     click.echo(f"peak {peak:.0f} GFLOP/s · copy {copy:.0f} GB/s")
     click.echo(to_text(table(made, x, rounds, peak=peak, copy=copy)))
-
-
-if __name__ == "__main__":
-    command()

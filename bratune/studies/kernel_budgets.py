@@ -1,18 +1,18 @@
 """What every kernel may take of every target: ``bratune/data/kernel_budgets.json``, checked by the tests.
 
 A compiler or an edit that makes a kernel spill, or costs it half of its resident warps, shows here before
-anyone has the GPU. ``python -m bratune.studies.kernel_budgets`` compiles the cases below and raises
+anyone has the GPU. ``python -m bratune.studies kernel-budgets`` compiles the cases below and raises
 budgets to what they take; ``--reset`` also lowers them.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.resources
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import click
 
 from bratune.predict.compile import Launch, Resources
 from bratune.predict.offline import (
@@ -108,33 +108,33 @@ def over_budget(found: Resources, budget: Budget) -> tuple[str, ...]:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile every case for every target and write the budgets; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bratune.studies.kernel_budgets", description=main.__doc__
-    )
-    parser.add_argument("--target", action="append", choices=tuple(TARGETS), help="default: all of them")
-    parser.add_argument("--case", action="append", choices=tuple(CASES), help="default: all of them")
-    parser.add_argument("--reset", action="store_true", help="forget budgets that are larger than needed")
-    default = Path(__file__).resolve().parent.parent / "data" / "kernel_budgets.json"
-    parser.add_argument("-o", "--output", type=Path, default=default, help="default: that of this package")
-    given = parser.parse_args(arguments)
-    read = json.loads(given.output.read_text("utf-8"))["budgets"] if given.output.exists() else {}
-    for target in given.target or TARGETS:
+_OWN = Path(__file__).resolve().parent.parent / "data" / "kernel_budgets.json"
+
+
+@click.command("kernel-budgets")
+@click.option("--target", "targets", multiple=True, type=click.Choice(tuple(TARGETS)), help="All by default.")
+@click.option("--case", "cases", multiple=True, type=click.Choice(tuple(CASES)), help="All by default.")
+@click.option("--reset", is_flag=True, help="Forget budgets that are larger than needed.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=_OWN, help="The package's by default."
+)
+def main(targets: tuple[str, ...], cases: tuple[str, ...], reset: bool, output: Path) -> None:
+    """Compile every case for every target and write the budgets."""
+    read = json.loads(output.read_text("utf-8"))["budgets"] if output.exists() else {}
+    for target in targets or TARGETS:
         before = read.get(target, {})
-        old = {} if given.reset else before
+        old = {} if reset else before
         new: dict[str, dict[str, int]] = {}
         for case, compile_case in CASES.items():
-            if case not in (given.case or CASES):
+            if case not in (cases or CASES):
                 new |= {name: budget for name, budget in before.items() if name.split(": ")[0] == case}
                 continue
             for kernel, launch in compile_case(target).items():
                 name, needed = f"{case}: {kernel}", budget_of(launch.resources)
                 new[name] = {key: max(value, old.get(name, {}).get(key, 0)) for key, value in needed.items()}
-            print(f"{target} {case}", file=sys.stderr, flush=True)
+            click.echo(f"{target} {case}", err=True)
         read[target] = new
-        _write(given.output, read)
-    return 0
+        _write(output, read)
 
 
 def _write(path: Path, found: Mapping[str, Mapping[str, Budget]]) -> None:
@@ -144,7 +144,3 @@ def _write(path: Path, found: Mapping[str, Mapping[str, Budget]]) -> None:
         lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in found[target].items())
         blocks.append(f'  "{target}": {{\n{lines}\n  }}')
     path.write_text('{"schema": 1, "budgets": {\n' + ",\n".join(blocks) + "\n}}\n", "utf-8")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Proof of the fused kernels: ``python -m bratune.studies.kernels -o runs/gpu/kernels``.
+"""Proof of the fused kernels: ``python -m bratune.studies kernels -o runs/gpu/kernels``.
 
 Four parts, each on stdout; every attention call is also a row of ``records.jsonl`` in the output folder.
 
@@ -20,27 +20,27 @@ row. Rows that the folder holds are not measured again: the same command goes on
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 from bratune import gpus
 from bratune import machine as machines
 from bratune.cell import Cell
-from bratune.errors import BratuneError
+from bratune.errors import BratuneError, TargetError
 from bratune.machine import Machine
 from bratune.measure.meter import meter_for
 from bratune.measure.settings import EFFORTS, MeterSettings
 from bratune.measure.worker import JobOutcome, Worker
 from bratune.predict.validate import rank_correlation
 from bratune.problem import Problem
-from bratune.record import Record
+from bratune.record import Record, new_run_id
 from bratune.run.isolated import IsolatedEngine
 from bratune.store import Store
 from bratune.variant import get_variant, stages
@@ -237,48 +237,53 @@ def _correlation(trials: Iterable[Trial], rows: Iterable[Record], machine: Machi
     return f"rank correlation of the cost model with {len(pairs)} measured forward passes: {found}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, store; 1 where the machine has no GPU."""
-    parser = argparse.ArgumentParser(prog="python -m bratune.studies.kernels", description=__doc__)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for records.jsonl")
-    parser.add_argument("--effort", choices=EFFORTS, default="quick", help="how long each row is sampled")
-    parser.add_argument("--only", default="", help="regular expression: groups that match it, e.g. '224.*s1'")
-    parser.add_argument("--budget", type=float, default=None, help="seconds after which no row is started")
-    options = parser.parse_args(arguments)
-    try:
-        machine = machines.detect("cuda")
-    except BratuneError as error:
-        print(error, file=sys.stderr)
-        return 1
+@click.command("kernels")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for records.jsonl."
+)
+@click.option(
+    "--effort",
+    type=click.Choice(EFFORTS),
+    default="quick",
+    show_default=True,
+    help="How long each row is sampled.",
+)
+@click.option("--only", default="", help="Regular expression: groups that match it, e.g. '224.*s1'.")
+@click.option("--budget", type=float, default=None, help="Seconds after which no row is started.")
+def main(output: Path, effort: str, only: str, budget: float | None) -> None:
+    """Measure the fused kernels beside their rivals on a GPU, question by question; print and store.
+
+    Raises:
+        TargetError: the machine has no GPU, or it cannot copy.
+    """
+    machine = machines.detect("cuda")
     started = time.monotonic()
-    settings = MeterSettings.for_effort(options.effort)
+    settings = MeterSettings.for_effort(effort)
     rates = _apart("copy_rates", machine, settings)
     if not rates.ok:
-        print(f"this device cannot copy: {rates.reason}", file=sys.stderr)
-        return 1
+        raise TargetError(f"this device cannot copy: {rates.reason}")
     gb_s, cached = rates.value
     print(
         f"{machine}\ncopies {gb_s:.0f} GB/s from memory, {cached:.0f} GB/s of 8 MiB in the cache", flush=True
     )
-    wanted = [t for t in trials() if re.search(options.only, t.group)]
-    if not options.only:
-        seconds = _BESIDE_S if options.budget is None else _BESIDE_SHARE * options.budget
+    wanted = [t for t in trials() if re.search(only, t.group)]
+    if not only:
+        seconds = _BESIDE_S if budget is None else _BESIDE_SHARE * budget
         found = _apart("beside", machine, settings, seconds)
         print("\n".join(found.value) if found.ok else f"not measured: {found.reason}", flush=True)
-    left = None if options.budget is None else options.budget - (time.monotonic() - started)
+    left = None if budget is None else budget - (time.monotonic() - started)
     rows: list[Record] = []
     with IsolatedEngine(
         machine,
         settings,
-        store=Store(options.output / "records.jsonl"),
-        run_id="kernel-proof",
+        store=Store(output / "records.jsonl"),
+        run_id=new_run_id(),
         budget_s=left,
         cell_limit_s=_CELL_LIMIT_S,
     ) as engine:
         for line in _lines(wanted, _kept(engine.run(t.cell for t in wanted), rows), gb_s):
             print(line, flush=True)
-    print(f"\n{_correlation(wanted, rows, machine)}\nrecords: {options.output / 'records.jsonl'}")
-    return 0
+    print(f"\n{_correlation(wanted, rows, machine)}\nrecords: {output / 'records.jsonl'}")
 
 
 def _apart(job: str, machine: Machine, settings: MeterSettings, seconds: float = 0.0) -> JobOutcome:
@@ -322,7 +327,3 @@ def _kept(rows: Iterable[Record], into: list[Record]) -> Iterator[Record]:
     for row in rows:
         into.append(row)
         yield row
-
-
-if __name__ == "__main__":
-    sys.exit(main())

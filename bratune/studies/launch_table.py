@@ -1,4 +1,4 @@
-"""Make the table of launch settings without a GPU: ``python -m bratune.studies.launch_table``.
+"""Make the table of launch settings without a GPU: ``python -m bratune.studies launch-table``.
 
 For every architecture and every problem class of the suites, candidate settings of each kernel are
 compiled; what spills or leaves too few warps on an SM is dropped (unless nothing else is left), the rest is
@@ -11,17 +11,17 @@ goes on with ``--missing``; Triton keeps what it compiled, which makes repeating
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import click
 
 from bratune.errors import UnsupportedError
 from bratune.kernels.fused.call import as_text, call_for, from_text
@@ -259,44 +259,59 @@ def _job(job: _Job) -> dict[str, Any] | None:
     return best_settings(kind, problem, architecture, known=known)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the table; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bratune.studies.launch_table", description=main.__doc__)
-    parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="default: all of them")
-    parser.add_argument("--kind", action="append", choices=tuple(KINDS), help="default: all of them")
-    parser.add_argument("--suite", action="append", choices=names(), help="default: all of them")
-    parser.add_argument("--missing", action="store_true", help="only what the table has no entry for")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default 2)")
-    default = Path(__file__).resolve().parents[1] / "kernels" / "fused" / "launch_table.json"
-    parser.add_argument(
-        "-o", "--output", type=Path, default=default, help="default: the table of this package"
-    )
-    given = parser.parse_args(arguments)
+_OWN = Path(__file__).resolve().parents[1] / "kernels" / "fused" / "launch_table.json"
+
+
+@click.command("launch-table")
+@click.option(
+    "--architecture",
+    "architectures",
+    multiple=True,
+    type=click.Choice(ARCHITECTURES),
+    help="All by default.",
+)
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(tuple(KINDS)), help="All by default.")
+@click.option("--suite", "suites", multiple=True, type=click.Choice(names()), help="All by default.")
+@click.option("--missing", is_flag=True, help="Only what the table has no entry for.")
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes that compile.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=_OWN, help="The package's by default."
+)
+def main(
+    architectures: tuple[str, ...],
+    kinds: tuple[str, ...],
+    suites: tuple[str, ...],
+    missing: bool,
+    jobs: int,
+    output: Path,
+) -> None:
+    """Compile candidate settings of the fused kernels, rank them by the cost model, and write the table."""
     written = 0
     with contextlib.ExitStack() as pools:
         each: Callable[..., Iterable[dict[str, Any] | None]] = map
-        if given.jobs > 1:
-            pool = ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn"))
+        if jobs > 1:
+            pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
             each = pools.enter_context(pool).map
-        for architecture in given.architecture or ARCHITECTURES:
-            jobs = _jobs(architecture, given)
-            for (kind, problem, *_), entry in zip(jobs, each(_job, jobs), strict=True):
+        for architecture in architectures or ARCHITECTURES:
+            asked = _jobs(architecture, kinds or tuple(KINDS), suites, output, missing=missing)
+            for (kind, problem, *_), entry in zip(asked, each(_job, asked), strict=True):
                 if entry:
-                    written = _write(given.output, [entry])
-                print(f"{architecture} {kind}: {problem}", file=sys.stderr, flush=True)
-    print(f"{written} entries in {given.output}", file=sys.stderr)
-    return 0
+                    written = _write(output, [entry])
+                click.echo(f"{architecture} {kind}: {problem}", err=True)
+    click.echo(f"{written} entries in {output}", err=True)
 
 
-def _jobs(architecture: str, given: argparse.Namespace) -> list[_Job]:
+def _jobs(
+    architecture: str, kinds: Sequence[str], suites: Sequence[str], output: Path, *, missing: bool
+) -> list[_Job]:
     """What is asked of one architecture, kernel by kernel."""
-    there = {_key(entry): entry["settings"] for entry in _entries(given.output)}
+    there = {_key(entry): entry["settings"] for entry in _entries(output)}
     like = _LIKE.get(architecture, "")
     return [
         (kind, problem, architecture, there.get(_key_of(kind, problem, like)))
-        for kind in given.kind or KINDS
-        for problem in problems(given.suite or ())
-        if kind in kinds_of(problem) and not (given.missing and _key_of(kind, problem, architecture) in there)
+        for kind in kinds
+        for problem in problems(suites)
+        if kind in kinds_of(problem) and not (missing and _key_of(kind, problem, architecture) in there)
     ]
 
 
@@ -326,7 +341,3 @@ def _merged(*parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per kind, architecture and class, in a fixed order; later parts win."""
     found = {_key(entry): entry for part in parts for entry in part}
     return [found[name] for name in sorted(found)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Scale study: how large records become and how long they take to read, measured.
 
-``python -m bratune.studies.scale 1000000 -o FOLDER`` writes that many rows, each with numbers and an
+``python -m bratune.studies scale 1000000 -o FOLDER`` writes that many rows, each with numbers and an
 identity of its own, and times what a user does with them. The figures of docs/scale.md come from it.
 """
 
@@ -140,7 +140,7 @@ def _peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-@click.command()
+@click.command("scale")
 @click.argument("count", type=click.IntRange(1))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the files.")
 @click.option(
@@ -210,7 +210,3 @@ def _write(path: Path, kinds: list[Record], count: int) -> None:
             file.write(
                 f"{line[:start]}{number // len(lines)}-{line[start:cell]}{number:016x}{line[cell + 16 :]}\n"
             )
-
-
-if __name__ == "__main__":
-    main()

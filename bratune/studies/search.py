@@ -1,6 +1,6 @@
 """Search study: how fast each way to search finds the front, in worlds whose whole front is known.
 
-    python -m bratune.studies.search results
+    python -m bratune.studies search results
 
 Worlds are synthetic (`bratune.tune.synthetic`): rooflines with irregular options, whole models that are not
 the sum of their stages, noisy measurements. Every setting of the space is evaluated without noise to get the
@@ -13,11 +13,12 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import click
 
 from bratune.tune.bench import Bench
 from bratune.tune.encoding import Encoding
@@ -213,15 +214,12 @@ def figure(study: dict[str, Any]) -> str:
     return str(plot.to_json())
 
 
-def main(folder: str) -> None:
-    """Run the study and write ``search-study.json`` and its figure into a folder."""
+@click.command("search")
+@click.argument("path", metavar="FOLDER", type=click.Path(path_type=Path), default=Path("results"))
+def main(path: Path) -> None:
+    """Run the study and write search-study.json and its figure into a folder."""
     found = run_study()
-    path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / "search-study.json").write_text(json.dumps(found, indent=1) + "\n")
     (path / "search-study.figure.json").write_text(figure(found) + "\n")
-    print(markdown(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "results")
+    click.echo(markdown(found))

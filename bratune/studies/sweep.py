@@ -1,6 +1,6 @@
 """Sweep cost: how long a sweep of many cells takes and what it leaves on disk, simulated from measured cells.
 
-    python -m bratune.studies.sweep results/cpu-epyc-biformer-tiny-224.jsonl
+    python -m bratune.studies sweep results/cpu-epyc-biformer-tiny-224.jsonl
 
 Records say when a cell started and when its outcome was written. The simulation draws such times for as many
 cells as are asked for and hands each to the first free device, as `bratune.run.engine.ParallelEngine`
@@ -129,7 +129,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-@click.command()
+@click.command("sweep")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--cells", multiple=True, type=click.IntRange(1), default=(10, 1_000, 100_000), show_default=True
@@ -163,7 +163,3 @@ def main(
 
 def _line(values: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, values))} |"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How often the verdict is wrong, on synthetic data with known truth.
 
-``python -m bratune.studies.verdict`` prints the table of ``docs/compare.md``: two runs of twenty cells, each
+``python -m bratune.studies verdict`` prints the table of ``docs/compare.md``: two runs of twenty cells, each
 with a scatter between its passes of its own (0.5 to 2 times a typical one) and 1 % of noise within a pass.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import click
 import numpy as np
 
 from bratune.measure.verdict import Passes, judge_runs
@@ -93,10 +94,7 @@ def table(found: Sequence[StudyRow]) -> str:
     return "\n".join(f"| {line} |" for line in text)
 
 
+@click.command("verdict")
 def main() -> None:
     """Print the whole table; takes some minutes."""
-    print(table(rows()))
-
-
-if __name__ == "__main__":
-    main()
+    click.echo(table(rows()))

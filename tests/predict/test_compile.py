@@ -115,7 +115,7 @@ def test_kernels_are_legal_and_within_their_budget(target: str, case: str) -> No
     problems = {}
     for kernel, launch in CASES[case](target).items():
         name = f"{case}: {kernel}"
-        assert name in allowed, f"{name} has no budget for {target}: python -m bratune.studies.kernel_budgets"
+        assert name in allowed, f"{name} has no budget for {target}: python -m bratune.studies kernel-budgets"
         if over := over_budget(launch.resources, allowed[name]):
             problems[name] = over
     assert not problems

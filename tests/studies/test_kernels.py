@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bratune.cli import run
 from bratune.kernels.fused.call import as_text, call_for
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.record import Record
 from bratune.studies import kernels as proof
+from bratune.studies.__main__ import studies
 
 H200 = Machine(
     kind="cuda",
@@ -84,7 +86,7 @@ def test_the_table_compares_within_a_group_and_gives_reasons() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert proof.main(["-o", "nowhere"]) == 1
+    assert run(["kernels", "-o", "nowhere"], group=studies) == 5
     assert "no CUDA device" in capsys.readouterr().err
 
 
@@ -132,5 +134,5 @@ def test_a_device_that_is_lost_before_the_first_cell_is_one_sentence(
 ) -> None:
     """The worker has a device that is not there; this process goes on and says so."""
     monkeypatch.setattr("bratune.machine.detect", lambda device: H200)
-    assert proof.main(["-o", str(tmp_path)]) == 1
+    assert run(["kernels", "-o", str(tmp_path)], group=studies) == 5
     assert "this device cannot copy: " in capsys.readouterr().err

@@ -36,15 +36,14 @@ FLOORS = (
     ("bratune.studies",),
     ("bratune.cli",),
     ("bratune.profile",),
-    ("bratune.__main__",),
+    ("bratune.__main__", "bratune.studies.__main__"),
 )
 
 
 def floor_of(module: str) -> int | None:
-    for level, names in enumerate(FLOORS):
-        if any(module == name or module.startswith(name + ".") for name in names):
-            return level
-    return None
+    levels = {name: level for level, names in enumerate(FLOORS) for name in names}
+    above = [name for name in levels if module == name or module.startswith(name + ".")]
+    return levels[max(above, key=len)] if above else None
 
 
 def modules() -> dict[str, Path]:

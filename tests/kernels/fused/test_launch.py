@@ -117,7 +117,7 @@ def test_every_problem_class_of_the_suites_has_its_own_entry(architecture: str) 
         for kind in launch_table.kinds_of(problem)
         if (kind, tuple(sorted(launch.problem_class(problem).items()))) not in exact
     ]
-    assert not absent, f"python -m bratune.studies.launch_table --missing --architecture {architecture}"
+    assert not absent, f"python -m bratune.studies launch-table --missing --architecture {architecture}"
 
 
 @pytest.mark.parametrize("architecture", launch.ARCHITECTURES)
