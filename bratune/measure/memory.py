@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from bratune.measure.device import Call, Memory
 
-__all__ = ["cpu_memory", "cuda_memory", "peak_of", "release"]
+__all__ = ["cpu_memory", "cuda_memory", "live_mb", "peak_of", "release"]
 
 MB = 1e6
 
@@ -89,6 +89,13 @@ def _live_bytes() -> int:
         except (NotImplementedError, RuntimeError):  # sparse tensors have none
             continue
     return sum(sizes.values())
+
+
+def live_mb(device: str) -> float:
+    """What tensors hold on a device now, in MB."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated(device) / MB
+    return _live_bytes() / MB
 
 
 def release() -> None:

@@ -24,6 +24,7 @@ import torch
 from bratune.cell import Cell
 from bratune.kernels import registry
 from bratune.machine import Machine
+from bratune.measure.memory import live_mb, release
 from bratune.measure.meter import DeviceMeter, Ready, device_for
 from bratune.measure.settings import MeterSettings
 from bratune.measure.state import TorchState
@@ -31,6 +32,7 @@ from bratune.measure.worker import JobOutcome, Worker
 from bratune.record import Record
 from bratune.run.engine import CLEARLY_WORSE, CellEngine
 from bratune.run.measure_cell import Checked, Result, failure, finish, prepare, run_cell
+from bratune.work.modules import scenery_for
 
 __all__ = ["IsolatedEngine", "IsolatedRunner", "job"]
 
@@ -235,6 +237,8 @@ def job(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 # The cells of a group that are ready to take turns in this worker, by their names.
 _READY: dict[str, tuple[Checked, Ready]] = {}
+# What tensors held before the first of them was built, in MB.
+_ALONE_MB = [0.0]
 
 
 def ready_job(payload: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -244,18 +248,33 @@ def ready_job(payload: Mapping[str, Any]) -> dict[str, Any] | None:
         MemoryError: see `job`.
     """
     machine, meter, settings = _begin(payload)
+    cell = Cell.from_dict(payload["cell"])
     if payload["first"]:
         _READY.clear()
-    cell = Cell.from_dict(payload["cell"])
+        release()
+        if cell.model and cell.part != "model":
+            scenery_for(cell, machine.device)  # the maps that all cells of the group share
+        _ALONE_MB[0] = live_mb(machine.device)
+    others_mb = live_mb(machine.device) - _ALONE_MB[0]
     made = prepare(cell, machine)
     if isinstance(made, Record):
         return _told(Result(made))
     try:
         own = settings.replace(l2=cell.l2, regime=cell.regime)
-        _READY[cell.cell_id] = made, meter.ready(made.work.call, own, before=made.work.before)
+        ready = meter.ready(made.work.call, own, before=made.work.before)
     except Exception as error:  # a backend or a driver may raise anything; the row says what
         return _told(Result(Record.of(cell, machine, **failure(error))))
+    _READY[cell.cell_id] = made, _without(ready, others_mb)
     return None
+
+
+def _without(ready: Ready, others_mb: float) -> Ready:
+    """A call with the memory that it would have alone, without the cells that are ready beside it."""
+    peak = ready.memory.peak_alloc_mb
+    if peak is None:
+        return ready
+    memory = dataclasses.replace(ready.memory, peak_alloc_mb=peak - others_mb)
+    return dataclasses.replace(ready, memory=memory)
 
 
 def rounds_job(payload: Mapping[str, Any]) -> list[dict[str, Any]]:

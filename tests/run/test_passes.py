@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -188,6 +189,15 @@ def test_two_passes_are_two_processes_and_ratios_are_within_rounds() -> None:
     assert dense.ratio is not None
     assert dense.speedup == dense.ratio
     assert dense.cpu_wait_pct is not None
+
+
+def test_a_cell_has_the_memory_that_it_would_have_alone() -> None:
+    with contextlib.closing(IsolatedRunner(machine.detect("cpu"), SETTINGS)) as runner:
+        together = {one: result.record for one, result in runner.run_group(GROUPS[:2], limit_s=60)}
+        runner.fresh()
+        ((_, alone),) = runner.run_group(GROUPS[1:2], limit_s=60)
+    assert alone.record.peak_alloc_mb is not None
+    assert together[GROUPS[1]].peak_alloc_mb == pytest.approx(alone.record.peak_alloc_mb, rel=0.02)
 
 
 @pytest.mark.usefixtures("failing")
