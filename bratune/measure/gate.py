@@ -3,6 +3,10 @@
 The same call on the same data is compared with the ``reference`` backend in float64, image by image, so that
 the reference never needs more memory than one image asks for. An error is relative to the largest value of
 what is compared: ``max |a - b| / max |b|``.
+
+One right call says little of the calls that are timed. So the call is repeated on other data at the same
+addresses, on tensors of another layout, with large logits, and again on its own data; and what the last timed
+call returned is compared with what it returned before (`agrees`).
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +23,16 @@ from torch import Tensor
 from bratune.backend import Backend, Config
 from bratune.problem import Problem
 
-__all__ = ["TOLERANCES", "GateResult", "Tolerance", "check", "images_to_check", "max_rel_err"]
+__all__ = [
+    "TOLERANCES",
+    "GateResult",
+    "Tolerance",
+    "agrees",
+    "check",
+    "images_to_check",
+    "max_rel_err",
+    "plain",
+]
 
 
 @dataclass(frozen=True)
@@ -32,12 +47,19 @@ class Tolerance:
 # the conformance suite. float32 means float32 products (no TF32): on maps of 512x512 images the backends here
 # are within 1.1e-6, their gradients within 5.7e-6, of float64. Half precision: twice the worst that `gather`
 # showed, which rounds logits and weights to the dtype as the official code does (1.4e-3 and 1.4e-2).
-TOLERANCES = {
-    "float64": Tolerance(1e-12, 1e-11),
-    "float32": Tolerance(1e-5, 3e-5),
-    "float16": Tolerance(3e-3, 3e-3),
-    "bfloat16": Tolerance(3e-2, 3e-2),
-}
+# It cannot be written to: whoever is checked shares this process.
+TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
+    {
+        "float64": Tolerance(1e-12, 1e-11),
+        "float32": Tolerance(1e-5, 3e-5),
+        "float16": Tolerance(3e-3, 3e-3),
+        "bfloat16": Tolerance(3e-2, 3e-2),
+    }
+)
+
+# Logits beyond which an exponential overflows in float32 where the largest is not subtracted first, and by
+# how much their rounding may then exceed the tolerance.
+_LARGE_LOGIT, _LARGE_LOGIT_SLACK = 100.0, 30.0
 
 # Multiply-adds that the reference may spend: about a second on one core. A larger batch is sampled.
 _REFERENCE_MACS = 2 * 10**9
@@ -103,6 +125,8 @@ def check(
         for mine, true in zip(grads, true_grads, strict=True):
             worst_grad = max(worst_grad, max_rel_err(mine[image : image + 1], true))
     reason = _verdict(worst_out, worst_grad, bound, problem.dtype)
+    if not reason:
+        reason = _other_calls(backend, reference, problem, (q, k, v), routes, config, images[0])
     return GateResult(
         ok=not reason,
         reason=reason,
@@ -111,6 +135,40 @@ def check(
         tolerance=bound.forward,
         images=images,
     )
+
+
+def agrees(last: object, first: object, dtype: str) -> str:
+    """What is wrong with the result of a timed call, given that of an earlier call on the same data.
+
+    Args:
+        last: What the last timed call returned: tensors, in lists, tuples and dictionaries.
+        first: What `plain` made of the earlier result.
+        dtype: Of the problem; sets the tolerance.
+    """
+    now, before = plain(last), first
+    if not isinstance(before, list) or len(now) != len(before):
+        return "the last timed call returned something else than the first"
+    allowed = TOLERANCES[dtype].gradient
+    for mine, true in zip(now, before, strict=True):
+        if mine.shape != true.shape:
+            return f"the last timed call returned shape {mine.shape}, the first {true.shape}"
+        scale = float(abs(true).max()) if true.size else 0.0
+        error = float(abs(mine - true).max()) / (scale or 1.0) if true.size else 0.0
+        if not error <= allowed:
+            text = f"the last timed call differs from the first by {error:.2g}"
+            return f"{text}; {allowed:g} is allowed in {dtype}"
+    return ""
+
+
+def plain(result: object) -> list[Any]:
+    """The numbers of all tensors in a result, in order, as arrays that are no tensors."""
+    if isinstance(result, Tensor):
+        return [result.detach().double().cpu().numpy().copy()]
+    if isinstance(result, Mapping):
+        return [array for value in result.values() for array in plain(value)]
+    if isinstance(result, list | tuple):
+        return [array for value in result for array in plain(value)]
+    return []
 
 
 def max_rel_err(mine: Tensor, true: Tensor) -> float:
@@ -137,6 +195,70 @@ def images_to_check(problem: Problem) -> tuple[int, ...]:
     if count == 1:
         return (0,)
     return tuple(sorted({round(i * (problem.batch - 1) / (count - 1)) for i in range(count)}))
+
+
+def _other_calls(
+    backend: Backend,
+    reference: Backend,
+    problem: Problem,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    routes: Tensor,
+    config: Config | None,
+    image: int,
+) -> str:
+    """What is wrong with further calls, of which one image each is compared; empty where nothing is."""
+    bound = TOLERANCES[problem.dtype]
+    forward = problem.replace(direction="fwd")
+
+    def wrong(what: str, tensors: Sequence[Tensor], problem: Problem = forward, slack: float = 1.0) -> str:
+        out, grads, cotangent, bad = _candidate(backend, problem, tensors, routes, config)
+        if bad:
+            return f"{what}: {bad}"
+        true, true_grads = _truth(reference, problem, tensors, routes, cotangent, image)
+        worst = max_rel_err(out[image : image + 1], true)
+        errors = [max_rel_err(a[image : image + 1], b) for a, b in zip(grads, true_grads, strict=True)]
+        allowed = Tolerance(slack * bound.forward, slack * bound.gradient)
+        bad = _verdict(worst, max(errors, default=0.0), allowed, problem.dtype)
+        return f"{what}: {bad}" if bad else ""
+
+    kept = [x.detach().clone() for x in inputs]
+    found = ""
+    if all(_is_writable(x) for x in inputs):
+        with torch.no_grad():
+            for x, old in zip(inputs, kept, strict=True):
+                x.detach().copy_(0.5 * old.flip(0, 1, 2))
+            try:
+                found = wrong("called again with other data at the same addresses", inputs)
+            finally:
+                for x, old in zip(inputs, kept, strict=True):
+                    x.detach().copy_(old)
+    found = found or wrong("called with tensors of another layout", _other_layout(inputs))
+    if not found and problem.dtype in ("float32", "float64"):
+        largest = float(kept[0].abs().amax() * kept[1].abs().amax()) * problem.scale * problem.head_dim
+        factor = math.sqrt(_LARGE_LOGIT / largest) if largest > 0 else 1.0
+        large = [factor * kept[0], factor * kept[1], kept[2]]
+        found = wrong("called with large logits", large, slack=_LARGE_LOGIT_SLACK)
+    for _ in range(2):
+        found = found or wrong("called again with the same data", inputs, problem)
+    return found
+
+
+def _is_writable(x: Tensor) -> bool:
+    """Whether every element has an address of its own."""
+    return all(stride > 0 or size <= 1 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _other_layout(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous tensors where slices were given, slices of wider tensors where contiguous ones were."""
+    found = []
+    for x in inputs:
+        if not x.is_contiguous():
+            found.append(x.detach().contiguous())
+            continue
+        wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype, device=x.device)
+        wide[..., : x.shape[-1]] = x.detach()
+        found.append(wide[..., : x.shape[-1]])
+    return found
 
 
 def _candidate(
@@ -191,7 +313,7 @@ def _truth(
 
 
 def _wrong_form(out: object, shape: tuple[int, ...], dtype: torch.dtype, *, differentiable: bool) -> str:
-    if not isinstance(out, Tensor):
+    if type(out) is not Tensor:  # a subclass may put its work off until nobody measures
         return f"the output is a {type(out).__name__}, not a tensor"
     if tuple(out.shape) != shape:
         return f"the output has shape {tuple(out.shape)}, not {shape}"

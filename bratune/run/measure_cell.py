@@ -56,11 +56,19 @@ def run_cell(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings
 
 @dataclass(frozen=True)
 class Checked:
-    """A cell whose work is built and agrees with the reference: it may be timed."""
+    """A cell whose work is built and agrees with the reference: it may be timed.
+
+    Attributes:
+        cell: What is measured.
+        work: What is timed.
+        fields: What the check found, as a record keeps it.
+        result: What an attention call returned before it was timed (`gate.plain`); empty for other parts.
+    """
 
     cell: Cell
     work: work.Work
     fields: dict[str, Any]
+    result: list[Any]
 
 
 def prepare(cell: Cell, machine: Machine) -> Checked | Record:
@@ -75,12 +83,25 @@ def prepare(cell: Cell, machine: Machine) -> Checked | Record:
         return Record.of(cell, machine, **failure(error))
     if "reason" in checked:
         return Record.of(cell, machine, outcome="incorrect", **checked)
-    return Checked(cell, made, checked)
+    try:
+        result = gate.plain(made.call()) if _is_compared(cell) else []
+    except Exception as error:
+        return Record.of(cell, machine, **failure(error))
+    return Checked(cell, made, checked, result)
+
+
+def _is_compared(cell: Cell) -> bool:
+    """Whether the last timed result is compared: attention, on routes that rounding cannot change."""
+    return cell.part == "attention"
 
 
 def finish(made: Checked, machine: Machine, measured: Measurement) -> Result:
     """The row of a cell that was timed, with what follows from its time."""
     cell = made.cell
+    if made.result:
+        wrong = gate.agrees(measured.output, made.result, cell.problem.dtype)
+        if wrong:
+            return Result(Record.of(cell, machine, outcome="incorrect", reason=wrong, **made.fields))
     values = {**made.fields, **measured.to_record_fields()}
     macs = made.work.macs() if made.work.macs else cell_macs(cell)
     values |= derived(cell, measured.median_ms, made.work.images, macs)

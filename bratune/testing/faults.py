@@ -22,7 +22,7 @@ from bratune.backend import Config
 from bratune.kernels.reference import ReferenceBackend
 from bratune.problem import Problem
 
-__all__ = ["FAULTS", "install"]
+__all__ = ["CHEATS", "FAULTS", "install"]
 
 
 class _Fault(ReferenceBackend):
@@ -213,6 +213,154 @@ class WrongNumbers(ReferenceBackend):
         return super().forward(q, k, v, routes, problem.replace(scale=1.0), config)
 
 
+class _Cheat(ReferenceBackend):
+    """The reference where it is looked at once, something else where it is not."""
+
+    calls = 0
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        problem: Problem,
+        config: Config | None = None,
+    ) -> Tensor:
+        self.calls += 1
+        out = super().forward(q, k, v, routes, problem, config)
+        return torch.zeros_like(out) if self.is_off(q, k, problem) else out
+
+    def is_off(self, q: Tensor, k: Tensor, problem: Problem) -> bool:
+        """Whether this call is one that gives zeros."""
+        raise NotImplementedError
+
+
+class SecondCall(_Cheat):
+    """Right in its first call only."""
+
+    name = "cheat-second-call"
+
+    def is_off(self, q: Tensor, k: Tensor, problem: Problem) -> bool:
+        """From the second call on."""
+        return self.calls > 1
+
+
+class OneInFive(_Cheat):
+    """Wrong in every fifth call."""
+
+    name = "cheat-one-in-five"
+
+    def is_off(self, q: Tensor, k: Tensor, problem: Problem) -> bool:
+        """Every fifth."""
+        return self.calls % 5 == 0
+
+
+class ManyCalls(_Cheat):
+    """Right until nobody should be looking any more."""
+
+    name = "cheat-many-calls"
+
+    def is_off(self, q: Tensor, k: Tensor, problem: Problem) -> bool:
+        """After ten calls."""
+        return self.calls > 10
+
+
+class Contiguous(_Cheat):
+    """Wrong for contiguous queries."""
+
+    name = "cheat-contiguous"
+
+    def is_off(self, q: Tensor, k: Tensor, problem: Problem) -> bool:
+        """Where q is contiguous."""
+        return q.is_contiguous()
+
+
+class LargeLogits(ReferenceBackend):
+    """Takes exponentials without subtracting the largest logit, as far as the result shows it."""
+
+    name = "cheat-large-logits"
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        problem: Problem,
+        config: Config | None = None,
+    ) -> Tensor:
+        """Infinite where an exponential would overflow."""
+        out = super().forward(q, k, v, routes, problem, config)
+        limit = q.abs().amax() * k.abs().amax() * problem.scale * problem.head_dim
+        return out * float("inf") if limit > 80 else out
+
+
+class ByPointer(ReferenceBackend):
+    """Remembers the result by the address of the queries."""
+
+    name = "cheat-by-pointer"
+    known: dict[int, Tensor]
+
+    def __init__(self) -> None:
+        self.known = {}
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        problem: Problem,
+        config: Config | None = None,
+    ) -> Tensor:
+        """What was at this address before."""
+        if q.data_ptr() not in self.known:
+            self.known[q.data_ptr()] = super().forward(q, k, v, routes, problem, config)
+        return self.known[q.data_ptr()]
+
+
+class _LazyTensor(Tensor):
+    """A tensor that could put its work off."""
+
+
+class Lazy(ReferenceBackend):
+    """Returns a subclass of Tensor."""
+
+    name = "cheat-lazy"
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        problem: Problem,
+        config: Config | None = None,
+    ) -> Tensor:
+        """The right numbers, in what is no plain tensor."""
+        return super().forward(q, k, v, routes, problem, config).as_subclass(_LazyTensor)
+
+
+class LeaveState(_Fault):
+    """Leaves the process with one thread, lower precision and a clock that runs slow."""
+
+    name = "cheat-state"
+
+    def misbehave(self, q: Tensor) -> None:
+        """Change what all cells of a process share."""
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("medium")
+        torch.set_flush_denormal(True)
+        torch.set_default_dtype(torch.float64)
+        real = time.perf_counter_ns
+        time.perf_counter_ns = lambda: real() // 10
+
+
+# Backends that are right where one looks once: the gate catches them. The last one is right, and changes
+# what all cells of its process share.
+CHEATS = (SecondCall, OneInFive, ManyCalls, Contiguous, LargeLogits, ByPointer, Lazy, LeaveState)
+
 FAULTS = (
     Hang,
     HangHoldingTheLock,
@@ -239,5 +387,5 @@ def install(folder: Path) -> None:
     info = folder / "bratune_faults-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bratune-faults\nVersion: 1.0\n")
-    lines = [f"{fault.name} = {fault.__module__}:{fault.__name__}" for fault in FAULTS]
+    lines = [f"{fault.name} = {fault.__module__}:{fault.__name__}" for fault in (*FAULTS, *CHEATS)]
     (info / "entry_points.txt").write_text("[bratune.backends]\n" + "\n".join(lines) + "\n")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from bratune import machine
 from bratune.cell import Cell
 from bratune.kernels import registry
+from bratune.measure.meter import meter_for
 from bratune.measure.settings import MeterSettings
+from bratune.measure.state import TorchState
 from bratune.problem import Problem
+from bratune.run import isolated
 from bratune.run.isolated import IsolatedEngine, IsolatedRunner
+from bratune.run.measure_cell import run_cell
 from bratune.testing import faults
 
 PROBLEM = Problem(batch=1, height=8, width=8, heads=2, head_dim=8, region=(4, 4), topk=2)
@@ -96,3 +103,61 @@ def test_faults_on_a_gpu_are_typed_and_the_next_cell_runs(fault: str, outcome: s
     assert sick.outcome == outcome, sick.reason
     assert reason in sick.reason
     assert sound.outcome == "measured", sound.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("cheat-second-call", "other data at the same addresses"),
+        ("cheat-one-in-five", "called again with the same data"),
+        ("cheat-many-calls", "the last timed call differs from the first by 1"),
+        ("cheat-contiguous", "tensors of another layout"),
+        ("cheat-large-logits", "large logits"),
+        ("cheat-by-pointer", "other data at the same addresses"),
+        ("cheat-lazy", "the output is a _LazyTensor"),
+    ],
+)
+def test_a_backend_that_is_right_once_is_caught(failing: None, name: str, says: str) -> None:
+    row = run_cell(
+        CELL.replace(backend=name), machine.detect("cpu"), meter_for(machine.detect("cpu")), SETTINGS
+    )
+    assert (row.record.outcome, row.record.median_ms) == ("incorrect", None)
+    assert says in row.record.reason
+
+
+def test_what_a_backend_leaves_behind_reaches_no_other_cell(failing: None) -> None:
+    here = machine.detect("cpu")
+    with IsolatedEngine(here, SETTINGS) as engine:
+        left, after = engine.run([CELL.replace(backend="cheat-state"), CELL])
+    assert (left.outcome, after.outcome) == ("measured", "measured")
+    # That one had a process of its own; in one process, too, a job begins with the state as it was found.
+    payload = {"machine": here.to_dict(), "settings": SETTINGS.to_dict()}
+    before, clock = TorchState.now(), time.perf_counter_ns
+    isolated._as_found.cache_clear()
+    try:
+        isolated._begin(payload)
+        q, k, v = torch.randn(3, 1, 8, 8, 16)
+        registry.get("cheat-state").forward(q, k, v, torch.zeros(1, 4, 4, dtype=torch.int64), PROBLEM)
+        assert torch.get_default_dtype() == torch.float64
+        isolated._begin(payload)
+        assert torch.get_default_dtype() == torch.float32
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_num_threads() == here.threads
+    finally:
+        time.perf_counter_ns = clock
+        before.restore()
+        isolated._as_found.cache_clear()
+
+
+def test_the_state_of_torch_is_what_it_was_before_a_cell() -> None:
+    before = TorchState.now()
+    torch.set_num_threads(before.threads + 1)
+    torch.set_default_dtype(torch.float64)
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_grad_enabled(False)
+    torch.manual_seed(5)
+    before.restore()
+    now = TorchState.now()
+    assert torch.equal(now.random, before.random)
+    assert dataclasses.replace(now, random=before.random) == before
