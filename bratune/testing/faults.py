@@ -96,7 +96,7 @@ class Exit(_Fault):
 
 
 class Leak(_Fault):
-    """Keeps 64 MB of every call."""
+    """Keeps 16 MB of every call."""
 
     name = "fault-leak"
     kept: list[Tensor]
@@ -106,7 +106,7 @@ class Leak(_Fault):
 
     def misbehave(self, q: Tensor) -> None:
         """Hold on to what was allocated."""
-        self.kept.append(torch.zeros(16_000_000, dtype=torch.float32, device=q.device))
+        self.kept.append(torch.zeros(4_000_000, dtype=torch.float32, device=q.device))
 
 
 class ExhaustMemory(_Fault):
