@@ -45,6 +45,7 @@ __all__ = [
     "ParallelEngine",
     "Runner",
     "group_of",
+    "is_baseline",
 ]
 
 # Making inputs and checking them against the reference come on top of sampling; compiling can take minutes.
@@ -161,7 +162,7 @@ class Baselines:
             return record.replace(speedup=record.ratio, baseline=BASELINE)
         key = _contest(cell)
         self._fastest[key] = min(record.median_ms, self._fastest.get(key, record.median_ms))
-        if _is_baseline(cell):
+        if is_baseline(cell):
             self._medians[key] = record.median_ms
         if key not in self._medians:
             return record
@@ -170,7 +171,7 @@ class Baselines:
     def give_up_ms(self, cell: Cell) -> float | None:
         """Time above which a cell is clearly worse than what is known; None for the baseline itself."""
         fastest = self._fastest.get(_contest(cell))
-        return None if fastest is None or _is_baseline(cell) else CLEARLY_WORSE * fastest
+        return None if fastest is None or is_baseline(cell) else CLEARLY_WORSE * fastest
 
 
 def _question(row: Record) -> str:
@@ -218,7 +219,8 @@ def _way(cell: Cell) -> tuple[object, ...]:
     return (cell.task, cell.image, p.batch, p.dtype, p.direction, *how)
 
 
-def _is_baseline(cell: Cell) -> bool:
+def is_baseline(cell: Cell) -> bool:
+    """Whether others are compared with this cell: gather-then-dense with its default settings."""
     if cell.form != "plain":
         return False
     return set(cell.backend.split(",")) == {BASELINE} and cell.config == "{}"
@@ -402,7 +404,7 @@ class CellEngine:
         self, group: Sequence[Cell], missing: Sequence[Cell], number: int
     ) -> Iterator[tuple[Cell, Record]]:
         """One pass of a group, each row on disk as soon as it is known."""
-        base = next((cell for cell in group if _is_baseline(cell)), None)
+        base = next((cell for cell in group if is_baseline(cell)), None)
         # One that lost the others' pass is measured beside the baseline again, whose row is there already.
         turns = [*missing] if base is None or base in missing else [base, *missing]
         for cell in missing:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from bratune.cell import Cell
 from bratune.engine import Engine
 from bratune.record import Record
-from bratune.run.engine import Baselines
+from bratune.run.engine import Baselines, is_baseline
 from bratune.run.summary import best_attention
 from bratune.variant import Stage
 from bratune.work.cells import BASELINE, Scene, scenes
@@ -167,7 +167,8 @@ def _model_cells(scene: Scene, rows: list[Record]) -> list[Cell]:
     """The model in its forms and with the fastest backend of each stage, and its peers, each cell once."""
     baseline = _baseline(scene.request)
     best = [best_attention(rows, stage.index) for stage in scene.stages]
-    cells = scene.form_cells()
+    # The baseline first: where cells follow each other, what is compared with it waits for it.
+    cells = sorted(scene.form_cells(), key=lambda cell: not is_baseline(cell))
     if any(best):
         cells.append(scene.model_cell([row.backend if row else baseline for row in best]))
     return list(dict.fromkeys([*cells, *scene.peer_cells()]))

@@ -70,6 +70,7 @@ def find_target(gpu: str = "auto", device: str = "auto", spec: Path | None = Non
         ConfigError: the description is not one.
         UnknownNameError: the table has no such board.
         TargetError: the device is not here.
+        UsageError: a board and the CPU, or two boards, are named at once.
     """
     wanted = gpu.strip().lower()
     if spec is not None:
@@ -82,6 +83,11 @@ def find_target(gpu: str = "auto", device: str = "auto", spec: Path | None = Non
     if wanted == "cpu":
         return Target(detect("cpu"))
     board = gpus.resolve(wanted)
+    if device.strip().lower() == "cpu":
+        raise UsageError(
+            f"--gpu {gpu} asks about a {board.name} and --device cpu names this machine's CPU; one of them "
+            "would do"
+        )
     machine = detect(device)
     if machine.is_cuda and machine.gpu_key in _family(board):
         return Target(machine)

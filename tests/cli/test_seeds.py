@@ -10,9 +10,8 @@ ASKED = {
     "profile": ["profile", "--stage", "4", "--backend", "gather", "--no-isolate"],
     "profile --dry-run": ["profile", "--dry-run"],
     "tune": ["tune", "--dry-run"],
-    "compare": ["compare", "a", "b"],
     "visualize": ["visualize", "--image", "a.png"],
-    "validate-proxy": ["validate-proxy", "--study", "toy"],
+    "validate-proxy": ["validate-proxy", "--study", "accuracy"],
 }
 
 

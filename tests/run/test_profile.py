@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bratune.cell import Cell
-from bratune.errors import BratuneError, TargetError, UnknownNameError
+from bratune.errors import BratuneError, TargetError, UnknownNameError, UsageError
 from bratune.machine import Machine, detect
 from bratune.measure.meter import meter_for
 from bratune.measure.settings import MeterSettings
@@ -119,8 +119,8 @@ def test_without_the_baseline_the_first_backend_stands_in_and_nothing_has_a_spee
 @pytest.mark.parametrize(
     ("direction", "forms"),
     [
-        ("fwd", ["published", "gather", "auto", "runtime"]),
-        ("fwd-bwd", ["published", "gather", "auto", "lean"]),
+        ("fwd", ["gather", "published", "auto", "runtime"]),
+        ("fwd-bwd", ["gather", "published", "auto", "lean"]),
     ],
 )
 def test_whole_models_tell_what_is_gained_by_what(direction: str, forms: list[str]) -> None:
@@ -191,7 +191,9 @@ def test_a_small_profile_runs_and_its_records_are_complete(tmp_path: Path) -> No
         assert row.n_samples == 2
         assert row.run_id == "a-run"
         assert row.repro.startswith("bratune profile --model biformer_tiny")
-        assert (row.speedup is not None) == bool(row.backend) or row.part == "block"
+        assert (row.speedup is not None) == (
+            bool(row.backend) or row.form == "published"
+        ) or row.part == "block"
     checked = [row for row in rows if row.backend]
     assert all(row.max_rel_err is not None and row.max_rel_err < 1e-5 for row in checked)
     assert {row.stage for row in rows if row.part == "block"} == {1}
@@ -424,13 +426,19 @@ def test_timm_columns() -> None:
 # --- target and explain ------------------------------------------------------------------------------
 
 
-def test_a_gpu_that_is_not_here_is_a_target_that_cannot_be_measured() -> None:
-    target = find_target("h200", "cpu")
+def test_a_gpu_that_is_not_here_is_a_target_that_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bratune.run.target.detect", lambda device: CPU)
+    target = find_target("h200")
     assert target.absent is not None
     assert (target.machine.gpu_key, target.machine.capability) == ("h200", (9, 0))
     with pytest.raises(TargetError, match=r"H200.* cannot be measured here") as error:
         target.require_present()
     assert error.value.exit_code == 5
+
+
+def test_a_board_and_the_cpu_at_once_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"--gpu h200 asks about a H200 .* and --device cpu names"):
+        find_target("h200", "cpu")
 
 
 def test_cpu_and_auto_are_targets_that_are_here() -> None:
