@@ -65,7 +65,8 @@ class Progress:
         left = self.total - self.done
         if not left or not self._costs:
             return ""
-        seconds = sum(self._costs) / len(self._costs) * left
+        # Over all cells: those that were measured in turn come together, the first after the time of all.
+        seconds = sum(self._costs) / self.done * left
         if self._end is not None:
             seconds = min(seconds, max(0.0, self._end - self._clock()))
         return f"  ({seconds:.0f} s left)" if seconds < 120 else f"  ({seconds / 60:.0f} min left)"

@@ -83,7 +83,8 @@ def scene_tables(rows: Sequence[Record]) -> list[Table]:
 
 
 def _attention_table(rows: Sequence[Record]) -> Table:
-    attention = [row for row in rows if row.part == "attention"]
+    # In the order of the model: what is measured first is where most can be gained.
+    attention = sorted((row for row in rows if row.part == "attention"), key=lambda row: row.stage or 0)
     kinds = {row.route_distribution for row in attention}
     floors = any(row.roofline_pct is not None for row in attention)
     memory = any(row.workspace_mb is not None for row in attention)

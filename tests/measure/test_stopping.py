@@ -138,7 +138,7 @@ def test_a_preset_takes_changes() -> None:
 
 def test_sampling_in_words_tells_efforts_apart_and_not_cells() -> None:
     quick, full = MeterSettings.for_effort("quick"), MeterSettings.for_effort("full")
-    assert quick.sampling == "0.02 s warm-up, 0.05 to 3 s, 7 to 500 samples, 2 % noise"
+    assert quick.sampling == "0.02 s warm-up, 0.05 to 2 s, 7 to 500 samples, 4 % noise"
     assert quick.sampling != full.sampling
     assert quick.sampling == quick.replace(l2="warm", regime="graph", give_up_ms=1.0).sampling
 
