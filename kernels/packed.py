@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from bratune.kernels.dispatch import is_recorded, is_transformed
 
-__all__ = ["is_packed", "mark_packed", "origin_of", "split_packed"]
+__all__ = ["differentiate_attention", "is_packed", "mark_packed", "origin_of", "split_packed"]
 
 _ORIGIN = "_bratune_origin"
 _WHOLE = "_bratune_whole"
@@ -87,6 +87,31 @@ class _Split(torch.autograd.Function):
             if _whole_of(grad, ctx.origin) is not whole:
                 place.copy_(grad)
         return whole, None, None
+
+
+def differentiate_attention(operator: str) -> None:
+    """Register the derivative of an operator of attention, which ``operator_backward`` computes.
+
+    Both take q, k, v and routes first. The operator's last argument, whether it keeps the log-sum-exp, means
+    nothing to the other, whose last is whether gradients lie side by side in one tensor (`is_packed`).
+
+    Args:
+        operator: Name without its namespace, ``bratune``.
+    """
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, routes, *ctx.arguments, _ = inputs
+        ctx.save_for_backward(q, k, v, routes, *output)
+
+    def differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, routes, out, lse = ctx.saved_tensors
+        packed = is_packed(q, k, v)
+        backward = getattr(torch.ops.bratune, f"{operator}_backward")
+        found = backward(grad, q, k, v, routes, out, lse, *ctx.arguments, packed)
+        dq, dk, dv = found[0].chunk(3, -1) if packed else found
+        return (dq, dk, dv, None, *(None,) * (len(ctx.arguments) + 1))
+
+    library.register_autograd(f"bratune::{operator}", differentiate, setup_context=keep)
 
 
 def _whole_of(grad: Tensor, origin: object) -> Tensor | None:

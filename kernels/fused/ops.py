@@ -20,7 +20,7 @@ from bratune.errors import UnsupportedError
 from bratune.kernels.dispatch import is_observed, is_recorded, is_transformed
 from bratune.kernels.fused.call import Call, call_for, statistics_planes
 from bratune.kernels.fused.run import empty_gradients, run_backward, run_forward
-from bratune.kernels.packed import is_packed, mark_packed, origin_of
+from bratune.kernels.packed import differentiate_attention, is_packed, mark_packed, origin_of
 from bratune.machine import Machine
 from bratune.problem import Problem
 
@@ -252,22 +252,7 @@ def _backward_fake(
     return empty_gradients(q, k, v, packed=packed)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, routes, *ctx.arguments, _ = inputs
-    ctx.save_for_backward(q, k, v, routes, *output)
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, routes, out, lse = ctx.saved_tensors
-    packed = is_packed(q, k, v)
-    found = torch.ops.bratune.routed_attention_backward(
-        grad, q, k, v, routes, out, lse, *ctx.arguments, packed
-    )
-    dq, dk, dv = found[0].chunk(3, -1) if packed else found
-    return (dq, dk, dv, None, *(None,) * (len(ctx.arguments) + 1))
-
-
-library.register_autograd("bratune::routed_attention", _differentiate, setup_context=_keep)
+differentiate_attention("routed_attention")
 
 
 def _refuse(ctx: Any, grads: Sequence[Tensor]) -> None:

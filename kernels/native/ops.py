@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from bratune.errors import UnsupportedError
 from bratune.kernels.dispatch import is_observed, is_recorded, is_transformed, refuse_second_derivative
 from bratune.kernels.native.run import Call, empty_gradients, lse_shape, run_backward, run_forward
-from bratune.kernels.packed import is_packed, mark_packed, origin_of
+from bratune.kernels.packed import differentiate_attention, is_packed, mark_packed, origin_of
 from bratune.problem import Problem
 
 __all__ = ["attend", "infer"]
@@ -189,22 +189,7 @@ def _backward_fake(
     return empty_gradients(q, k, v, packed=packed)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, routes, *ctx.arguments, _ = inputs
-    ctx.save_for_backward(q, k, v, routes, *output)
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, routes, out, lse = ctx.saved_tensors
-    packed = is_packed(q, k, v)
-    found = torch.ops.bratune.native_attention_backward(
-        grad, q, k, v, routes, out, lse, *ctx.arguments, packed
-    )
-    dq, dk, dv = found[0].chunk(3, -1) if packed else found
-    return (dq, dk, dv, None, *(None,) * (len(ctx.arguments) + 1))
-
-
-library.register_autograd("bratune::native_attention", _differentiate, setup_context=_keep)
+differentiate_attention("native_attention")
 
 
 def _folded(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
