@@ -98,9 +98,10 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
         for job in jobs:
             _show_plan(job)
         return 0
-    rows = _run(jobs, asked)
-    for job, found in zip(jobs, rows, strict=True):
-        _show(job.target, sorted(found, key=lambda row: row.stage or 0) if asked["budget"] else found, asked)
+    rows, passes = _run(jobs, asked)
+    for job, found, behind in zip(jobs, rows, passes, strict=True):
+        shown = sorted(found, key=lambda row: row.stage or 0) if asked["budget"] else found
+        _show(job.target, shown, behind, asked)
         _say_what_is_missing(found)
         click.echo(f"results: {job.path}   again: {options.command_line()}", err=True)
     failed = any(row.outcome in FAILED for found in rows for row in found)
@@ -197,13 +198,14 @@ def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
     return runner
 
 
-def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
-    """The rows of every job; several jobs run side by side."""
+def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> tuple[list[list[Record]], list[list[Record]]]:
+    """The rows of every job, and those of the passes behind them; several jobs run side by side."""
     from bratune.cli.progress import Progress
     from bratune.run import fleet, session
 
     progress = Progress(sum(len(job.planned) for job in jobs), budget_s=asked["budget"])
     rows: list[list[Record]] = [[] for _ in jobs]
+    passes: list[list[Record]] = [[] for _ in jobs]
 
     def measure(number: int, engine: Engine) -> Iterator[Record]:
         job = jobs[number]
@@ -216,7 +218,7 @@ def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
                 _say_what_is_padded(jobs[0], asked)
                 rows[0] += measure(0, model)
                 Store(jobs[0].path).extend(rows[0])
-                return rows
+                return rows, passes
             _say_what_is_padded(jobs[0], asked)
             engines = [stack.enter_context(_engine(job, asked, progress)) for job in jobs]
             _say_what_disturbs(jobs[0])
@@ -225,6 +227,7 @@ def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
                 progress.finish(record)
             for number, (job, engine) in enumerate(zip(jobs, engines, strict=True)):
                 _say_what_was_reused(job, engine)
+                passes[number] = engine.pass_rows
                 if engine.slots > 1:
                     rows[number] = _in_order(job, rows[number])
     except KeyboardInterrupt:
@@ -234,7 +237,7 @@ def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> list[list[Record]]:
         raise
     finally:
         progress.close()
-    return rows
+    return rows, passes
 
 
 def _in_order(job: _Job, rows: Sequence[Record]) -> list[Record]:
@@ -379,7 +382,7 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _show(target: Target, rows: Sequence[Record], asked: dict[str, Any]) -> None:
+def _show(target: Target, rows: Sequence[Record], passes: Sequence[Record], asked: dict[str, Any]) -> None:
     from bratune.report import profile_tables, timm_format
     from bratune.report.answer import answer
     from bratune.report.tables import to_csv
@@ -397,9 +400,9 @@ def _show(target: Target, rows: Sequence[Record], asked: dict[str, Any]) -> None
     elif style == "timm":
         click.echo(timm_format.timm_csv(rows))
     elif style == "md":
-        click.echo(f"{target.machine}\n\n{profile_tables.profile_markdown(rows)}")
+        click.echo(f"{target.machine}\n\n{profile_tables.profile_markdown(rows, passes)}")
     else:
-        click.echo(f"{target.machine}\n{profile_tables.profile_text(rows)}")
+        click.echo(f"{target.machine}\n{profile_tables.profile_text(rows, passes)}")
     if style in ("table", "md"):
-        for line in answer(rows):
+        for line in answer(rows, passes):
             click.echo(line)

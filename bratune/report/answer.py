@@ -1,117 +1,116 @@
 """Answer: what to run, in words, from the whole models of a run that were measured in turn.
 
-Every statement rests on ratios within rounds (`bratune.record.Record.ratio`) of several fresh processes;
-where the interval holds 1, nothing is shown.
+Every statement is a verdict (`bratune.measure.verdict`) on ratios within rounds of several fresh processes,
+the same that the table of whole models shows.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from bratune.measure.verdict import BUSY_PCT
+from bratune.measure.verdict import BUSY_PCT, MARGIN, Verdict
 from bratune.record import Record
-from bratune.run.summary import group
+from bratune.run.summary import fastest, group, judged
 
-__all__ = ["Ratio", "against", "answer", "name_of"]
+__all__ = ["answer", "base_of", "model_verdicts", "name_of"]
 
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times faster one model is than another, with its 95 % interval."""
-
-    value: float
-    lo: float
-    hi: float
-
-    @property
-    def shown(self) -> bool:
-        """Whether the interval leaves 1 out."""
-        return not self.lo <= 1 <= self.hi
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f}x ({self.lo:.2f} to {self.hi:.2f})"
+# A pair of rows, by what they are in words.
+Pair = tuple[str, str]
 
 
 def name_of(row: Record) -> str:
-    """What ran, in words: ``runtime``, ``gather everywhere``, ``per stage: dense, triton``."""
+    """What ran, in words: ``runtime``, ``gather everywhere``, ``best per stage``."""
     if row.form == "timm":
         return f"{row.model} (timm)"
     if row.form not in ("", "plain"):
         return row.form
-    names = row.backend.split(",")
+    names = set(row.backend.split(","))
     if row.backend == "auto":
         return "auto"
-    return f"{names[0]} everywhere" if len(set(names)) == 1 else "per stage: " + ", ".join(names)
+    return f"{row.backend.split(',')[0]} everywhere" if len(names) == 1 else "best per stage"
 
 
-def against(row: Record, other: Record) -> Ratio | None:
-    """How many times faster a row is than another of the same rounds; None where one process cannot say.
+def base_of(models: Sequence[Record]) -> Record | None:
+    """What the whole models of a scene are compared with: the published form, or ``gather`` everywhere."""
+    timed = {name_of(row): row for row in reversed(models) if row.ok}
+    return timed.get("published") or timed.get("gather everywhere")
 
-    Both ratios are to the same baseline. Their errors are added as if they were independent, which does not
-    make the interval too narrow: what they have in common is the baseline's.
+
+def model_verdicts(rows: Sequence[Record], passes: Sequence[Record]) -> dict[Pair, Verdict]:
+    """Every verdict that is given on the whole models of one scene, by the names of both; judged together.
+
+    Every form and peer against the base, and the fastest of our forms against ``auto`` and every peer.
+
+    Args:
+        rows: Of one scene, pooled over their passes.
+        passes: Rows of single passes.
     """
-    ratios = [(_ratio(r), r.passes or 1) for r in (row, other)]
-    if any(ratio is None or passes < 2 for ratio, passes in ratios):
-        return None
-    (a, _), (b, _) = ratios
-    assert a is not None
-    assert b is not None
-    value = a.value / b.value
-    reach = math.hypot(*(math.log(r.hi / r.lo) / 2 for r in (a, b)))
-    return Ratio(value, value / math.exp(reach), value * math.exp(reach))
+    models = [row for row in rows if row.part == "model" and row.ok]
+    base, best = base_of(models), fastest([row for row in models if row.form != "timm"])
+    pairs = [(row, base) for row in models if base is not None and row is not base]
+    if best is not None:
+        rivals = [row for row in models if name_of(row) == "auto" or row.form == "timm"]
+        pairs += [(best, row) for row in rivals if row is not best and row is not base]
+    verdicts = judged(pairs, passes)
+    return {
+        (name_of(row), name_of(other)): verdict
+        for (row, other), verdict in zip(pairs, verdicts, strict=True)
+        if verdict is not None
+    }
 
 
-def _ratio(row: Record) -> Ratio | None:
-    """To the baseline; the baseline itself has the ratio 1."""
-    if row.ratio is not None and row.ratio_lo and row.ratio_hi:
-        return Ratio(row.ratio, row.ratio_lo, row.ratio_hi)
-    return Ratio(1.0, 1.0, 1.0) if row.backend and row.backend == row.baseline else None
+def answer(rows: Sequence[Record], passes: Sequence[Record] = ()) -> list[str]:
+    """A sentence per model, batch and regime: what to use, and how much faster it is; then one per peer.
 
-
-def answer(rows: Sequence[Record]) -> list[str]:
-    """A sentence per model, batch and regime: what to use, and how much faster it is; then one per peer."""
+    Args:
+        rows: Pooled over their passes.
+        passes: Rows of single passes, which alone can show that anything is faster.
+    """
     models = [row for row in rows if row.part == "model" and row.evidence in ("measured", "replayed")]
-    lines = []
-    for scene in group(row for row in models if row.form != "timm"):
-        timed = [row for row in scene if row.ok]
-        if not timed:
-            continue
-        best = min(timed, key=lambda row: row.median_ms or 0.0)
-        where = f"{best.model}, batch {best.batch}, {best.regime}"
-        rivals = {
-            "published": next((row for row in timed if row.form == "published"), None),
-            "auto": next((row for row in timed if row.backend == "auto" and row.form == "plain"), None),
-        }
-        found = {
-            name: against(best, row) for name, row in rivals.items() if row is not None and row is not best
-        }
-        known = {name: ratio for name, ratio in found.items() if ratio is not None}
-        if (best.passes or 1) < 2 or (found and not known):
-            few = (best.passes or 1) < 2
-            why = "in one process" if few else "without a baseline in the same rounds (--forms gather,...)"
-            lines.append(f"{where}: {name_of(best)} had the least median, {why}: nothing is shown")
-            continue
-        if (best.cpu_wait_pct or 0.0) > BUSY_PCT:
-            lines.append(f"{where}: the machine was busy, no answer is given")
-            continue
-        faster = [f"{ratio} as fast as {name}" for name, ratio in known.items() if ratio.shown]
-        open_ones = [f"{name}, {ratio}" for name, ratio in known.items() if not ratio.shown]
-        text = f"{where}: use {name_of(best)}"
-        text += f", {' and '.join(faster)}" if faster else ""
-        if open_ones and not faster:
-            text = f"{where}: {name_of(best)} had the least median"
-        text += f"; nothing is shown against {' and '.join(open_ones)}" if open_ones else ""
-        lines.append(text)
-        for peer in (row for row in models if row.form == "timm" and row.ok and _beside(row, best)):
-            ratio = against(best, peer)
-            if ratio is not None:
-                word = "nothing is shown" if not ratio.shown else "faster" if ratio.value > 1 else "slower"
-                lines.append(f"{where}: {name_of(best)} is {ratio} as fast as {name_of(peer)}: {word}")
+    return [line for scene in group(models) for line in _of_scene(scene, passes)]
+
+
+def _of_scene(scene: Sequence[Record], passes: Sequence[Record]) -> list[str]:
+    best = fastest([row for row in scene if row.ok and row.form != "timm"])
+    if best is None:
+        return []
+    where = f"{best.model}, batch {best.batch}, {best.regime}"
+    if (best.passes or 1) < 2:
+        return [f"{where}: {name_of(best)} had the least median, in one process: nothing is shown"]
+    if (best.cpu_wait_pct or 0.0) > BUSY_PCT:
+        return [f"{where}: the machine was busy, no answer is given"]
+    known, name = model_verdicts(scene, passes), name_of(best)
+    rivals = {rival: known[name, rival] for rival in ("published", "auto") if (name, rival) in known}
+    lines = [f"{where}: {_advice(name, rivals)}"]
+    for peer in (row for row in scene if row.form == "timm" and row.ok):
+        verdict = known.get((name, name_of(peer)))
+        if verdict is not None:
+            lines.append(f"{where}: {name} against {name_of(peer)}: {_words(verdict)}")
     return lines
 
 
-def _beside(peer: Record, own: Record) -> bool:
-    names = ("batch", "image_height", "image_width", "dtype", "amp", "layout", "direction", "regime", "l2")
-    return all(getattr(peer, name) == getattr(own, name) for name in (*names, "gpu_name", "seed"))
+def _advice(name: str, rivals: dict[str, Verdict]) -> str:
+    """What to use, with what is shown against others and what is not."""
+    if not rivals:
+        return f"{name} had the least time; nothing that it could be compared with took turns with it"
+    shown = [f"{_speedup(v)} as fast as {rival}" for rival, v in rivals.items() if v.verdict == "FASTER"]
+    shown += [
+        f"the same as {rival} within {100 * MARGIN:g} %" for rival, v in rivals.items() if v.verdict == "SAME"
+    ]
+    left = {rival: v for rival, v in rivals.items() if v.verdict not in ("FASTER", "SAME")}
+    text = f"use {name}, {' and '.join(shown)}" if shown else f"{name} had the least time"
+    for rival, verdict in left.items():
+        text += f"; against {rival} {_words(verdict)}"
+    return text
+
+
+def _words(verdict: Verdict) -> str:
+    """A verdict as the answer says it; what is undecided, with what would settle it."""
+    if verdict.verdict != "UNDECIDED":
+        return f"{verdict.verdict}, {_speedup(verdict)}"
+    return f"nothing is shown, {_speedup(verdict)}: {verdict.settles}"
+
+
+def _speedup(verdict: Verdict) -> str:
+    lo, hi = verdict.speedup_interval
+    return f"{verdict.speedup:.2f}x ({lo:.2f} to {hi:.2f})"

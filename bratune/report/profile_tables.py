@@ -6,36 +6,83 @@ Made from records alone, so that stored rows give the same tables as a run.
 from __future__ import annotations
 
 import math
+import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 
 from bratune.cell import PARTS
+from bratune.measure.verdict import MARGIN, Verdict
 from bratune.record import Record
-from bratune.report.answer import name_of
-from bratune.report.tables import Note, Row, Table, to_markdown, to_text
-from bratune.run.summary import UNSETTLED_PCT, best_attention, differ, group, residual
+from bratune.report.answer import base_of, model_verdicts, name_of
+from bratune.report.tables import WIDTH, Note, Row, Table, to_markdown, to_text
+from bratune.run.summary import (
+    UNSETTLED_PCT,
+    best_attention,
+    differ,
+    group,
+    is_base,
+    judged,
+    residual,
+)
 
 __all__ = ["profile_markdown", "profile_text", "scene_tables", "scene_title"]
 
 DASH = "-"
-FOOTNOTE = (
-    "* fastest of its stage   (..x) intervals overlap: no difference shown\n"
-    "alloc MB: most memory that the call allocated on top of its inputs   ±95 %: interval of the median"
+FOOTNOTE = "* fastest of its stage   alloc MB: most memory that the call allocated on top of its inputs"
+ONE_PROCESS = (
+    "(..x) intervals overlap: no difference shown   ±95 %: interval of the median within one process"
 )
 # What `throttle_reasons` names, where its name says too little.
 HELD_BACK_BY = {"cpu_steal": "cpu_steal (the host ran others on these processors)"}
 MODELLED_FOOTNOTE = "x/÷ F: modelled; the time is expected between 1/F of that number and F times it"
+# An interval over more orders of magnitude than this says nothing.
+_OPEN = 100.0
+WORDS_OF_VERDICTS = (
+    f"FASTER, SLOWER: beyond noise and {100 * MARGIN:g} %, corrected for all ratios of a table; SAME: within "
+    f"{100 * MARGIN:g} %; UNDECIDED: not shown."
+)
+OUTCOME_WORDS = {"unsupported": "not here", "incorrect": "WRONG RESULT, not timed"}
 
 
-def profile_text(records: Sequence[Record]) -> str:
-    """Every scene of some records as aligned text, at most a hundred characters wide."""
-    blocks = [_scene_block(rows, to_text) for rows in group(records)]
+def profile_text(records: Sequence[Record], passes: Sequence[Record] = ()) -> str:
+    """Every scene of some records as aligned text, at most a hundred characters wide.
+
+    Args:
+        records: Pooled over their passes.
+        passes: Rows of single passes; what ratios and verdicts rest on.
+    """
+    blocks = [_scene_block(rows, passes, to_text) for rows in group(records)]
+    return "\n\n".join([*blocks, "\n".join(_footnotes(records))]) if blocks else "no rows"
+
+
+def _footnotes(records: Sequence[Record]) -> list[str]:
+    """What is said once, below all tables."""
     foot = [FOOTNOTE]
+    known = _how_well_known(records)
+    foot += textwrap.wrap(known, WIDTH) if known else [ONE_PROCESS]
     if any(row.evidence == "modelled" for row in records):
         foot.append(MODELLED_FOOTNOTE)
     held_back = _held_back(records)
-    if held_back:
-        foot.append(held_back)
-    return "\n\n".join([*blocks, "\n".join(foot)]) if blocks else "no rows"
+    return [*foot, held_back] if held_back else foot
+
+
+def _how_well_known(records: Sequence[Record]) -> str:
+    """How well times and ratios are known, for all rows of several passes; empty where there are none."""
+    rows = [row for row in records if row.ok and (row.passes or 1) > 1 and row.noise_pct is not None]
+    if not rows:
+        return ""
+    counts = sorted({row.passes or 1 for row in rows})
+    passes = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    widths = {
+        kind: statistics.median(row.noise_pct or 0.0 for row in rows if row.part == kind)
+        for kind in ("attention", "model")
+        if any(row.part == kind for row in rows)
+    } or {"all": statistics.median(row.noise_pct or 0.0 for row in rows)}
+    known = ", ".join(f"±{width:.0f} % ({kind})" for kind, width in widths.items())
+    return (
+        f"{passes} passes, each a fresh process: times are known to {known}, ratios as their 95 % intervals "
+        f"say: they are taken in turn, within rounds. {WORDS_OF_VERDICTS} More --passes narrow both."
+    )
 
 
 def _held_back(records: Sequence[Record]) -> str:
@@ -49,13 +96,15 @@ def _held_back(records: Sequence[Record]) -> str:
     return f"{len(slowed)} of {len(timed)} times taken while held back by: {named}"
 
 
-def profile_markdown(records: Sequence[Record]) -> str:
-    """Every scene of some records as Markdown."""
-    return "\n\n".join(_scene_block(rows, to_markdown) for rows in group(records))
+def profile_markdown(records: Sequence[Record], passes: Sequence[Record] = ()) -> str:
+    """Every scene of some records as Markdown; see `profile_text`."""
+    blocks = [_scene_block(rows, passes, to_markdown) for rows in group(records)]
+    known = _how_well_known(records)
+    return "\n\n".join([*blocks, known] if known else blocks)
 
 
-def _scene_block(rows: Sequence[Record], render: Callable[[Table], str]) -> str:
-    tables = [render(table) for table in scene_tables(rows)]
+def _scene_block(rows: Sequence[Record], passes: Sequence[Record], render: Callable[[Table], str]) -> str:
+    tables = [render(table) for table in scene_tables(rows, passes)]
     return "\n\n".join([scene_title(rows[0]), *tables])
 
 
@@ -73,29 +122,33 @@ def scene_title(row: Record) -> str:
     return " · ".join(word for word in words if word)
 
 
-def scene_tables(rows: Sequence[Record]) -> list[Table]:
-    """The tables of one scene: those that have rows."""
-    tables = [_attention_table(rows), _parts_table(rows), _model_table(rows)]
+def scene_tables(rows: Sequence[Record], passes: Sequence[Record] = ()) -> list[Table]:
+    """The tables of one scene: those that have rows; see `profile_text`."""
+    tables = [_attention_table(rows, passes), _parts_table(rows), _model_table(rows, passes)]
     return [table for table in tables if table.rows]
 
 
 # --- attention by backend ----------------------------------------------------------------------------
 
 
-def _attention_table(rows: Sequence[Record]) -> Table:
+def _attention_table(rows: Sequence[Record], passes: Sequence[Record]) -> Table:
     # In the order of the model: what is measured first is where most can be gained.
     attention = sorted((row for row in rows if row.part == "attention"), key=lambda row: row.stage or 0)
+    verdicts = _attention_verdicts(attention, passes)
+    everywhere = _reasons_everywhere(attention)
     kinds = {row.route_distribution for row in attention}
     floors = any(row.roofline_pct is not None for row in attention)
     memory = any(row.workspace_mb is not None for row in attention)
-    columns = ["<stage", "<map", "<regions", "top-k", "keys/query", "<backend"]
+    columns = ["<stage", "<map", "<regions", "top-k", "keys", "<backend"]
     columns += ["<routes"] if len(kinds) > 1 else []
-    columns += ["median ms", "±95 %", "vs gather"]
+    columns += ["median ms", *_ratio_columns("gather", judged=bool(verdicts))]
     columns += ["alloc MB"] if memory else []
     columns += ["of floor"] if floors else []
     found: list[Row] = []
     last: tuple[object, ...] = ()
     for row in attention:
+        if row.backend in everywhere:
+            continue
         here = (row.stage, row.route_distribution)
         start = _stage_cells(row) if here != last else ("",) * 5
         last = here
@@ -109,14 +162,66 @@ def _attention_table(rows: Sequence[Record]) -> Table:
         if row.median_ms is None:
             found.append(Note(who, _why(row)))
             continue
+        ratio = _ratio_cells(row, attention, verdicts, is_base(row))
         peak = (_megabytes(row.workspace_mb),) if memory else ()
         floor = (_percent(row.roofline_pct),) if floors else ()
-        found.append((*who, _ms(row.median_ms), _spread(row), _speedup(row, attention), *peak, *floor))
+        found.append((*who, _ms(row.median_ms), *ratio, *peak, *floor))
     return Table(
         tuple(columns),
         tuple(found),
         title="attention of one block, by backend; regions: how many (tokens in each)",
+        notes=tuple(f"{name}: {reason}" for name, reason in everywhere.items()),
     )
+
+
+def _reasons_everywhere(attention: Sequence[Record]) -> dict[str, str]:
+    """Backends that have the same reason against every row of theirs, of which there are several."""
+    rows: dict[str, list[Record]] = {}
+    for row in attention:
+        rows.setdefault(row.backend, []).append(row)
+    whys = {
+        name: {_why(row) if row.median_ms is None else "" for row in found} for name, found in rows.items()
+    }
+    return {
+        name: next(iter(why))
+        for name, why in whys.items()
+        if len(why) == 1 < len(rows[name]) and "" not in why
+    }
+
+
+def _attention_verdicts(attention: Sequence[Record], passes: Sequence[Record]) -> dict[Record, Verdict]:
+    """Of every row against the baseline of its stage and routes; all stages are judged together."""
+    base = {(row.stage, row.route_distribution): row for row in attention if row.ok and is_base(row)}
+    pairs = [
+        (row, base[row.stage, row.route_distribution])
+        for row in attention
+        if row.ok and not is_base(row) and (row.stage, row.route_distribution) in base
+    ]
+    found = zip(pairs, judged(pairs, passes), strict=True)
+    return {row: verdict for (row, _), verdict in found if verdict is not None}
+
+
+def _ratio_columns(base: str, *, judged: bool) -> list[str]:
+    return [f"vs {base}, 95 %", "<verdict"] if judged else ["±95 %", f"vs {base}"]
+
+
+def _ratio_cells(
+    row: Record, rows: Sequence[Record], verdicts: dict[Record, Verdict], base: bool
+) -> tuple[str, str]:
+    """The speed-up with its interval and the verdict; of one process, the noise and the speed-up."""
+    if not verdicts:
+        return _spread(row), _speedup(row, rows)
+    if base:
+        return "1.00x          ", "baseline"
+    verdict = verdicts.get(row)
+    return (DASH, DASH) if verdict is None else (_interval(verdict), verdict.verdict)
+
+
+def _interval(verdict: Verdict) -> str:
+    """``2.70x 2.61-2.79``; open where one process shows no interval."""
+    lo, hi = verdict.speedup_interval
+    text = f"{lo:.2f}-{hi:.2f}" if hi < _OPEN * lo else "open"
+    return f"{verdict.speedup:.2f}x {text:<9}"
 
 
 def _stage_cells(row: Record) -> tuple[str, ...]:
@@ -137,8 +242,7 @@ def _stage_cells(row: Record) -> tuple[str, ...]:
 
 
 def _why(row: Record) -> str:
-    word = {"unsupported": "not here", "incorrect": "WRONG RESULT, not timed"}.get(row.outcome, row.outcome)
-    return f"{word}: {row.reason}"
+    return f"{OUTCOME_WORDS.get(row.outcome, row.outcome)}: {row.reason}"
 
 
 # --- the parts of a block ----------------------------------------------------------------------------
@@ -162,10 +266,16 @@ def _parts_table(rows: Sequence[Record]) -> Table:
 # --- whole models ------------------------------------------------------------------------------------
 
 
-def _model_table(rows: Sequence[Record]) -> Table:
+def _model_table(rows: Sequence[Record], passes: Sequence[Record]) -> Table:
     models = [row for row in rows if row.part == "model"]
+    base = base_of(models)
+    against = name_of(base) if base is not None else ""
+    by_name = model_verdicts(models, passes)
+    verdicts = {row: by_name[name_of(row), against] for row in models if (name_of(row), against) in by_name}
     launch = any(row.launch_bound is not None for row in models)
-    columns = ["<whole model", "images/s", "median ms", "±95 %", "vs gather", "peak MB"]
+    columns = ["<whole model", "images/s", "median ms"]
+    columns += _ratio_columns(against.split()[0] if verdicts else "gather", judged=bool(verdicts))
+    columns += ["peak MB"]
     columns += ["<launch-bound"] if launch else []
     found: list[Row] = []
     for row in models:
@@ -175,15 +285,14 @@ def _model_table(rows: Sequence[Record]) -> Table:
             continue
         rate = f"{row.images_per_s:.1f}" if row.images_per_s is not None else DASH
         bound = ({True: "yes", False: "no", None: DASH}[row.launch_bound],) if launch else ()
-        numbers = (
-            rate,
-            _ms(row.median_ms),
-            _spread(row),
-            _speedup(row, models),
-            _megabytes(row.peak_alloc_mb),
-        )
-        found.append((who, *numbers, *bound))
-    return Table(tuple(columns), tuple(found))
+        ratio = _ratio_cells(row, models, verdicts, row is base)
+        found.append((who, rate, _ms(row.median_ms), *ratio, _megabytes(row.peak_alloc_mb), *bound))
+    notes = [f"best per stage: {row.backend.replace(',', ', ')}" for row in models if _is_mixed(row)]
+    return Table(tuple(columns), tuple(found), notes=tuple(dict.fromkeys(notes)))
+
+
+def _is_mixed(row: Record) -> bool:
+    return name_of(row) == "best per stage"
 
 
 # --- cells -------------------------------------------------------------------------------------------

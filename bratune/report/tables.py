@@ -39,11 +39,13 @@ class Table:
         columns: Headings; one that starts with ``<`` has a left-aligned column.
         rows: Cells, or a `Note`.
         title: A line above; may be empty.
+        notes: Sentences below, each wrapped to the width.
     """
 
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     title: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def headings(self) -> tuple[str, ...]:
@@ -78,6 +80,8 @@ def to_text(table: Table, *, width: int = WIDTH) -> str:
             lines += [" " * len(start) + piece for piece in pieces[1:]]
         else:
             lines.append(line(row).rstrip())
+    for note in table.notes:
+        lines += textwrap.wrap(one_line(note), width, subsequent_indent="  ")
     return "\n".join(lines)
 
 
@@ -90,6 +94,8 @@ def to_markdown(table: Table) -> str:
     for row in map(_on_lines, table.rows):
         cells = (*row.before, row.text) if isinstance(row, Note) else row
         lines.append(_bar(_filled(cells, len(heads))))
+    for note in table.notes:
+        lines += ["", one_line(note)]
     return "\n".join(lines)
 
 

@@ -247,6 +247,7 @@ class CellEngine:
         reused: Cells that were answered by stored rows so far.
         slots: Cells that are measured at a time.
         passes: Fresh processes per cell.
+        pass_rows: Rows of single passes behind what `run` gave so far; what verdicts rest on.
     """
 
     slots = 1
@@ -282,6 +283,7 @@ class CellEngine:
         self._deadline = None if budget_s is None else clock() + budget_s
         self._baselines = Baselines()
         self._cancelled = threading.Event()
+        self.pass_rows: list[Record] = []
         self.reused = 0
 
     @property
@@ -354,7 +356,9 @@ class CellEngine:
             if not rows[cell]:
                 rows[cell].append(self._out_of_budget(cell, NOT_STARTED).record)
                 self._write(cell, rows[cell][-1])
-        pooled = {record.cell_id: record for record in pool(row for cell in cells for row in rows[cell])}
+        behind = [row for cell in cells for row in rows[cell]]
+        self.pass_rows += behind
+        pooled = {record.cell_id: record for record in pool(behind)}
         for cell in cells:
             yield self._baselines.compared(cell, pooled[cell.cell_id])
 

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from bratune.measure.verdict import Passes, Verdict, judge_ratios
 from bratune.record import Record
+from bratune.store.pooled import alike
+from bratune.work.cells import BASELINE
 
-__all__ = ["UNSETTLED_PCT", "Residual", "best_attention", "differ", "group", "residual", "scene_of"]
+__all__ = [
+    "UNSETTLED_PCT",
+    "Residual",
+    "best_attention",
+    "differ",
+    "fastest",
+    "group",
+    "is_base",
+    "judged",
+    "paired",
+    "residual",
+    "scene_of",
+]
 
 # What the rows of one table have in common.
 SCENE = (
@@ -36,13 +54,108 @@ def scene_of(record: Record) -> tuple[object, ...]:
 def group(records: Iterable[Record]) -> list[list[Record]]:
     """Records of one scene together, in the order in which scenes appear; "started" lines are left out.
 
-    A row without a time takes the evidence of its scene's others: nothing was measured in it.
+    A model of timm belongs to the first scene of ours on the same images, with which it took turns.
     """
     found: dict[tuple[object, ...], list[Record]] = {}
+    peers: list[Record] = []
     for record in records:
-        if record.outcome != "started":
+        if record.form == "timm":
+            peers.append(record)
+        elif record.outcome != "started":
             found.setdefault(scene_of(record), []).append(record)
+    for peer in (row for row in peers if row.outcome != "started"):
+        own = next((rows for rows in found.values() if _images_of(rows[0]) == _images_of(peer)), None)
+        if own is None:
+            own = found.setdefault(scene_of(peer), [])
+        own.append(peer)
     return list(found.values())
+
+
+def _images_of(row: Record) -> tuple[object, ...]:
+    return tuple(getattr(row, name) for name in SCENE if name != "model")
+
+
+# --- which is faster ---------------------------------------------------------------------------------
+
+
+def judged(pairs: Sequence[tuple[Record, Record]], passes: Iterable[Record]) -> list[Verdict | None]:
+    """Which of each pair is faster, as their passes say; all are judged together.
+
+    Args:
+        pairs: A row, and the one that it is compared with; pooled over their passes.
+        passes: Rows of single passes, of these cells and any others.
+
+    Returns:
+        A verdict for each pair, ``FASTER`` meaning that the first takes less time; None where no pass has
+        both.
+    """
+    behind: dict[tuple[object, ...], list[Record]] = defaultdict(list)
+    for row in passes:
+        behind[alike(row)].append(row)
+    found = [paired(behind[alike(row)], behind[alike(other)]) for row, other in pairs]
+    verdicts = iter(judge_ratios([one for one in found if one is not None]).verdicts)
+    return [None if one is None else next(verdicts) for one in found]
+
+
+def paired(rows: Sequence[Record], others: Sequence[Record]) -> Passes | None:
+    """How many times faster one cell was than another, pass by pass; None where no pass says.
+
+    Both took turns with the baseline, so what the machine did in a pass is in neither ratio. Without a
+    baseline in their group, it is the ratio of their medians in the same process.
+    """
+    theirs: dict[tuple[str, int | None], list[Record]] = defaultdict(list)
+    for other in others:
+        theirs[(other.run_id, other.pass_number)].append(other)
+    found, left = [], []
+    for row in rows:
+        same = theirs[(row.run_id, row.pass_number)]
+        if same:
+            found.append(_speedup(row, same.pop(0), in_turn=row.pass_number is not None))
+        else:  # measured later, beside the baseline too
+            left.append(row)
+    spare = [other for rest in theirs.values() for other in rest]
+    found += [_speedup(row, other, in_turn=False) for row, other in zip(left, spare, strict=False)]
+    known = [one for one in found if one is not None]
+    if not known:
+        return None
+    waits = [row.cpu_wait_pct for row in (*rows, *others) if row.cpu_wait_pct is not None]
+    wait = statistics.median(waits) if waits else 0.0
+    return Passes(
+        values=tuple(value for value, _ in known),
+        noise=tuple(error for _, error in known),
+        kind=rows[0].part,
+        wait_pct=wait,
+    )
+
+
+def _speedup(row: Record, other: Record, *, in_turn: bool) -> tuple[float, float] | None:
+    """How many times faster a row is than another, and the standard error of its logarithm."""
+    if not (row.ok and other.ok):
+        return None
+    own, base = _to_baseline(row), _to_baseline(other)
+    if own is not None and base is not None:
+        return own[0] / base[0], math.hypot(own[1], base[1])
+    if not in_turn:
+        return None
+    times = [(r.median_ms or 0.0, _error(r.median_ms, r.ci_lo_ms, r.ci_hi_ms)) for r in (row, other)]
+    return times[1][0] / times[0][0], math.hypot(times[0][1], times[1][1])
+
+
+def _to_baseline(row: Record) -> tuple[float, float] | None:
+    """The ratio to the baseline within rounds, which of the baseline itself is 1."""
+    if row.ratio is not None:
+        return row.ratio, _error(row.ratio, row.ratio_lo, row.ratio_hi)
+    return (1.0, 0.0) if is_base(row) else None
+
+
+def _error(value: float | None, lo: float | None, hi: float | None) -> float:
+    return Passes.of([(value or 0.0, lo, hi)]).noise[0]
+
+
+def is_base(row: Record) -> bool:
+    """Whether ratios within rounds are relative to this row's cell: see `bratune.run.engine.is_baseline`."""
+    plain = row.form in ("", "plain") and row.config in ("", "{}")
+    return plain and set(row.backend.split(",")) == {BASELINE}
 
 
 def differ(a: Record, b: Record) -> bool:
@@ -57,13 +170,19 @@ def differ(a: Record, b: Record) -> bool:
 def best_attention(records: Sequence[Record], stage: int) -> Record | None:
     """The fastest backend of a stage on the first kind of routes that was measured; None without a time.
 
-    Rows that failed the gate have no time and cannot win.
+    Rows that failed the gate have no time and cannot win. Ratios within rounds decide where all have one.
     """
     rows = [r for r in records if r.part == "attention" and r.stage == stage and r.median_ms is not None]
-    if not rows:
-        return None
-    first = rows[0].route_distribution
-    return min((r for r in rows if r.route_distribution == first), key=lambda r: r.median_ms or 0.0)
+    return fastest([r for r in rows if r.route_distribution == rows[0].route_distribution])
+
+
+def fastest(rows: Sequence[Record]) -> Record | None:
+    """The row of the largest ratio within rounds, of the least median where some have none."""
+    ratios = [_to_baseline(row) for row in rows]
+    known = [ratio[0] for ratio in ratios if ratio is not None]
+    if len(known) < len(rows):
+        return min(rows, key=lambda row: row.median_ms or math.inf, default=None)
+    return max(zip(known, rows, strict=True), key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
 # A median whose half interval is more than this share of it says little about a residual.

@@ -19,7 +19,7 @@ from bratune.store.lines import read_records
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["passes_of", "pool", "pooled", "ratios_of"]
+__all__ = ["alike", "passes_of", "pool", "pooled", "ratios_of"]
 
 # What must be the same of rows that are passes of one cell.
 _ALIKE = (
@@ -62,12 +62,17 @@ def pooled(paths: Iterable[str | os.PathLike[str]]) -> pandas.DataFrame:
     return pandas.DataFrame(rows, columns=names)
 
 
+def alike(row: Record) -> tuple[Any, ...]:
+    """What a row has in common with the other passes of its cell."""
+    return tuple(getattr(row, name) for name in _ALIKE)
+
+
 def pool(rows: Iterable[Record]) -> list[Record]:
     """One row per cell, in the order in which cells appear; "started" lines are left out."""
     cells: dict[tuple[Any, ...], list[Record]] = {}
     for row in rows:
         if row.outcome != "started":
-            cells.setdefault(tuple(getattr(row, name) for name in _ALIKE), []).append(row)
+            cells.setdefault(alike(row), []).append(row)
     timed = {key: [row for row in found if row.ok] for key, found in cells.items()}
     times = priors(passes_of(found) for found in timed.values() if found)
     ratios = priors(one for found in timed.values() if (one := ratios_of(found)) is not None)

@@ -154,6 +154,13 @@ def test_speedups_are_over_gather_on_the_same_call() -> None:
     assert triton.hi == pytest.approx(4 * 1.2 / 0.9)
 
 
+def test_a_speedup_is_the_ratio_that_was_measured_in_turn() -> None:
+    records = [measured(attention(1, "gather"), 4.0)]
+    records.append(measured(attention(1, "triton"), 1.0).replace(ratio=3.0, ratio_lo=2.9, ratio_hi=3.1))
+    (triton,) = (c for c in speedup.infos(records) if c.backend == "triton")
+    assert (triton.speedup, triton.lo, triton.hi) == (3.0, 2.9, 3.1)
+
+
 def test_a_speedup_over_a_model_is_no_measurement() -> None:
     records = [predict_cell(attention(), A100), measured(attention(1, "triton"), 0.01)]
     assert {c.evidence for c in speedup.infos(records)} == {"modelled"}

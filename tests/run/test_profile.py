@@ -371,6 +371,15 @@ def test_kinds_of_routes_get_a_column_when_there_are_several() -> None:
     assert text.count("same") == 3
 
 
+def test_a_reason_that_holds_for_every_stage_stands_once() -> None:
+    rows = profile(FakeEngine(gather=2.0, dense=1.0, triton="unsupported"), whole_model=False)
+    for text in (profile_text(rows), profile_markdown(rows)):
+        assert text.count("triton: not here: a reason") == text.count("a reason") == 1
+    one_stage = [row.replace(median_ms=1.0) if row.stage == 1 and not row.ok else row for row in rows]
+    one_stage = [row.replace(outcome="measured") if row.median_ms == 1.0 else row for row in one_stage]
+    assert profile_text(one_stage).count("not here: a reason") == 2  # it runs at the first stage
+
+
 def test_markdown_has_as_many_cells_in_every_row() -> None:
     text = profile_markdown(profile(FakeEngine(dense=2.0, triton="unsupported")))
     tables = [block for block in text.split("\n\n") if block.startswith("|")]

@@ -58,9 +58,8 @@ def infos(records: Sequence[Record]) -> list[SpeedupCell]:
         base = by_backend.get(BASELINE)
         if base is None:
             continue
-        base_ms, base_lo, base_hi = milliseconds(base)
         for backend, r in by_backend.items():
-            ms, lo, hi = milliseconds(r)
+            value, lo, hi = _speedup(base, r)
             weaker = max((base.evidence, r.evidence), key=EVIDENCE.index)
             found.append(
                 SpeedupCell(
@@ -69,14 +68,22 @@ def infos(records: Sequence[Record]) -> list[SpeedupCell]:
                     backend,
                     stage,
                     setting,
-                    base_ms / ms,
-                    base_lo / hi,
-                    base_hi / lo,
+                    value,
+                    lo,
+                    hi,
                     weaker,
                     provenance(r),
                 )
             )
     return sorted(found)
+
+
+def _speedup(base: Record, r: Record) -> tuple[float, float, float]:
+    """The ratio that was measured in turn, else that of two medians, with its interval."""
+    if r.ratio is not None:
+        return r.ratio, r.ratio_lo or r.ratio, r.ratio_hi or r.ratio
+    (base_ms, base_lo, base_hi), (ms, lo, hi) = milliseconds(base), milliseconds(r)
+    return base_ms / ms, base_lo / hi, base_hi / lo
 
 
 def panels(cells: Sequence[SpeedupCell]) -> list[Panel]:
