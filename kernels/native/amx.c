@@ -329,7 +329,7 @@ static int64_t amx_forward(const attention_t *c)
     j.wide = ceil_div(c->head_dim, TILE) * TILE;
     int64_t tk = ceil_div(c->kv_region_h * c->kv_region_w, 2) * 2;
     j.slot_words = tk / 2 * (j.deep + j.wide);
-    j.s = shape_of(c, j.slot_words / tk);
+    j.s = shape_of(c, j.slot_words / tk, 0);
     j.s.tk = tk;
     j.s.k = c->topk * tk;
     j.s.dp = j.wide; /* rows of the output */

@@ -30,8 +30,6 @@
 #define Q_ROWS 16
 /* Keys whose values are added to all queries of a block before the next: 64 rows of 32 channels are 8 KiB. */
 #define KEY_STRETCH 64
-/* Regions of fewer keys are put side by side before their values are added up. */
-#define FEW_KEYS 16
 /* Blocks of a head are kept for its later query regions up to this size: half of a common L2 cache. */
 #define KEPT_BYTES (1 << 20)
 
@@ -39,12 +37,22 @@ typedef struct {
     int64_t rows, cols, kv_cols; /* the grids of query regions and of key regions */
     int64_t t, tk, k, d, dp, kp, vectors;
     int64_t regions, kv_regions;
+    int64_t once;          /* blocks of four columns, read by one block of queries: never put side by side */
+    int64_t direct;        /* values are read where they lie in the map */
     int64_t slots, kept; /* blocks in the scratch; kept: one for every key region, else one per route */
     int64_t parts, stretch;
     float factor; /* the scale */
 } shape_t;
 
-static shape_t shape_of(const attention_t *c, int64_t block_floats)
+/* Whether rows of a map serve as they lie: floats side by side, no padding, and not a multiple of 4 KiB apart, which
+   would put them all into one place of an L1 cache. */
+static int reads_in_place(const attention_t *c, const map_t *m)
+{
+    return c->dtype == FLOAT32 && m->channel == 1 && c->kv_height % c->kv_region_h == 0 &&
+           c->kv_width % c->kv_region_w == 0 && m->token % 1024;
+}
+
+static shape_t shape_of(const attention_t *c, int64_t block_floats, int direct)
 {
     shape_t s;
     s.rows = ceil_div(c->height, c->region_h);
@@ -59,7 +67,9 @@ static shape_t shape_of(const attention_t *c, int64_t block_floats)
     s.dp = ceil_div(s.d, LANES) * LANES;
     s.vectors = ceil_div(s.k, LANES);
     s.kp = s.vectors * LANES;
-    s.kept = s.kv_regions * s.tk * block_floats * 4 <= KEPT_BYTES;
+    s.once = s.tk == 4 && s.t <= NQ && LANES > 4;
+    s.direct = direct && reads_in_place(c, &c->v) && s.d == s.dp;
+    s.kept = c->topk > 1 && s.kv_regions * s.tk * (block_floats - s.direct * s.dp) * 4 <= KEPT_BYTES;
     s.slots = s.kept ? s.kv_regions : c->topk;
     s.factor = (float)c->scale;
     return s;
@@ -153,7 +163,7 @@ typedef struct {
 
 static int64_t slot_floats(const shape_t *s, int64_t backward)
 {
-    return s->tk * (backward ? 2 * s->d + s->dp : s->d + s->dp);
+    return s->tk * (backward ? 2 * s->d + s->dp : s->d + !s->direct * s->dp);
 }
 
 static void pack_map(blocks_t *k, const map_t *m, int64_t region, float *columns, float *rows)
@@ -193,7 +203,9 @@ static float *block_of(blocks_t *k, int64_t region, int64_t slot)
     float *at = k->slots + slot * k->slot_floats;
     if (k->region_in[slot] != region) {
         k->region_in[slot] = region;
-        if (k->maps == 2) { /* [D, TK] of k, [TK, DP] of v */
+        if (k->maps == 2 && s->direct) { /* [D, TK] of k */
+            pack_map(k, &k->call->k, region, at, NULL);
+        } else if (k->maps == 2) { /* [D, TK] of k, [TK, DP] of v */
             pack_map(k, &k->call->k, region, at, NULL);
             pack_map(k, &k->call->v, region, NULL, at + s->tk * s->d);
         } else { /* [D, TK] of k, [D, TK] of v, [TK, DP] of k */
@@ -219,8 +231,9 @@ static void fetch_next(const blocks_t *k, int64_t r)
     }
 }
 
-/* The routed columns [D, K] as vectors: column c of channel d is at columns[c] + d * ld. Regions of whole vectors are
-   read where they are; others are put side by side in `room` [D, KP]. */
+/* The routed columns [D, K] as vectors: vector c of channel d is at columns[c] + d * ld. Regions of whole vectors are
+   read where they are; others are put side by side in `room` [D, KP]. Where every column is read once, by one block of
+   queries, blocks of four columns stay where they are too: `columns` has one entry per block then, and ld is 0. */
 static int64_t routed_columns(const shape_t *s, int64_t topk, float *const *blocks, int64_t offset,
                               const float **columns, float *room)
 {
@@ -230,6 +243,11 @@ static int64_t routed_columns(const shape_t *s, int64_t topk, float *const *bloc
             for (int64_t j = 0; j < s->tk; j += LANES)
                 columns[c++] = blocks[slot] + offset + j;
         return s->tk;
+    }
+    if (s->once) {
+        for (int64_t slot = 0; slot < s->kp / 4; slot++)
+            columns[slot] = slot < topk ? blocks[slot] + offset : room; /* zeros */
+        return 0;
     }
     for (int64_t slot = 0; slot < topk; slot++) {
         const float *from = blocks[slot] + offset;
@@ -263,9 +281,9 @@ static void bias_of(const attention_t *c, const shape_t *s, const int64_t *regio
 
 /* --- register tiles --------------------------------------------------------------------------------- */
 
-/* S[NQ, nk vectors] = q [NQ, D] times columns [D, nk vectors], plus bias. */
+/* S[NQ, nk vectors] = q [NQ, D] times columns [D, nk vectors], plus bias. `quads`: the columns lie in blocks [D, 4]. */
 INLINE void score_tile(float *s, int64_t kp, const float *q, int64_t dp, int64_t d, const float *const *columns,
-                       int64_t ld, const float *bias, const int nk)
+                       int64_t ld, const float *bias, const int nk, const int quads)
 {
     V sum[NQ][NK];
     UNROLL for (int i = 0; i < NQ; i++)
@@ -274,7 +292,8 @@ INLINE void score_tile(float *s, int64_t kp, const float *q, int64_t dp, int64_t
     UNROLL for (int j = 0; j < nk; j++) at[j] = columns[j];
     for (int64_t e = 0; e < d; e++) {
         V key[NK];
-        UNROLL for (int j = 0; j < nk; j++) key[j] = load(at[j] + e * ld);
+        UNROLL for (int j = 0; j < nk; j++)
+            key[j] = quads ? load_quads(columns + j * (LANES / 4), 4 * e) : load(at[j] + e * ld);
         UNROLL for (int i = 0; i < NQ; i++)
         {
             V factor = splat(q[i * dp + e]);
@@ -286,30 +305,43 @@ INLINE void score_tile(float *s, int64_t kp, const float *q, int64_t dp, int64_t
             store(s + i * kp + j * LANES, bias ? sum[i][j] + load(bias + j * LANES) : sum[i][j]);
 }
 
-/* S [rows, KP] of rows queries, a multiple of NQ. */
+/* S [rows, KP] of rows queries, a multiple of NQ, from what `routed_columns` gave. */
 static void score(float *s, const shape_t *shape, const float *q, int64_t rows, const float *const *columns,
                   int64_t ld, const float *bias)
 {
-    int64_t c = 0, kp = shape->kp;
-    for (; c + NK <= shape->vectors; c += NK)
-        for (int64_t i = 0; i < rows; i += NQ)
-            score_tile(s + i * kp + c * LANES, kp, q + i * shape->dp, shape->dp, shape->d, columns + c, ld,
-                       bias ? bias + c * LANES : NULL, NK);
-    for (; c < shape->vectors; c++)
-        for (int64_t i = 0; i < rows; i += NQ)
-            score_tile(s + i * kp + c * LANES, kp, q + i * shape->dp, shape->dp, shape->d, columns + c, ld,
-                       bias ? bias + c * LANES : NULL, 1);
+    int64_t kp = shape->kp, dp = shape->dp, d = shape->d;
+    for (int64_t c = 0, nk; c < shape->vectors; c += nk) {
+        const float *of_keys = bias ? bias + c * LANES : NULL;
+        nk = c + NK <= shape->vectors ? NK : 1;
+        for (int64_t i = 0; i < rows; i += NQ) {
+            float *to = s + i * kp + c * LANES;
+            const float *from = q + i * dp;
+            if (ld && nk == NK)
+                score_tile(to, kp, from, dp, d, columns + c, ld, of_keys, NK, 0);
+            else if (ld)
+                score_tile(to, kp, from, dp, d, columns + c, ld, of_keys, 1, 0);
+            else if (nk == NK)
+                score_tile(to, kp, from, dp, d, columns + c * (LANES / 4), 0, of_keys, NK, 1);
+            else
+                score_tile(to, kp, from, dp, d, columns + c * (LANES / 4), 0, of_keys, 1, 1);
+        }
+    }
 }
 
-/* o[NQ, nv vectors] += w[NQ, n] times rows [n, nv vectors]. */
-INLINE void weigh_tile(float *o, int64_t dp, const float *w, int64_t kp, const float *rows, int64_t n, const int nv)
+/* o[NQ, nv vectors] (+)= w[NQ, n] times n rows [nv vectors]; a row is at rows[j] + first. */
+INLINE void weigh_tile(float *o, int64_t dp, const float *w, int64_t kp, const float *const *rows, int64_t first,
+                       int64_t n, int more, const int nv)
 {
     V sum[NQ][NV];
     UNROLL for (int i = 0; i < NQ; i++)
-        UNROLL for (int v = 0; v < nv; v++) sum[i][v] = load(o + i * dp + v * LANES);
+        UNROLL for (int v = 0; v < nv; v++) sum[i][v] = (V){0};
+    if (more)
+        UNROLL for (int i = 0; i < NQ; i++)
+            UNROLL for (int v = 0; v < nv; v++) sum[i][v] = load(o + i * dp + v * LANES);
     for (int64_t j = 0; j < n; j++) {
+        const float *row = rows[j] + first;
         V value[NV];
-        UNROLL for (int v = 0; v < nv; v++) value[v] = load(rows + j * dp + v * LANES);
+        UNROLL for (int v = 0; v < nv; v++) value[v] = load(row + v * LANES);
         UNROLL for (int i = 0; i < NQ; i++)
         {
             V weight = splat(w[i * kp + j]);
@@ -320,51 +352,50 @@ INLINE void weigh_tile(float *o, int64_t dp, const float *w, int64_t kp, const f
         UNROLL for (int v = 0; v < nv; v++) store(o + i * dp + v * LANES, sum[i][v]);
 }
 
-/* o [rows, DP] += w [rows, n] times `from` [n, DP]. */
-static void weigh_rows(float *o, const shape_t *s, const float *w, int64_t rows, const float *from, int64_t keys)
+/* o [queries, DP] = w [queries, K] times the routed rows. */
+static void weigh(float *o, const shape_t *s, const float *w, int64_t queries, const float *const *rows)
 {
-    int64_t dp = s->dp;
-    for (int64_t j = 0; j < keys; j += KEY_STRETCH) {
-        int64_t n = min_of(KEY_STRETCH, keys - j);
-        const float *values = from + j * dp, *weights = w + j;
-        for (int64_t i = 0; i < rows; i += NQ) {
+    int64_t dp = s->dp, kp = s->kp;
+    for (int64_t j = 0; j < s->k; j += KEY_STRETCH) {
+        int64_t n = min_of(KEY_STRETCH, s->k - j);
+        for (int64_t i = 0; i < queries; i += NQ) {
+            float *to = o + i * dp;
+            const float *weights = w + i * kp + j;
             int64_t v = 0;
             for (; v + NV * LANES <= dp; v += NV * LANES)
-                weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, values + v, n, NV);
+                weigh_tile(to + v, dp, weights, kp, rows + j, v, n, j > 0, NV);
 #if NV == 4
             if (dp - v == 3 * LANES)
-                weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, values + v, n, 3);
+                weigh_tile(to + v, dp, weights, kp, rows + j, v, n, j > 0, 3);
             else if (dp - v == 2 * LANES)
-                weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, values + v, n, 2);
+                weigh_tile(to + v, dp, weights, kp, rows + j, v, n, j > 0, 2);
 #endif
             if (dp - v == LANES)
-                weigh_tile(o + i * dp + v, dp, weights + i * s->kp, s->kp, values + v, n, 1);
+                weigh_tile(to + v, dp, weights, kp, rows + j, v, n, j > 0, 1);
         }
     }
 }
 
-/* o [rows, DP] += w [rows, K] times the routed rows of the blocks. Regions of few tokens are put side by side first, in
-   `room` [K, DP]: to load and store the sums for each would cost more than the copy, which all queries share. */
-static void weigh(float *o, const shape_t *s, const float *w, int64_t rows, float *const *blocks, int64_t offset,
-                  int64_t topk, const float *room)
+/* Where the routed rows are: in the blocks, or in the map itself. */
+static void routed_rows(const blocks_t *k, float *const *blocks, int64_t offset, const int64_t *regions,
+                        const float **rows)
 {
-    if (room)
-        weigh_rows(o, s, w, rows, room, s->k);
-    else
-        for (int64_t slot = 0; slot < topk; slot++)
-            weigh_rows(o, s, w + slot * s->tk, rows, blocks[slot] + offset, s->tk);
-}
-
-/* The routed rows side by side, where their regions are small; else NULL. */
-static const float *routed_rows(const shape_t *s, int64_t topk, float *const *blocks, int64_t offset, float *room)
-{
-    if (s->tk >= FEW_KEYS)
-        return NULL;
-    int64_t numbers = s->tk * s->dp; /* a multiple of LANES */
-    for (int64_t slot = 0; slot < topk; slot++)
-        for (int64_t i = 0; i < numbers; i += LANES)
-            store(room + slot * numbers + i, load(blocks[slot] + offset + i));
-    return room;
+    const attention_t *c = k->call;
+    const shape_t *s = k->shape;
+    for (int64_t slot = 0; slot < c->topk; slot++) {
+        if (offset >= 0) {
+            const float *at = blocks[slot] + offset;
+            for (int64_t j = 0; j < s->tk; j++, at += s->dp)
+                *rows++ = at;
+            continue;
+        }
+        tile_t tile = key_tile(c, s, regions[slot]);
+        for (int64_t y = tile.y; y < tile.y + tile.h; y++) {
+            const float *at = (const float *)token_at(&c->v, FLOAT32, k->b, y, tile.x, k->h, s->d);
+            for (int64_t x = 0; x < tile.w; x++, at += c->v.token)
+                *rows++ = at;
+        }
+    }
 }
 
 /* A row of scores becomes e^(s - max); gives their sum, and max. The factor log2(e) comes after the difference: before,
@@ -408,8 +439,8 @@ static void *piece(pieces_t *p, int64_t bytes)
 typedef struct {
     int64_t *region_in, *regions;
     float **blocks;
-    const float **columns, **value_columns;
-    float *slots, *spare, *room, *value_room, *row_room, *bias;
+    const float **columns, **value_columns, **rows;
+    float *slots, *spare, *room, *value_room, *bias;
     float *q, *s, *o;                       /* [T + Q_ROWS, DP], [Q_ROWS, KP], [Q_ROWS, DP] */
     float *grad, *out, *ds, *plain_q, *row; /* backward */
 } scratch_t;
@@ -421,7 +452,7 @@ static scratch_t lay_out(pieces_t *p, const shape_t *s, int64_t topk, int64_t ba
     m.region_in = piece(p, s->slots * 8);
     m.regions = piece(p, topk * 8);
     m.blocks = piece(p, topk * (int64_t)sizeof(float *));
-    m.columns = piece(p, s->vectors * (int64_t)sizeof(float *));
+    m.columns = piece(p, s->kp / 4 * (int64_t)sizeof(float *));
     m.slots = piece(p, s->slots * slot_floats(s, backward) * 4);
     m.spare = piece(p, s->tk * s->dp * 4);
     m.bias = piece(p, s->kp * 4);
@@ -430,9 +461,9 @@ static scratch_t lay_out(pieces_t *p, const shape_t *s, int64_t topk, int64_t ba
     m.o = piece(p, Q_ROWS * s->dp * 4);
     int64_t joins = s->tk % LANES != 0;
     m.room = piece(p, joins * s->d * s->kp * 4);
-    m.row_room = piece(p, (s->tk < FEW_KEYS) * s->k * s->dp * 4);
+    m.rows = piece(p, s->k * (int64_t)sizeof(float *));
     if (backward) {
-        m.value_columns = piece(p, s->vectors * (int64_t)sizeof(float *));
+        m.value_columns = piece(p, s->kp / 4 * (int64_t)sizeof(float *));
         m.value_room = piece(p, joins * s->d * s->kp * 4);
         m.grad = piece(p, q_rows * s->dp * 4);
         m.out = piece(p, q_rows * s->dp * 4);
@@ -466,13 +497,11 @@ static blocks_t open_blocks(const attention_t *c, const shape_t *s, scratch_t *m
     blocks_t k = {c, s, b, h, backward ? 3 : 2, m->region_in, m->slots, m->spare, slot_floats(s, backward)};
     for (int64_t i = 0; i < s->slots; i++)
         m->region_in[i] = -1;
-    if (s->tk % LANES) /* columns beyond K are read, and must hold numbers */
-        for (int64_t d = 0; d < s->d; d++)
-            for (int64_t i = s->k; i < s->kp; i++) {
-                m->room[d * s->kp + i] = 0;
-                if (backward)
-                    m->value_room[d * s->kp + i] = 0;
-            }
+    if (s->tk % LANES) { /* columns beyond K are read, and must hold numbers */
+        memset(m->room, 0, (size_t)(s->d * s->kp) * 4);
+        if (backward)
+            memset(m->value_room, 0, (size_t)(s->d * s->kp) * 4);
+    }
     return k;
 }
 
@@ -492,7 +521,7 @@ static void forward_task(void *context, int64_t task, char *memory)
             m.blocks[slot] = block_of(&keys, m.regions[slot], slot);
         }
         int64_t ld = routed_columns(s, c->topk, m.blocks, 0, m.columns, m.room);
-        const float *values = routed_rows(s, c->topk, m.blocks, s->tk * s->d, m.row_room);
+        routed_rows(&keys, m.blocks, s->direct ? -1 : s->tk * s->d, m.regions, m.rows);
         if (c->masked || (uneven && r == first))
             bias_of(c, s, m.regions, m.bias);
         tile_t at = query_tile(c, s, r);
@@ -511,8 +540,7 @@ static void forward_task(void *context, int64_t task, char *memory)
                 if (c->lse && i + u < s->t)
                     c->lse[((b * c->heads + h) * s->regions + r) * s->t + i + u] = most + logf(sum);
             }
-            memset(m.o, 0, (size_t)(n * s->dp) * 4);
-            weigh(m.o, s, m.s, n, m.blocks, s->tk * s->d, c->topk, values);
+            weigh(m.o, s, m.s, n, m.rows);
             write_rows(m.o, &c->out, c, b, h, at, s, i, n, scale);
         }
     }
@@ -528,7 +556,7 @@ static void cut(shape_t *s, int64_t heads, int64_t threads, int64_t tasks_per_th
 
 static int64_t forward(const attention_t *c)
 {
-    attention_job_t job = {c, shape_of(c, c->head_dim + ceil_div(c->head_dim, LANES) * LANES), NULL, NULL};
+    attention_job_t job = {c, shape_of(c, c->head_dim + ceil_div(c->head_dim, LANES) * LANES, 1), NULL, NULL};
     cut(&job.shape, c->batch * c->heads, c->threads, c->threads > 1 ? 4 : 1);
     return spread(forward_task, &job, c->batch * c->heads * job.shape.parts, scratch_bytes(&job.shape, c->topk, 0),
                   c->threads);
@@ -596,7 +624,7 @@ static void backward_task(void *context, int64_t task, char *memory)
         }
         int64_t ld = routed_columns(s, c->topk, m.blocks, 0, m.columns, m.room);
         routed_columns(s, c->topk, m.blocks, s->tk * s->d, m.value_columns, m.value_room);
-        const float *rows_of_keys = routed_rows(s, c->topk, m.blocks, 2 * s->tk * s->d, m.row_room);
+        routed_rows(&keys, m.blocks, 2 * s->tk * s->d, m.regions, m.rows);
         if (c->masked || (uneven && r == first))
             bias_of(c, s, m.regions, m.bias);
         tile_t at = query_tile(c, s, r);
@@ -628,8 +656,7 @@ static void backward_task(void *context, int64_t task, char *memory)
                 }
             }
             /* Tokens that are padding have a gradient of zero and weigh nothing below. */
-            memset(m.o, 0, (size_t)(n * s->dp) * 4);
-            weigh(m.o, s, m.ds, n, m.blocks, 2 * s->tk * s->d, c->topk, rows_of_keys);
+            weigh(m.o, s, m.ds, n, m.rows);
             write_rows(m.o, &c->dq, c, b, h, at, s, i, n, NULL);
             gather(value_sums, s, m.s, n, m.grad + i * s->dp, m.regions, c->topk);
             gather(key_sums, s, m.ds, n, m.plain_q + i * s->dp, m.regions, c->topk);
@@ -660,7 +687,7 @@ static void finish_task(void *context, int64_t task, char *memory)
    the regions; the parts of a head are then added in order. So the same number of threads gives the same bits. */
 static int64_t backward(const attention_t *c)
 {
-    attention_job_t job = {c, shape_of(c, 2 * c->head_dim + ceil_div(c->head_dim, LANES) * LANES), NULL, NULL};
+    attention_job_t job = {c, shape_of(c, 2 * c->head_dim + ceil_div(c->head_dim, LANES) * LANES, 0), NULL, NULL};
     shape_t *s = &job.shape;
     int64_t heads = c->batch * c->heads;
     cut(s, heads, c->threads, 1);

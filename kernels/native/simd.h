@@ -291,6 +291,19 @@ INLINE void write_row(char *to, const float *from, int64_t dtype, int64_t step, 
 #define HIGH2(a, b) (V)_mm256_unpackhi_pd((__m256d)(a), (__m256d)(b))
 #endif
 
+/* LANES floats out of LANES / 4 blocks, four from each. */
+INLINE V load_quads(const float *const *blocks, int64_t at)
+{
+#if LANES == 16
+    __m512 low = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(blocks[0] + at)), _mm_loadu_ps(blocks[1] + at), 1);
+    return _mm512_insertf32x4(_mm512_insertf32x4(low, _mm_loadu_ps(blocks[2] + at), 2), _mm_loadu_ps(blocks[3] + at), 3);
+#elif LANES == 8
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(blocks[0] + at)), _mm_loadu_ps(blocks[1] + at), 1);
+#else
+    return load(blocks[0] + at);
+#endif
+}
+
 /* to[d * ld + j] = rows[j][d] for n rows and a multiple of four channels. */
 static void transpose(float *to, int64_t ld, const float *const *rows, int64_t n, int64_t channels)
 {
