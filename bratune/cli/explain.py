@@ -13,13 +13,13 @@ import click
 from bratune.cli import options
 
 if TYPE_CHECKING:
+    from bratune.work.cells import Scene
     from bratune.work.explain import StageFacts
-    from bratune.work.request import Request
 
 
 @click.command("explain", context_settings=options.CONTEXT)
 @options.target_options
-@options.what_options
+@options.swept_what_options
 @options.work_options
 @click.option(
     "--fit", metavar="MEMORY", help="Also the largest batch that so much memory holds, e.g. 24GB or 80GiB."
@@ -63,6 +63,7 @@ def command(
         return
     from bratune.run.target import find_target
     from bratune.work.capacity import parse_memory
+    from bratune.work.cells import scenes
     from bratune.work.explain import explain_fit, explain_stages
     from bratune.work.measured_n_win import stored_blocks
     from bratune.work.request import make_request
@@ -70,26 +71,45 @@ def command(
     target = find_target(gpu, device, asked.pop("gpu_spec"))
     if measured:
         target.require_present()
-    request = make_request(target.machine, **options.request_values(asked))
-    fits = explain_fit(request, target.machine, parse_memory(fit)) if fit else ()
-    facts = explain_stages(request, target.machine, stored_blocks(target.machine, records))
+    requests = [
+        make_request(target.machine, **options.request_values(setting))
+        for setting in options.settings_of(asked)
+    ]
+    found = [scene for request in requests for scene in scenes(request)]
+    memory = parse_memory(fit) if fit else 0
+    blocks = stored_blocks(target.machine, records)
+    facts = [(scene, explain_stages(scene, target.machine, blocks)) for scene in found]
+    # The largest batch of a model does not depend on how many images were asked about.
+    firsts = [scene for scene in found if fit and scene.batch == scene.request.batches[0]]
+    fits = {scene: explain_fit(scene, target.machine, memory) for scene in firsts}
     if format == "json":
-        data: Any = [_as_json(fact) for fact in facts]
+        stages = [_as_json(scene, fact) for scene, of_scene in facts for fact in of_scene]
+        data: Any = stages
         if fit:
-            data = {"stages": data, "fit": [dataclasses.asdict(found) for found in fits]}
+            rows = [_about(scene) | dataclasses.asdict(row) for scene, own in fits.items() for row in own]
+            data = {"stages": stages, "fit": rows}
         click.echo(json.dumps(data, indent=2))
         return
-    _show(request, facts, str(target.machine), markdown=format == "md")
-    if fit:
-        from bratune.report.explain_tables import fit_table
-        from bratune.report.tables import to_markdown, to_text
+    click.echo(target.machine)
+    several = len(requests) > 1
+    for number, (scene, of_scene) in enumerate(facts):
+        if number:
+            click.echo("")
+        _show(scene, of_scene, markdown=format == "md", setting=several)
+        if scene in fits:
+            from bratune.report.explain_tables import fit_table
+            from bratune.report.tables import to_markdown, to_text
 
-        click.echo("")
-        click.echo((to_markdown if format == "md" else to_text)(fit_table(fits, fit)))
+            click.echo("")
+            click.echo((to_markdown if format == "md" else to_text)(fit_table(fits[scene], str(fit))))
 
 
-def _as_json(fact: StageFacts) -> dict[str, Any]:
-    data = dataclasses.asdict(fact)
+def _about(scene: Scene) -> dict[str, Any]:
+    return {"model": scene.model, "batch": scene.batch, "setting": scene.request.setting_text}
+
+
+def _as_json(scene: Scene, fact: StageFacts) -> dict[str, Any]:
+    data = _about(scene) | dataclasses.asdict(fact)
     stage = fact.stage
     data["stage"] = {
         "index": stage.index,
@@ -106,36 +126,37 @@ def _as_json(fact: StageFacts) -> dict[str, Any]:
     return data
 
 
-def _show(request: Request, facts: Sequence[StageFacts], machine: str, *, markdown: bool) -> None:
+def _show(scene: Scene, facts: Sequence[StageFacts], *, markdown: bool, setting: bool) -> None:
     from bratune.report.explain_tables import backends_table, n_win_table, stages_table
     from bratune.report.tables import to_markdown, to_text
 
     render = to_markdown if markdown else to_text
+    request = scene.request
     height, width = request.image
     padded = request.task.padded(height, width)
     image = f"{height}x{width}" + (
         f" (padded to {padded[0]}x{padded[1]})" if padded != (height, width) else ""
     )
-    click.echo(machine)
-    words = [request.models[0], request.task.name, image, f"batch {request.batches[0]}", request.dtype]
-    click.echo(" · ".join([*words, request.direction]))
+    words = [scene.model, request.task.name, image, f"batch {scene.batch}", request.dtype]
+    words += [request.direction, *([request.setting_text] if setting else [])]
+    click.echo(" · ".join(words))
     for table in (
         stages_table(facts),
-        n_win_table(facts, lambda fact: _measure(request, fact)),
+        n_win_table(facts, lambda fact: _measure(scene, fact)),
         backends_table(facts),
     ):
         click.echo("")
         click.echo(render(table))
 
 
-def _measure(request: Request, fact: StageFacts) -> str:
+def _measure(scene: Scene, fact: StageFacts) -> str:
     """The command that measures a stage with the S in use, or after that with one near the formula's."""
     from bratune.tune.space import Space
 
-    model, (height, width) = request.models[0], request.image
+    request, model, (height, width) = scene.request, scene.model, scene.request.image
     words = ["bratune profile", f"--model {model}", f"--task {request.task.name}", f"--res {height}x{width}"]
-    if request.batches[0] != 1:
-        words.append(f"-b {request.batches[0]}")
+    if scene.batch != 1:
+        words.append(f"-b {scene.batch}")
     if request.direction != "fwd":
         words.append(f"--direction {request.direction}")
     tried = fact.measured_n_win.tried if fact.measured_n_win else ()

@@ -40,10 +40,13 @@ __all__ = [
     "config_file",
     "dump_config",
     "engine_options",
+    "host_option",
     "measuring_options",
     "meter_changes",
     "output_options",
     "request_values",
+    "settings_of",
+    "swept_what_options",
     "target_options",
     "trust_option",
     "way_options",
@@ -249,14 +252,38 @@ target_options = _stack(
     ),
 )
 
-what_options = _stack(
+_question = _stack(
     click.option("--model", type=Name("model", _models), multiple=True, help="Model; repeatable."),
     click.option("--task", type=Name("task", _tasks), help="Task; sets resolution and S."),
     click.option(
         "--res", "--img-size", "res", type=Resolution(), help="Pixels: 512, or 800x1333 (height x width)."
     ),
+)
+
+what_options = _stack(
+    _question,
     click.option("--n-win", type=Numbers(), metavar="S", help="Regions per side, one or one per stage."),
     click.option("--topks", type=Numbers(), metavar="K,K,K,K", help="Top-k of each stage, e.g. 1,4,16,-2."),
+)
+
+# The same for verbs that answer for several S and top-k; `settings_of` takes them apart.
+swept_what_options = _stack(
+    _question,
+    click.option(
+        "--n-win",
+        type=Numbers(),
+        metavar="S,S",
+        multiple=True,
+        help="Regions per side: one S or several, each for every stage; four numbers are one per stage.  "
+        "Repeatable.",
+    ),
+    click.option(
+        "--topks",
+        type=Numbers(),
+        metavar="K,K,K,K",
+        multiple=True,
+        help="Top-k of each stage, e.g. 1,4,16,-2; repeatable.",
+    ),
 )
 
 work_options = _stack(
@@ -378,6 +405,13 @@ trust_option = click.option(
     help="The weights file may run code of its author while it is read (whole pickled models).",
 )
 
+host_option = click.option(
+    "--host",
+    metavar="KIND",
+    help="Host of a GPU that is not here: slow, typical, fast, or microseconds per operation, e.g. 12 "
+    "(`bratune doctor` measures it).",
+)
+
 cluster_option = click.option(
     "--cluster",
     metavar="ADDRESS",
@@ -430,7 +464,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
     for key, given in data.items():
         option = params[key]
         several = isinstance(option, click.Option) and option.multiple
-        defaults[str(option.name)] = given if not several or isinstance(given, list) else [given]
+        one = not isinstance(given, list)
+        if isinstance(option.type, Numbers) and not one:  # [1, 4, 16, -2] is one value
+            one = not any(isinstance(value, list | str) for value in given)
+        defaults[str(option.name)] = [given] if several and one else given
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 
@@ -477,6 +514,22 @@ def meter_changes(asked: Mapping[str, Any]) -> dict[str, float]:
 def command_line() -> str:
     """The command line that was given, ready to be pasted."""
     return shlex.join(["bratune", *sys.argv[1:]])
+
+
+# Numbers of ``--n-win`` that are one per stage: every model has so many stages.
+_STAGES = 4
+
+
+def settings_of(asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `swept_what_options` gave, once for every S with every top-k, in the order given."""
+    n_wins: list[tuple[int, ...]] = []
+    for given in asked["n_win"]:
+        n_wins += [given] if len(given) == _STAGES else [(n_win,) for n_win in given]
+    return [
+        {**asked, "n_win": n_win, "topks": topks}
+        for n_win in dict.fromkeys(n_wins or [()])
+        for topks in dict.fromkeys(asked["topks"] or [None])
+    ]
 
 
 def request_values(asked: Mapping[str, Any]) -> dict[str, Any]:

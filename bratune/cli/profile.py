@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -36,7 +38,7 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
 
 @click.command("profile", context_settings=options.CONTEXT)
 @options.target_options
-@options.what_options
+@options.swept_what_options
 @options.work_options
 @click.option("--stage", type=click.IntRange(1, 4), multiple=True, help="Only this stage; repeatable.")
 @click.option(
@@ -74,6 +76,7 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
 )
 @options.engine_options
 @options.cluster_option
+@options.host_option
 @options.output_options
 @options.config_file
 @click.pass_context
@@ -86,6 +89,7 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     \b
     bratune profile --model biformer_small --res 224 -b 1
     bratune profile --task segmentation --res 512 --dtype fp16 -b 1 -b 8
+    bratune profile --task segmentation --n-win 8,16 --topks 1,4,16,-2 --topks 4,8,16,-2
     bratune profile --gpu a100 --res 512
     """  # noqa: D301
     if asked["dump_config"]:
@@ -93,18 +97,30 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
         return 0
     if asked["suite"]:
         asked = _with_suite(asked)
-    jobs = _cluster_jobs(asked) if asked["cluster"] else _local_jobs(asked)
+    settings = options.settings_of(asked)
+    jobs_of = _cluster_jobs if asked["cluster"] else _local_jobs
+    rounds = [jobs_of(setting) for setting in settings]
     if asked["dry_run"]:
-        for job in jobs:
+        for job in itertools.chain(*rounds):
             _show_plan(job)
         return 0
-    rows, passes = _run(jobs, asked)
-    for job, found, behind in zip(jobs, rows, passes, strict=True):
-        shown = sorted(found, key=lambda row: row.stage or 0) if asked["budget"] else found
-        _show(job.target, shown, behind, asked)
-        _say_what_is_missing(found)
+    start = time.monotonic()
+    found = []
+    for jobs, setting in zip(rounds, settings, strict=True):
+        if asked["budget"]:
+            setting["budget"] = max(0.001, asked["budget"] - (time.monotonic() - start))
+        found.append(_run(jobs, setting))
+    for number, job in enumerate(rounds[0]):
+        parts = [
+            _Part(jobs[number].request, rows[number], passes[number])
+            for jobs, (rows, passes) in zip(rounds, found, strict=True)
+        ]
+        if asked["budget"]:
+            parts = [part._replace(rows=sorted(part.rows, key=lambda row: row.stage or 0)) for part in parts]
+        _show(job.target, parts, asked)
+        _say_what_is_missing([row for part in parts for row in part.rows])
         click.echo(f"results: {job.path}   again: {options.command_line()}", err=True)
-    failed = any(row.outcome in FAILED for found in rows for row in found)
+    failed = any(row.outcome in FAILED for rows, _ in found for row in itertools.chain(*rows))
     return 4 if asked["strict"] and failed else 0
 
 
@@ -176,6 +192,8 @@ def _job(asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunn
     request = make_request(target.machine, **values)
     if target.absent:
         gpus.check_dtype(target.absent, request.dtype)
+    elif asked["host"]:
+        raise UsageError(f"--host is about a GPU that is not here; {target.machine.gpu_name} is measured")
     settings, flags = _settings(asked, target.machine)
     return _Job(target, replayed, request, settings, flags, tuple(asked["stage"]), path)
 
@@ -251,7 +269,7 @@ def _model_engine(job: _Job, asked: dict[str, Any]) -> Engine:
     from bratune.predict.model import ModelEngine
 
     assert job.target.absent is not None
-    model = ModelEngine(job.target.absent, fit.stored_coefficients())
+    model = ModelEngine(job.target.absent, fit.stored_coefficients().on_host(asked["host"]))
     choice = f"; {gpus.describe_choice(asked['gpu'])}" if asked["gpu"] != "auto" else ""
     click.echo(f"{model.notice}{choice}", err=True)
     return model
@@ -347,8 +365,8 @@ def _with_suite(asked: dict[str, Any]) -> dict[str, Any]:
         "model": suite.models,
         "task": suite.task,
         "res": suite.image,
-        "n_win": (suite.n_win,),
-        "topks": suite.topks,
+        "n_win": ((suite.n_win,),),
+        "topks": (suite.topks,) if suite.topks else (),
         "batch_size": suite.batch_sizes,
         "routes": suite.routes,
     }
@@ -382,13 +400,23 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _show(target: Target, rows: Sequence[Record], passes: Sequence[Record], asked: dict[str, Any]) -> None:
+class _Part(NamedTuple):
+    """What was measured of one S and top-k: rows, and the passes behind them."""
+
+    request: Request
+    rows: Sequence[Record]
+    passes: Sequence[Record]
+
+
+def _show(target: Target, parts: Sequence[_Part], asked: dict[str, Any]) -> None:
+    """The rows of a target, those of every S and top-k apart."""
     from bratune.report import profile_tables, timm_format
     from bratune.report.answer import answer
     from bratune.report.tables import to_csv
     from bratune.run.passes import disturbance
 
     style = asked["format"]
+    rows = [row for part in parts for row in part.rows]
     busy = disturbance(rows)
     if busy:
         click.echo(busy, err=style in ("json", "csv", "timm"))
@@ -399,10 +427,14 @@ def _show(target: Target, rows: Sequence[Record], passes: Sequence[Record], aske
         click.echo(to_csv(columns, [[getattr(row, name) for name in columns] for row in rows]))
     elif style == "timm":
         click.echo(timm_format.timm_csv(rows))
-    elif style == "md":
-        click.echo(f"{target.machine}\n\n{profile_tables.profile_markdown(rows, passes)}")
-    else:
-        click.echo(f"{target.machine}\n{profile_tables.profile_text(rows, passes)}")
-    if style in ("table", "md"):
-        for line in answer(rows, passes):
+    if style not in ("table", "md"):
+        return
+    markdown = style == "md"
+    click.echo(f"{target.machine}\n" if markdown else target.machine)
+    for part in parts:
+        if len(parts) > 1:
+            click.echo(f"\n{part.request.setting_text}")
+        tables = profile_tables.profile_markdown if markdown else profile_tables.profile_text
+        click.echo(tables(part.rows, part.passes))
+        for line in answer(part.rows, part.passes):
             click.echo(line)

@@ -147,9 +147,7 @@ FORMATS = ("table", "json", "csv", "md")
     help="What goes to stdout.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be searched.")
-@click.option(
-    "--host", default="", metavar="KIND", help="Of a GPU that is not here: slow, typical, fast or us."
-)
+@options.host_option
 @click.option(
     "--plan-run",
     type=click.Path(path_type=Path),

@@ -76,9 +76,7 @@ def run(
     from bratune.predict.model import ModelEngine
     from bratune.tune.modelled import measuring_command, search
 
-    coefficients = fit.stored_coefficients()
-    if asked["host"]:
-        coefficients = coefficients.on_host(asked["host"])
+    coefficients = fit.stored_coefficients().on_host(asked["host"])
     found: list[Modelled] = []
     for board in boards:
         if asked["gpu_spec"] is None and board.key in {b.key for b in gpus.table()}:

@@ -86,12 +86,16 @@ class Coefficients:
     records: int = 0
     transfer: float = TRANSFER_SPREAD
 
-    def on_host(self, text: str) -> Coefficients:
+    def on_host(self, text: str | None) -> Coefficients:
         """These coefficients for a host that was described, see `host_us_of`; a typical one stays unknown.
+
+        Without a text they stay what they are.
 
         Raises:
             UsageError: the text describes none.
         """
+        if not text:
+            return self
         return dataclasses.replace(self, host_us=host_us_of(text), host_fitted=text != "typical")
 
     def factor(self, name: str) -> float:

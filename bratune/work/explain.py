@@ -10,9 +10,9 @@ from bratune.machine import Machine
 from bratune.record import Record
 from bratune.variant import Stage, get_variant
 from bratune.work.capacity import Fit, fit_backends
+from bratune.work.cells import Scene
 from bratune.work.count import block_macs, optimal_n_win, part_macs
 from bratune.work.measured_n_win import MeasuredNWin, measured_n_win
-from bratune.work.request import Request
 
 __all__ = ["StageFacts", "explain_fit", "explain_stage", "explain_stages"]
 
@@ -50,36 +50,26 @@ class StageFacts:
     reasons: dict[str, tuple[str, ...]]
 
 
-def explain_stages(
-    request: Request, machine: Machine, blocks: Sequence[Record] = ()
-) -> tuple[StageFacts, ...]:
-    """The facts of every stage of the request's first model at its first batch size.
+def explain_stages(scene: Scene, machine: Machine, blocks: Sequence[Record] = ()) -> tuple[StageFacts, ...]:
+    """The facts of every stage of a model.
 
     Args:
-        request: What is asked about.
+        scene: The model, S, top-k and batch size.
         machine: Where it would run.
         blocks: What was measured there; see `bratune.work.measured_n_win.stored_blocks`.
     """
-    model, batch = request.models[0], request.batches[0]
-    found = request.stages(model, batch)
-    return tuple(explain_stage(request, machine, model, batch, stage, blocks) for stage in found)
+    return tuple(explain_stage(scene, machine, stage, blocks) for stage in scene.stages)
 
 
-def explain_fit(request: Request, machine: Machine, memory_bytes: int) -> tuple[Fit, ...]:
-    """The largest batch of the request's first model in so much memory, per backend."""
-    model = request.models[0]
-    return fit_backends(get_variant(model), request.stages(model, 1), machine, memory_bytes, request.backends)
+def explain_fit(scene: Scene, machine: Machine, memory_bytes: int) -> tuple[Fit, ...]:
+    """The largest batch of a scene's model in so much memory, per backend."""
+    stages = scene.request.stages(scene.model, 1)
+    return fit_backends(get_variant(scene.model), stages, machine, memory_bytes, scene.request.backends)
 
 
-def explain_stage(
-    request: Request,
-    machine: Machine,
-    model: str,
-    batch: int,
-    stage: Stage,
-    blocks: Sequence[Record] = (),
-) -> StageFacts:
+def explain_stage(scene: Scene, machine: Machine, stage: Stage, blocks: Sequence[Record] = ()) -> StageFacts:
     """The facts of one stage; see `explain_stages`."""
+    request, model, batch = scene.request, scene.model, scene.batch
     variant, problem = get_variant(model), stage.problem
     if problem is None:
         pairs = gathered = scores = keys = 0

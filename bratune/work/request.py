@@ -104,6 +104,12 @@ class Request:
             direction=self.direction,
         )
 
+    @property
+    def setting_text(self) -> str:
+        """S and top-k, in words: ``S 8 · top-k 1,4,16,-2``; the published top-k depend on the model."""
+        topks = "as published" if self.topks is None else ",".join(map(str, self.topks))
+        return f"S {','.join(map(str, self.n_win))} · top-k {topks}"
+
     def padding_notes(self) -> tuple[str, ...]:
         """A sentence per model whose maps are padded for S, where another task's S would divide them."""
         notes = []

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from bratune.cli import run
+from bratune.cli.options import settings_of
 from bratune.cli.profile import command
 from bratune.cli.progress import Progress
 from bratune.record import Record
@@ -60,7 +61,12 @@ BAD = [
     ("profile --n-win 8 --model biformer_stl", 2, "8 regions per side do not tile a 28x28 map; these do"),
     ("profile --n-win 0", 2, "regions per side must be at least 1"),
     ("profile --n-win seven", 2, "is not a list of whole numbers"),
-    ("profile --n-win 7,7", 2, "n_win needs one value per stage (4), not 2"),
+    ("profile --n-win 7,0", 2, "regions per side must be at least 1"),
+    ("profile --device cpu --host slow", 2, "--host is about a GPU that is not here"),
+    ("profile --gpu a100 --host soon", 2, "--host soon is neither one of fast, typical, slow"),
+    ("predict --gpu a100 --host 0", 2, "--host 0 is neither one of"),
+    ("predict --gpu a100 --backend warp", 2, "no backend is called 'warp'"),
+    ("predict --gpu a100 --validate README.md", 2, "leave --gpu and --gpu-spec out"),
     ("profile --topks 50,4,16,-2", 2, "top-k 50 is more than the 49 key regions"),
     ("profile --topks 1,4", 2, "topks needs one value per stage (4), not 2"),
     ("profile -b 0", 2, "batch size '0' is not a number of images"),
@@ -147,8 +153,8 @@ def test_a_wrong_configuration_file_is_a_usage_error(
         ("--img-size 512", "res", (512, 512)),
         ("-b 1 -b auto", "batch_size", (1, "auto")),
         ("--dtype bf16", "dtype", "bfloat16"),
-        ("--n-win 7", "n_win", (7,)),
-        ("--topks 1,4,16,-2", "topks", (1, 4, 16, -2)),
+        ("--n-win 7", "n_win", ((7,),)),
+        ("--topks 1,4,16,-2", "topks", ((1, 4, 16, -2),)),
         ("--min-time 200ms", "min_time", 0.2),
         ("--budget 20m", "budget", 1200.0),
         ("--max-noise 0.5%", "max_noise", 0.5),
@@ -171,7 +177,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(
     monkeypatch.setenv("BRATUNE_RES", "256")
     monkeypatch.setenv("BRATUNE_BATCH_SIZE", "16 32")
     given = options_of(f"--config {path} -b 1", monkeypatch)
-    assert (given["res"], given["batch_size"], given["n_win"]) == ((256, 256), (1,), (8,))
+    assert (given["res"], given["batch_size"], given["n_win"]) == ((256, 256), (1,), ((8,),))
     assert (given["model"], given["min_time"]) == (("biformer_small",), 1.0)
     assert options_of(f"--config {path}", monkeypatch)["batch_size"] == (16, 32)
 
@@ -260,6 +266,123 @@ def test_explain_names_every_backend_with_its_answer(capsys: pytest.CaptureFixtu
     assert set(facts[0]["reasons"]) >= {"gather", "dense", "sparse", "reference", "triton"}
     assert facts[0]["optimal_n_win"] == pytest.approx(14.6, abs=0.05)
     assert facts[0]["optimal_keys"] == pytest.approx(56 * 56 / 14.6**2, abs=0.1)
+
+
+def test_explain_answers_for_every_model_batch_and_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = "explain --gpu a100 --n-win 7,14 --topks 1,4,16,-2 --topks 2,8,32,-2 -b 1 -b 8 "
+    code, out, _ = bratune(asked + "--format json --fit 24GB", capsys)
+    assert code == 0
+    data = json.loads(out)
+    found = {
+        (f["batch"], f["stage"]["n_win"], f["stage"]["topk"])
+        for f in data["stages"]
+        if f["stage"]["index"] == 2
+    }
+    assert found == {(batch, n_win, k) for batch in (1, 8) for n_win in (7, 14) for k in (4, 8)}
+    assert len({(f["setting"], f["backend"]) for f in data["fit"]}) == len(data["fit"])
+    assert len({f["setting"] for f in data["fit"]}) == 4
+    code, out, _ = bratune("explain --gpu a100 --n-win 7,14", capsys)
+    titles = [line for line in out.splitlines() if line.startswith("biformer_tiny")]
+    assert [title.split(" · ")[-2] for title in titles] == ["S 7", "S 14"]
+    assert "S 7 ·" not in bratune("explain --gpu a100", capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("--n-win 7,14", {((7,), None), ((14,), None)}),
+        ("--n-win 7 --n-win 14", {((7,), None), ((14,), None)}),
+        ("--n-win 7,7", {((7,), None)}),
+        ("--n-win 7,7,14,7", {((7, 7, 14, 7), None)}),
+        ("--n-win 7 --topks 1,4,16,-2 --topks 2,8,32,-2", {((7,), (1, 4, 16, -2)), ((7,), (2, 8, 32, -2))}),
+        ("", {((), None)}),
+    ],
+)
+def test_lists_of_s_and_top_k_are_every_pair(
+    text: str,
+    said: set[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert {(one["n_win"], one["topks"]) for one in settings_of(options_of(text, monkeypatch))} == said
+    config = tmp_path / "run.yaml"
+    capsys.readouterr()
+    assert run(["profile", "--dump-config", *text.split()]) == 0
+    config.write_text(capsys.readouterr().out)
+    again = options_of(f"--config {config}", monkeypatch)
+    assert {(one["n_win"], one["topks"]) for one in settings_of(again)} == said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("n-win: 7\ntopks: [1, 4, 16, -2]", {((7,), (1, 4, 16, -2))}),
+        ("n-win: [7, 7, 14, 7]", {((7, 7, 14, 7), None)}),
+        ("n-win: [7, 14]", {((7,), None), ((14,), None)}),
+        ("n-win: [[7], [14]]", {((7,), None), ((14,), None)}),
+        ("topks: [[1, 4, 16, -2], '2,8,32,-2']", {((), (1, 4, 16, -2)), ((), (2, 8, 32, -2))}),
+    ],
+)
+def test_a_file_gives_lists_of_s_and_top_k(
+    text: str, said: set[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    given = options_of(f"--config {path}", monkeypatch)
+    assert {(one["n_win"], one["topks"]) for one in settings_of(given)} == said
+
+
+def test_predict_says_s_and_top_k_where_they_differ(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = "predict --gpu a100 --no-compile -b 1 --backend gather --task segmentation "
+    _, out, _ = bratune(asked + "--n-win 8,16 --topks 1,4,16,-2 --topks 4,4,16,-2", capsys)
+    rows = [line.split() for line in out.splitlines() if line.startswith("a100 ")]
+    assert [row[2:5] for row in rows if row[4] == "model"] == [
+        [n_win, topk, "model"] for n_win in ("8", "16") for topk in ("1,4,16,-2", "4,4,16,-2")
+    ]
+    stages = [tuple(row[2:6]) for row in rows if row[4] == "stage"]
+    assert len(stages) == len(set(stages)) == 8, "a stage that settings share stands once"
+    _, out, _ = bratune(asked, capsys)
+    assert out.splitlines()[0].split()[:3] == ["gpu", "batch", "what"]
+
+
+def test_predict_gives_one_refusal_per_reason_and_fails_where_nothing_has_a_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = bratune("predict --gpu a100 --backend native -b 1 -b 64", capsys)
+    assert (code, out.splitlines()) == (1, ["a100 native: not there: runs on CPUs, found A100-SXM4-80GB"])
+    code, out, err = bratune("predict --gpu t4,v100-16 --dtype bf16", capsys)
+    assert (code, out, err.count("arithmetic"), err.count("\n")) == (2, "", 2, 3)
+    code, out, err = bratune("predict --gpu t4,a100 --backend gather -b 1 --dtype bf16", capsys)
+    assert code == 0
+    assert len([line for line in err.splitlines() if "no bfloat16 arithmetic" in line]) == 1
+    code, out, _ = bratune("predict --gpu t4 --backend gather -b 1 --format json", capsys)
+    assert {json.loads(line)["dtype"] for line in out.splitlines()} == {"float16"}
+
+
+def test_every_s_of_a_profile_has_its_own_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = f"profile --gpu a100 --n-win 7,14 --backend gather --stage 1 -o {tmp_path} --format "
+    _, out, _ = bratune(asked + "table", capsys)
+    assert [line for line in out.splitlines() if line.startswith("S ")] == [
+        "S 7 · top-k as published",
+        "S 14 · top-k as published",
+    ]
+    _, out, _ = bratune(asked + "json", capsys)
+    assert {row["n_win"] for row in json.loads(out) if row["part"] == "attention"} == {"7", "14"}
+
+
+def test_a_slow_host_makes_modelled_launches_slow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = "--gpu a100 --backend gather -b 1 --format json --host"
+    times = []
+    for verb in (f"profile -o {tmp_path} --no-stages", "predict --no-compile"):
+        for host in ("fast", "60us"):
+            _, out, _ = bratune(f"{verb} {asked} {host}", capsys)
+            rows = json.loads(out) if out.startswith("[") else [json.loads(line) for line in out.splitlines()]
+            times.append(
+                next(r["median_ms"] for r in rows if r["part"] == "model" and r["evidence"] == "modelled")
+            )
+    assert times[:2] == times[2:]
+    assert times[1] == pytest.approx(times[0] * 60 / 8)
 
 
 def test_a_gpu_that_is_not_here_gives_modelled_rows_and_says_so_first(

@@ -44,9 +44,9 @@ def options_of(verb: Any, arguments: list[str]) -> dict[str, Any]:
 
 def profiled(words: list[str], machine: Machine) -> Request:
     """The request of ``bratune profile``."""
-    from bratune.cli.options import request_values
+    from bratune.cli.options import request_values, settings_of
 
-    asked = options_of(profile_verb, words)
+    (asked,) = settings_of(options_of(profile_verb, words))
     return make_request(machine, **request_values(asked), regimes=asked["regime"], l2=asked["l2"])
 
 
@@ -82,7 +82,7 @@ def test_a_model_by_one_backend_is_one_cell_for_every_verb(
         scene.stage_cell("attention", s, backend=backend) for s in scene.stages if s.kind == "routed"
     ]
     assert {row.cell_id for row in rows} == {cell.cell_id for cell in [*attention, whole]}
-    facts = explain_stages(scene.request, machine)
+    facts = explain_stages(scene, machine)
     assert [fact.stage.problem for fact in facts][: len(attention)] == [cell.problem for cell in attention]
 
 

@@ -474,7 +474,7 @@ def test_explain_shows_the_fastest_measured_s(tmp_path: Path) -> None:
             topk="1",
         )
         Store(tmp_path / "rows.jsonl").append(Record.of(cell, CPU, outcome="measured", median_ms=ms))
-    facts = explain_stages(request, CPU, stored_blocks(CPU, [tmp_path]))
+    facts = explain_stages(scenes(request)[0], CPU, stored_blocks(CPU, [tmp_path]))
     found = facts[0].measured_n_win
     assert found is not None
     assert (found.n_win, found.ms, found.backend, found.tried) == (14, 1.5, "dense", (7, 14))
@@ -489,7 +489,7 @@ def test_explain_shows_the_fastest_measured_s(tmp_path: Path) -> None:
 
 
 def test_explain_counts_padding_pairs_and_gathered_bytes() -> None:
-    facts = explain_stages(make_request(CPU, models=("biformer_small",), task="detection"), CPU)
+    facts = explain_stages(scenes(make_request(CPU, models=("biformer_small",), task="detection"))[0], CPU)
     third = facts[2]
     assert round(third.padding_waste, 2) == 0.46
     assert third.keys_per_query == 384

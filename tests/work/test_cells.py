@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bratune.cell import Cell
-from bratune.cli.options import request_values
+from bratune.cli.options import request_values, settings_of
 from bratune.errors import BratuneError, ProblemError, UsageError
 from bratune.kernels import registry
 from bratune.machine import Machine
@@ -239,7 +239,7 @@ def test_the_command_of_a_row_gives_the_row_again(asked: dict[str, Any]) -> None
     for cell in all_cells(make_request(CPU, **asked)):
         words = shlex.split(command_for(cell))
         assert words[:2] == ["bratune", "profile"]
-        given = command.make_context("profile", words[2:]).params
+        (given,) = settings_of(command.make_context("profile", words[2:]).params)
         values = request_values(given) | {"regimes": given["regime"], "l2": given["l2"]}
         again = make_request(CPU, **values)
         rows = {c.cell_id for c in all_cells(again)}
@@ -269,7 +269,7 @@ def test_the_command_of_a_whole_model_asks_for_its_form_again(monkeypatch: pytes
     (scene,) = scenes(request)
     for cell in (*scene.form_cells(), *scene.peer_cells()):
         words = shlex.split(command_for(cell))
-        given = command.make_context("profile", words[2:]).params
+        (given,) = settings_of(command.make_context("profile", words[2:]).params)
         assert not given["stages"]
         named: dict[str, Any] = {
             name: tuple((given[name] or "").split(",")) if given[name] else () for name in ("forms", "peers")
