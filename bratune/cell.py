@@ -19,7 +19,8 @@ from bratune.problem import Problem
 
 __all__ = ["FORMS", "L2_STATES", "PARTS", "REGIMES", "ROUTE_KINDS", "Cell", "form_fields"]
 
-# What a cell times. The first eight add up to `block`; `model` is the whole network.
+# What a cell times. The first eight add up to `block`; `model` is the whole network; `mixer` is any attention
+# with its projections, see `bratune.work.mixers`.
 PARTS = (
     "pos_embed",
     "norm",
@@ -31,10 +32,12 @@ PARTS = (
     "mlp",
     "block",
     "model",
+    "mixer",
 )
 # In which form a model runs: the official sequence of operations, this package's layers, what the runtime
-# makes of them for inference, what `Backbone.set_lean` makes of them for training; a model of timm; yours.
-FORMS = ("published", "plain", "runtime", "lean", "timm", "yours")
+# makes of them for inference, what `Backbone.set_lean` makes of them for training; a model of timm; yours;
+# the layout of a model with a mixer in the place of its attention.
+FORMS = ("published", "plain", "runtime", "lean", "timm", "yours", "mixer")
 REGIMES = ("eager", "graph", "compile")
 L2_STATES = ("cold", "warm")
 ROUTE_KINDS = ("recorded", "random", "local", "same")
@@ -49,9 +52,10 @@ class Cell:
     Attributes:
         part: One of `PARTS`.
         problem: The attention call of the stage; for ``model``, that of the first routed stage.
-        form: One of `FORMS`; what is no whole model is ``plain``.
+        form: One of `FORMS`; what is no whole model is ``plain`` or ``mixer``.
         backend: Backend name; for ``model``, one name or one per stage joined by ``,`` (see
-            `bratune.work.cells.joined_backends`). Empty for parts and models that no backend computes.
+            `bratune.work.cells.joined_backends`). Empty for parts and models that no backend computes. In the
+            form ``mixer``, the mixer's name (see `bratune.kernels.mixers.registry`).
         config: Settings of the backend as canonical JSON; ``{}`` is its default.
         model: Variant name; empty for a bare attention call.
         task: Task name; empty for a bare attention call.

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bratune.cell import ROUTE_KINDS
 from bratune.errors import BratuneError, ConfigError, UnknownNameError
+from bratune.problem import DIRECTIONS
 from bratune.variant import get_task, get_variant, parse_resolution
 
 __all__ = ["Suite", "load", "names", "read_yaml"]
 
 FOLDER = Path(__file__).resolve().parent
 KEYS = ("about", "task", "res", "n_win", "topks", "models", "batch_size", "routes")
+# A suite of mixers has these, and mixers in the place of kinds of routes.
+MIXER_KEYS = ("mixers", "directions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class Suite:
         models: Names of variants.
         batch_sizes: Images per call.
         routes: Kinds of routes.
+        mixers: Attentions that are compared in the layout of the model; empty for backends.
+        directions: ``fwd``, ``fwd-bwd``, or both; empty for what the command line says.
     """
 
     name: str
@@ -42,6 +47,8 @@ class Suite:
     models: tuple[str, ...]
     batch_sizes: tuple[int, ...]
     routes: tuple[str, ...]
+    mixers: tuple[str, ...] = ()
+    directions: tuple[str, ...] = ()
 
 
 def names() -> tuple[str, ...]:
@@ -62,7 +69,7 @@ def load(name: str) -> Suite:
         path = Path(name)
     else:
         raise UnknownNameError("suite", name, names())
-    data = read_yaml(path, known=KEYS)
+    data = read_yaml(path, known=(*KEYS, *MIXER_KEYS))
     missing = [key for key in KEYS if key not in data]
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(missing)}; a suite has {', '.join(KEYS)}")
@@ -109,6 +116,9 @@ def _checked(name: str, data: Mapping[str, Any]) -> Suite:
     for kind in data["routes"]:
         if kind not in ROUTE_KINDS:
             raise UnknownNameError("kind of routes", str(kind), ROUTE_KINDS)
+    for direction in data.get("directions", ()):
+        if direction not in DIRECTIONS:
+            raise UnknownNameError("direction", str(direction), DIRECTIONS)
     batches = data["batch_size"] if isinstance(data["batch_size"], list) else [data["batch_size"]]
     return Suite(
         name=name,
@@ -120,4 +130,14 @@ def _checked(name: str, data: Mapping[str, Any]) -> Suite:
         models=models,
         batch_sizes=tuple(int(batch) for batch in batches),
         routes=tuple(data["routes"]),
+        mixers=_mixers(data.get("mixers", ())),
+        directions=tuple(data.get("directions", ())),
     )
+
+
+def _mixers(names: Sequence[Any]) -> tuple[str, ...]:
+    if not names:  # without importing torch
+        return ()
+    from bratune.kernels.mixers import registry
+
+    return tuple(registry.get(str(name)).name for name in names)

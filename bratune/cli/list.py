@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
     help="table, json, csv or md.",
 )
 def command(what: str, device: str, format: str) -> None:
-    """List backends, models, tasks, suites or gpus."""
+    """List backends, models, mixers, tasks, suites or gpus."""
     rows = LISTS[what](device)
     if format == "json":
         click.echo(json.dumps(rows, indent=2))
@@ -86,6 +86,13 @@ def _models(device: str) -> Rows:
     ]
 
 
+def _mixers(device: str) -> Rows:
+    from bratune.kernels.mixers import registry
+
+    kinds = [registry.get(name) for name in registry.names()]
+    return [{"mixer": kind.name, "work grows as": kind.order, "paper": kind.paper} for kind in kinds]
+
+
 def _tasks(device: str) -> Rows:
     from bratune.variant import TASKS
 
@@ -140,6 +147,7 @@ def _gpus(device: str) -> Rows:
 LISTS: dict[str, Callable[[str], Rows]] = {
     "backends": _backends,
     "models": _models,
+    "mixers": _mixers,
     "tasks": _tasks,
     "suites": _suites,
     "gpus": _gpus,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from bratune import gpus
 from bratune.cli import options
@@ -67,6 +68,13 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
     help="Also time these models of timm in turn with ours: swin_tiny, convnext_tiny, pvt_v2_b2, "
     "maxvit_tiny, deit_small, resnet50, or any name that timm knows.",
 )
+@click.option(
+    "--mixer",
+    metavar="NAME,NAME",
+    multiple=True,
+    help="Compare these attentions in one layout, and nothing else: window, cross-shaped, full, "
+    "bi-level-routing:gather ..., see `bratune list mixers`; repeatable.",
+)
 @options.measuring_options
 @click.option(
     "--passes",
@@ -96,7 +104,7 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
         click.echo(options.dump_config(ctx))
         return 0
     if asked["suite"]:
-        asked = _with_suite(asked)
+        asked = _with_suite(asked, ctx)
     settings = options.settings_of(asked)
     jobs_of = _cluster_jobs if asked["cluster"] else _local_jobs
     rounds = [jobs_of(setting) for setting in settings]
@@ -189,6 +197,8 @@ def _job(asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunn
     values["parts"] = asked["stages"]
     values["checkpoint"] = str(asked["checkpoint"] or "")
     values |= {name: _names(asked[name]) for name in ("forms", "peers")}
+    values["mixers"] = [name for text in asked["mixer"] for name in _names(text)]
+    values["directions"] = asked.get("directions", ())
     request = make_request(target.machine, **values)
     if target.absent:
         gpus.check_dtype(target.absent, request.dtype)
@@ -356,7 +366,7 @@ def _settings(asked: dict[str, Any], machine: Machine) -> tuple[MeterSettings, l
     return MeterSettings.for_effort(effort, **changes), flags
 
 
-def _with_suite(asked: dict[str, Any]) -> dict[str, Any]:
+def _with_suite(asked: dict[str, Any], ctx: click.Context) -> dict[str, Any]:
     """The options with those of a suite where the command line says nothing."""
     from bratune.suites import load
 
@@ -369,7 +379,10 @@ def _with_suite(asked: dict[str, Any]) -> dict[str, Any]:
         "topks": (suite.topks,) if suite.topks else (),
         "batch_size": suite.batch_sizes,
         "routes": suite.routes,
+        "mixer": suite.mixers,
     }
+    if ctx.get_parameter_source("direction") is ParameterSource.DEFAULT:
+        asked["directions"] = suite.directions
     return asked | {name: value for name, value in values.items() if not asked[name]}
 
 

@@ -81,7 +81,7 @@ class Progress:
 def _name(record: Record) -> str:
     where = f"stage {record.stage} " if record.stage and record.part != "model" else ""
     by = f" by {record.backend}" if record.backend else ""
-    if record.form not in ("", "plain"):
+    if record.form not in ("", "plain", "mixer"):
         by = f" ({record.form})"
     return f"{record.model} {where}{record.part}{by}"
 

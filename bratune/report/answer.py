@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from bratune.measure.verdict import BUSY_PCT, MARGIN, Verdict
 from bratune.record import Record
-from bratune.run.summary import fastest, group, judged
+from bratune.run.summary import fastest, group, is_base, judged
 
 __all__ = ["answer", "base_of", "model_verdicts", "name_of"]
 
@@ -22,6 +22,8 @@ def name_of(row: Record) -> str:
     """What ran, in words: ``runtime``, ``gather everywhere``, ``best per stage``."""
     if row.form == "timm":
         return f"{row.model} (timm)"
+    if row.form == "mixer":
+        return row.backend
     if row.form not in ("", "plain"):
         return row.form
     names = set(row.backend.split(","))
@@ -31,9 +33,13 @@ def name_of(row: Record) -> str:
 
 
 def base_of(models: Sequence[Record]) -> Record | None:
-    """What the whole models of a scene are compared with: the published form, or ``gather`` everywhere."""
+    """What the whole models of a scene are compared with: the published form, or ``gather`` everywhere.
+
+    Of mixers it is the network of windows.
+    """
     timed = {name_of(row): row for row in reversed(models) if row.ok}
-    return timed.get("published") or timed.get("gather everywhere")
+    mixed = next((row for row in models if row.form == "mixer" and row.ok and is_base(row)), None)
+    return timed.get("published") or timed.get("gather everywhere") or mixed
 
 
 def model_verdicts(rows: Sequence[Record], passes: Sequence[Record]) -> dict[Pair, Verdict]:
@@ -66,7 +72,8 @@ def answer(rows: Sequence[Record], passes: Sequence[Record] = ()) -> list[str]:
         rows: Pooled over their passes.
         passes: Rows of single passes, which alone can show that anything is faster.
     """
-    models = [row for row in rows if row.part == "model" and row.evidence in ("measured", "replayed")]
+    measured = [row for row in rows if row.part == "model" and row.evidence in ("measured", "replayed")]
+    models = [row for row in measured if row.form != "mixer"]  # each another model: there is no one to use
     return [line for scene in group(models) for line in _of_scene(scene, passes)]
 
 

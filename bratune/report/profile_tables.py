@@ -41,6 +41,11 @@ WORDS_OF_VERDICTS = (
     f"FASTER, SLOWER: beyond noise and {100 * MARGIN:g} %, corrected for all ratios of a table; SAME: within "
     f"{100 * MARGIN:g} %; UNDECIDED: not shown."
 )
+# Of a part of mixers' cells, what is timed.
+MIXER_TITLES = {
+    "mixer": "attentions of two blocks, projections included (xN: such pairs in the model)",
+    "block": "two blocks: attentions and MLPs",
+}
 OUTCOME_WORDS = {"unsupported": "not here", "incorrect": "WRONG RESULT, not timed"}
 
 
@@ -75,7 +80,7 @@ def _how_well_known(records: Sequence[Record]) -> str:
     passes = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     widths = {
         kind: statistics.median(row.noise_pct or 0.0 for row in rows if row.part == kind)
-        for kind in ("attention", "model")
+        for kind in ("attention", "mixer", "model")
         if any(row.part == kind for row in rows)
     } or {"all": statistics.median(row.noise_pct or 0.0 for row in rows)}
     known = ", ".join(f"±{width:.0f} % ({kind})" for kind, width in widths.items())
@@ -124,7 +129,10 @@ def scene_title(row: Record) -> str:
 
 def scene_tables(rows: Sequence[Record], passes: Sequence[Record] = ()) -> list[Table]:
     """The tables of one scene: those that have rows; see `profile_text`."""
+    mixed = [row for row in rows if row.form == "mixer"]
+    rows = [row for row in rows if row.form != "mixer"]
     tables = [_attention_table(rows, passes), _parts_table(rows), _model_table(rows, passes)]
+    tables += [_mixer_table(mixed, passes, part) for part in MIXER_TITLES] + [_model_table(mixed, passes)]
     return [table for table in tables if table.rows]
 
 
@@ -263,6 +271,32 @@ def _parts_table(rows: Sequence[Record]) -> Table:
     return Table(("stage", *parts, "sum", "block", "residual"), tuple(cells), title=title)
 
 
+# --- mixers ------------------------------------------------------------------------------------------
+
+
+def _mixer_table(rows: Sequence[Record], passes: Sequence[Record], part: str) -> Table:
+    """Two blocks of every stage by every mixer, or their attentions alone; beside the baseline of a stage."""
+    own = sorted((row for row in rows if row.part == part), key=lambda row: row.stage or 0)
+    base = {row.stage: row for row in own if row.ok and is_base(row)}
+    pairs = [(row, base[row.stage]) for row in own if row.ok and not is_base(row) and row.stage in base]
+    judgements = zip(pairs, judged(pairs, passes), strict=True)
+    verdicts = {row: verdict for (row, _), verdict in judgements if verdict is not None}
+    found: list[Row] = []
+    last: int | None = None
+    for row in own:
+        start = (f"{row.stage} x{row.block_count}", f"{row.height}x{row.width}")
+        who = (*(start if row.stage != last else ("", "")), row.backend)
+        last = row.stage
+        if row.median_ms is None:
+            found.append(Note(who, _why(row)))
+            continue
+        ratio = _ratio_cells(row, own, verdicts, is_base(row))
+        found.append((*who, _ms(row.median_ms), *ratio, _megabytes(row.workspace_mb)))
+    columns = ("<stage", "<map", "<attention", "median ms")
+    columns += (*_ratio_columns("window", judged=bool(verdicts)), "alloc MB")
+    return Table(columns, tuple(found), title=MIXER_TITLES[part])
+
+
 # --- whole models ------------------------------------------------------------------------------------
 
 
@@ -274,7 +308,8 @@ def _model_table(rows: Sequence[Record], passes: Sequence[Record]) -> Table:
     verdicts = {row: by_name[name_of(row), against] for row in models if (name_of(row), against) in by_name}
     launch = any(row.launch_bound is not None for row in models)
     columns = ["<whole model", "images/s", "median ms"]
-    columns += _ratio_columns(against.split()[0] if verdicts else "gather", judged=bool(verdicts))
+    usual = "window" if any(row.form == "mixer" for row in models) else "gather"
+    columns += _ratio_columns(against.split()[0] if verdicts else usual, judged=bool(verdicts))
     columns += ["peak MB"]
     columns += ["<launch-bound"] if launch else []
     found: list[Row] = []

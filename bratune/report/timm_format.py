@@ -41,7 +41,8 @@ def timm_row(row: Record) -> dict[str, Any]:
 
 def timm_csv(records: Sequence[Record]) -> str:
     """The whole-model rows among some records, as CSV; a heading alone where there are none."""
-    rows = [timm_row(r) for r in records if r.part == "model" and r.median_ms is not None]
+    models = [r for r in records if r.part == "model" and r.form != "mixer"]
+    rows = [timm_row(r) for r in models if r.median_ms is not None]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if not rows:
         columns = ["model", "infer_samples_per_sec", "infer_step_time", "infer_batch_size", "infer_img_size"]

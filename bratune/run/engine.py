@@ -32,7 +32,7 @@ from bratune.run.repro import command_for
 from bratune.run.reuse import NOT_FINISHED, NOT_STARTED, Cache, key_of, source_hash
 from bratune.store import Store, pool
 from bratune.store.claims import Claim, Claims
-from bratune.work.cells import BASELINE
+from bratune.work.cells import BASELINE, MIXER_BASELINE
 from bratune.work.contents import contents_of
 
 __all__ = [
@@ -159,14 +159,14 @@ class Baselines:
         if record.median_ms is None or not _is_compared(cell):
             return record
         if record.ratio is not None:  # measured in turn, which says more than two medians
-            return record.replace(speedup=record.ratio, baseline=BASELINE)
+            return record.replace(speedup=record.ratio, baseline=baseline_of(cell))
         key = _contest(cell)
         self._fastest[key] = min(record.median_ms, self._fastest.get(key, record.median_ms))
         if is_baseline(cell):
             self._medians[key] = record.median_ms
         if key not in self._medians:
             return record
-        return record.replace(speedup=self._medians[key] / record.median_ms, baseline=BASELINE)
+        return record.replace(speedup=self._medians[key] / record.median_ms, baseline=baseline_of(cell))
 
     def give_up_ms(self, cell: Cell) -> float | None:
         """Time above which a cell is clearly worse than what is known; None for the baseline itself."""
@@ -220,10 +220,15 @@ def _way(cell: Cell) -> tuple[object, ...]:
 
 
 def is_baseline(cell: Cell) -> bool:
-    """Whether others are compared with this cell: gather-then-dense with its default settings."""
-    if cell.form != "plain":
+    """Whether others are compared with this cell: gather-then-dense, or window attention among mixers."""
+    if cell.form not in ("plain", "mixer"):
         return False
-    return set(cell.backend.split(",")) == {BASELINE} and cell.config == "{}"
+    return set(cell.backend.split(",")) == {baseline_of(cell)} and cell.config == "{}"
+
+
+def baseline_of(cell: Cell) -> str:
+    """The backend, or the mixer, that what answers the cell's question is compared with."""
+    return MIXER_BASELINE if cell.form == "mixer" else BASELINE
 
 
 class CellEngine:
@@ -513,7 +518,7 @@ class ParallelEngine(CellEngine):
         """One finished record per cell, as each is known, baselines first; see `bratune.engine.Engine`."""
         waves: tuple[list[Cell], list[Cell]] = [], []
         for cell in cells:
-            waves[0 if set(cell.backend.split(",")) == {BASELINE} else 1].append(cell)
+            waves[0 if set(cell.backend.split(",")) == {baseline_of(cell)} else 1].append(cell)
         for wave in waves:
             yield from self._together(wave)
 

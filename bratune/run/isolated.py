@@ -23,6 +23,7 @@ import torch
 
 from bratune.cell import Cell
 from bratune.kernels import registry
+from bratune.kernels.mixers import registry as mixers
 from bratune.machine import Machine
 from bratune.measure.memory import live_mb, release
 from bratune.measure.meter import DeviceMeter, Ready, device_for
@@ -340,7 +341,10 @@ def _meter(machine: Machine) -> DeviceMeter:
 
 
 def _is_foreign(cell: Cell) -> bool:
-    """Whether a backend of the cell is none of this package's."""
+    """Whether a backend of the cell, or its mixer, is none of this package's."""
+    if cell.form == "mixer":
+        base, _, backend = cell.backend.partition(":")
+        return base not in mixers.MIXERS or backend not in (*registry.BACKENDS, "auto", "")
     return any(name not in (*registry.BACKENDS, "auto", "") for name in cell.backend.split(","))
 
 

@@ -19,6 +19,7 @@ from bratune.predict.model import bound_cell
 from bratune.record import Record
 from bratune.variant import Stage, get_variant
 from bratune.work import call as work
+from bratune.work import mixers
 from bratune.work.cells import model_stages
 from bratune.work.count import part_macs
 
@@ -124,6 +125,8 @@ def refusals(cell: Cell, machine: Machine) -> tuple[str, ...]:
     """Every reason of the cell's backends against it; empty: they accept."""
     if cell.regime == "graph" and not machine.is_cuda:
         return ("a CUDA graph needs a CUDA device, this is a CPU",)
+    if cell.form == "mixer":
+        return mixers.obstacles(cell, machine)
     if not cell.backend or (cell.part != "model" and _is_full(cell)):
         return ()
     if cell.part != "model":
@@ -160,7 +163,7 @@ def check(made: work.Work) -> dict[str, Any]:
 
 
 def _agreement(made: work.Work) -> dict[str, Any]:
-    """How far a form of a model is from the plain model; a reason where that is too far."""
+    """How far a form is from the plain model, or mixers from their definitions; a reason where too far."""
     found = made.agreement()
     if found is None:
         return {}
@@ -168,7 +171,7 @@ def _agreement(made: work.Work) -> dict[str, Any]:
     values: dict[str, Any] = {"max_rel_err": difference, "tolerance": limit}
     if not difference <= limit:
         values["reason"] = (
-            f"differs from the plain model by {difference:.1e} of the largest number; {limit:.0e} would pass"
+            f"differs from {made.against} by {difference:.1e} of the largest number; {limit:.0e} would pass"
         )
     return values
 
@@ -187,7 +190,7 @@ def derived(cell: Cell, median_ms: float, images: int, macs: int) -> dict[str, A
 def _floor(cell: Cell, machine: Machine, median_ms: float) -> dict[str, Any]:
     """How near a time is to what the board's published peaks allow; nothing where they are unknown."""
     board = gpus.from_machine(machine)
-    if board is None or cell.form == "timm":
+    if board is None or cell.form in ("timm", "mixer"):
         return {}
     try:
         least = bound_cell(cell, board)

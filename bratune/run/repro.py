@@ -25,7 +25,10 @@ def command_for(cell: Cell, *, extra: Sequence[str] = ()) -> str:
         return ""
     p = cell.problem
     words = ["bratune", "profile"]
-    words += ["--no-stages", "--peers", cell.model] if cell.form == "timm" else ["--model", cell.model]
+    if cell.form == "mixer":
+        words += ["--mixer", cell.backend]
+    else:
+        words += ["--no-stages", "--peers", cell.model] if cell.form == "timm" else ["--model", cell.model]
     words += ["--task", cell.task] if cell.task else []
     words += ["--res", f"{cell.image[0]}x{cell.image[1]}", "-b", str(p.batch)]
     words += ["--dtype", SHORT_DTYPES[p.dtype], "--regime", cell.regime, "--l2", cell.l2]
@@ -33,6 +36,11 @@ def command_for(cell: Cell, *, extra: Sequence[str] = ()) -> str:
     words += ["--amp"] if cell.amp else []
     words += ["--channels-last"] if cell.layout == "nhwc" else []
     words += ["--seed", str(cell.seed)] if cell.seed else []
+    if cell.form == "mixer":
+        words += ["--n-win", cell.n_win.split(",")[0]]
+        words += ["--stage", str(cell.stage)] if cell.stage else ["--no-stages"]
+        words += ["--images", folder] if (folder := json.loads(cell.extra).get("images")) else []
+        return shlex.join([*words, *extra])
     # One backend everywhere is a form to ask for; one per stage is what the stages' own measurements give.
     form = cell.form if cell.form != "plain" else "" if "," in cell.backend else cell.backend
     if cell.part == "model" and cell.form != "timm":

@@ -22,6 +22,7 @@ from typing import Any
 from bratune.cell import Cell
 from bratune.errors import StoreError, UnknownNameError
 from bratune.kernels import registry
+from bratune.kernels.mixers.registry import ROUTED
 from bratune.kernels.tuned import plan_folders
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
@@ -29,6 +30,7 @@ from bratune.record import Record
 from bratune.store.index import Index
 from bratune.work.contents import contents_of
 from bratune.work.forms import form_modules
+from bratune.work.mixers import mixer_modules
 
 __all__ = [
     "NOT_FINISHED",
@@ -182,12 +184,17 @@ def key_of(record: Record) -> str:
 def source_hash(cell: Cell) -> str:
     """Twelve hexadecimal digits that name the sources that compute and time a cell.
 
-    These are the modules of its backends and its form and, for anything but a bare attention call, those of
-    the layers, with every module of kernels that they import, and the tables that lie beside them; and what
-    builds, checks and times cells. ``auto`` may be any backend, as the plans say that are in place now. Empty
-    for a backend that nobody has.
+    These are the modules of its backends, its form or its mixer and, for anything but a mixer and a bare
+    attention call, those of the layers, with every module of kernels that they import, and the tables that
+    lie beside them; and what builds, checks and times cells. ``auto`` may be any backend, as the plans say
+    that are in place now. Empty for a backend that nobody has.
     """
+    around: tuple[str, ...] = form_modules(cell.form)
     names = {name for name in cell.backend.split(",") if name}
+    if cell.form == "mixer":  # bi-level routing by one of our backends, or by any
+        around = mixer_modules(cell.backend)
+        base, _, backend = cell.backend.partition(":")
+        names = {backend or "auto"} if base == ROUTED else set()
     plans = _plans() if "auto" in names else ""
     if "auto" in names:
         names = (names - {"auto"}) | set(registry.BACKENDS)
@@ -195,8 +202,8 @@ def source_hash(cell: Cell) -> str:
         roots = {type(registry.get(name)).__module__ for name in names}
     except UnknownNameError:
         return ""
-    roots |= set(form_modules(cell.form))
-    if cell.part != "attention" or not roots:
+    roots |= set(around)
+    if (cell.part != "attention" and cell.form != "mixer") or not roots:
         roots.add(_LAYERS)
     return _hash_of(tuple(sorted(roots)), plans)
 

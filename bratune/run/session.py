@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from bratune.cell import Cell
 from bratune.engine import Engine
 from bratune.record import Record
-from bratune.run.engine import Baselines, is_baseline
+from bratune.run.engine import Baselines, group_of, is_baseline
 from bratune.run.summary import best_attention
 from bratune.variant import Stage
 from bratune.work.cells import BASELINE, Scene, scenes
@@ -37,6 +37,8 @@ class Planned:
 def plan(request: Request, stages: tuple[int, ...] = ()) -> list[Planned]:
     """What `run` will measure, in its order."""
     found: list[Planned] = []
+    if request.mixers:
+        return [Planned(cell, _of_mixer(cell)) for cell in _mixer_cells(request, stages)]
     for scene in scenes(request):
         for stage in _chosen(scene, stages):
             cells = [*scene.attention_cells(stage), *scene.part_cells(stage)]
@@ -64,6 +66,9 @@ def run(
         answer_first: For a run that may be cut off: the backends of the stages where most can be gained,
             then the whole model, then the parts of blocks, which explain and do not decide.
     """
+    if request.mixers:
+        yield from engine.run(_mixer_cells(request, stages))
+        return
     if getattr(engine, "slots", 1) > 1 or getattr(engine, "passes", 1) > 1:
         yield from _together(request, engine, stages)
         return
@@ -74,6 +79,20 @@ def run(
             cell = record.to_cell()
             rows.append(baselines.compared(cell, record))
             yield rows[-1]
+
+
+def _mixer_cells(request: Request, stages: tuple[int, ...]) -> list[Cell]:
+    """Those of every scene; what is compared with the baseline waits for it where cells follow each other."""
+    cells = [cell for scene in scenes(request) for cell in scene.mixer_cells(stages)]
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(group_of(cell), []).append(cell)
+    return [c for g in groups.values() for c in sorted(g, key=lambda cell: not is_baseline(cell))]
+
+
+def _of_mixer(cell: Cell) -> str:
+    where = f"stage {cell.stage} " if cell.stage else ""
+    return f"{where}{cell.part} of {cell.backend}, batch {cell.problem.batch}, {cell.problem.direction}"
 
 
 def _together(request: Request, engine: Engine, stages: tuple[int, ...]) -> Iterator[Record]:

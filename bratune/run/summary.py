@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bratune.measure.verdict import Passes, Verdict, judge_ratios
 from bratune.record import Record
 from bratune.store.pooled import alike
-from bratune.work.cells import BASELINE
+from bratune.work.cells import BASELINE, MIXER_BASELINE
 
 __all__ = [
     "UNSETTLED_PCT",
@@ -154,6 +154,8 @@ def _error(value: float | None, lo: float | None, hi: float | None) -> float:
 
 def is_base(row: Record) -> bool:
     """Whether ratios within rounds are relative to this row's cell: see `bratune.run.engine.is_baseline`."""
+    if row.form == "mixer":
+        return row.backend == MIXER_BASELINE
     plain = row.form in ("", "plain") and row.config in ("", "{}")
     return plain and set(row.backend.split(",")) == {BASELINE}
 
@@ -218,7 +220,7 @@ class Residual:
 
 def residual(records: Sequence[Record], stage: int) -> Residual | None:
     """How far the parts of a stage's block are from the block; None where one of them has no time."""
-    rows = [r for r in records if r.stage == stage and r.part != "model"]
+    rows = [r for r in records if r.stage == stage and r.part != "model" and r.form != "mixer"]
     block = next((r for r in rows if r.part == "block" and r.median_ms is not None), None)
     if block is None or block.median_ms is None:
         return None

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,10 +25,11 @@ from bratune.kernels.backbone import Backbone
 from bratune.kernels.blocks import Residual
 from bratune.machine import Machine, detect
 from bratune.problem import Problem
+from bratune.work import mixers
 from bratune.work.cells import model_stages
 from bratune.work.forms import build_form, cell_macs, difference_limit
 from bratune.work.inputs import make_routes
-from bratune.work.modules import block_for, scenery_for
+from bratune.work.modules import block_for, images_for, scenery_for
 from bratune.work.parts import State, Step, steps_of
 
 __all__ = ["Attention", "Work", "build", "training_step"]
@@ -63,8 +65,10 @@ class Work:
         attentions: The attention calls in it; of a model, those of the first block of every stage, and none
             of a model that is not ours.
         agreement: For a model in another form than plain: how far what it gives is from what the plain model
-            gives, over the largest number, and how far its data type allows. None for anything else.
-        macs: Multiply-adds of a forward pass of a whole model; None for anything else.
+            gives, over the largest number, and how far its data type allows; for mixers, how far attentions
+            are from their definitions. None for anything else.
+        against: What that compares with.
+        macs: Multiply-adds of a forward pass of a whole model or of mixers; None for anything else.
     """
 
     call: Call
@@ -72,6 +76,7 @@ class Work:
     images: int
     attentions: Callable[[], tuple[Attention, ...]]
     agreement: Callable[[], tuple[float, float] | None] = lambda: None
+    against: str = "the plain model"
     macs: Callable[[], int] | None = None
 
 
@@ -83,6 +88,8 @@ def build(cell: Cell, machine: Machine) -> Work:
         UnsupportedError: its backend cannot do this here.
     """
     device = machine.device
+    if cell.form == "mixer":
+        return _mixer(cell, device)
     if cell.part == "model":
         return _model(cell, device)
     if not cell.model:
@@ -183,10 +190,14 @@ def _rest_of_block(cell: Cell, device: str, states: list[tuple[Step, State]], bl
     """A call that runs the other parts of the block, from the one that follows to the one that precedes."""
     last = max(i for i, (step, _) in enumerate(states) if step.part == cell.part)
     around = [*states[last + 1 :], *states[:last]]
-    rest = _timed(cell, device, [(s, state) for s, state in around if s.part != cell.part], block)
+    return _and_wait(
+        device, _timed(cell, device, [(s, state) for s, state in around if s.part != cell.part], block)
+    )
 
+
+def _and_wait(device: str, call: Call) -> Call:
     def run_and_wait() -> None:
-        rest()
+        call()
         _wait(device)
 
     return run_and_wait
@@ -303,14 +314,6 @@ def _model(cell: Cell, device: str) -> Work:
     model, images, backward = form.model, form.images, cell.problem.backward
     own = form.plain if form.plain is not None else model
 
-    def forward() -> Any:
-        with _context(cell, device, gradients=False):
-            return model(images)
-
-    def forward_backward() -> Any:
-        with _context(cell, device, gradients=True):
-            return training_step(model, images)
-
     def attentions() -> tuple[Attention, ...]:
         if not isinstance(own, Backbone):
             return ()
@@ -327,8 +330,62 @@ def _model(cell: Cell, device: str) -> Work:
             found, expected = (_seen_from_outside(m, images, backward) for m in (model, form.plain))
         return difference_limit(found, expected)
 
-    call = forward_backward if backward else forward
-    return Work(call, None, cell.problem.batch, attentions, agreement, lambda: cell_macs(cell, form))
+    call = _whole(cell, device, model, images)
+    macs = functools.partial(cell_macs, cell, form)
+    return Work(call, None, cell.problem.batch, attentions, agreement, macs=macs)
+
+
+def _whole(cell: Cell, device: str, model: nn.Module, images: Tensor) -> Call:
+    """A call that runs a whole model on images: forward, or a training step."""
+
+    def forward() -> Any:
+        with _context(cell, device, gradients=False):
+            return model(images)
+
+    def forward_backward() -> Any:
+        with _context(cell, device, gradients=True):
+            return training_step(model, images)
+
+    return forward_backward if cell.problem.backward else forward
+
+
+def _mixer(cell: Cell, device: str) -> Work:
+    """A mixer: its network, two blocks of a stage, or the attentions of these alone."""
+    before: Call | None = None
+    if cell.part == "model":
+        network, images = mixers.network_for(cell, device), images_for(cell, device)
+        call = _whole(cell, device, network, images)
+        reached = functools.partial(mixers.reaching, network, lambda: network(images))
+    else:
+        pair = mixers.pair_for(cell, device)
+        x = scenery_for(cell, device).maps[cell.stage - 1].to(device)
+        if cell.part == "block":
+            call = _timed(cell, device, [(Step("block", lambda s: {"x": pair(s["x"])}), {"x": x})], pair)
+            reached = functools.partial(mixers.reaching, pair, lambda: pair(x))
+        elif cell.part == "mixer":
+            x = mixers.normalised(x)
+            attentions: list[Any] = [block.attn for block in pair]
+            steps = [(Step("mixer", functools.partial(_mix, a)), {"x": x}) for a in attentions]
+            call = _timed(cell, device, steps, nn.ModuleList(attentions))
+            if cell.l2 == "warm":  # the rest of the blocks, as for every other part
+                feeds: list[Any] = [block.mlp for block in pair]
+                rest = [(Step("mlp", functools.partial(_mix, feed)), {"x": x}) for feed in feeds]
+                before = _and_wait(device, _timed(cell, device, rest, None))
+            reached = functools.partial(list, [(a, x) for a in attentions])
+        else:
+            raise UsageError(f"a mixer has no part called {cell.part}; mixer, block and model are")
+
+    def agreement() -> tuple[float, float]:
+        with _context(cell, device, gradients=False):
+            found = reached()
+        return mixers.difference(cell, found)
+
+    macs = functools.partial(mixers.mixer_macs, cell)
+    return Work(call, before, cell.problem.batch, tuple, agreement, "its definition", macs)
+
+
+def _mix(module: nn.Module, state: State) -> State:
+    return {"x": module(state["x"])}
 
 
 def _seen_from_outside(model: nn.Module, images: Tensor, backward: bool) -> tuple[Tensor, ...]:

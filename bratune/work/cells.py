@@ -8,6 +8,7 @@ times add up to the time of the block.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from typing import Any
 from bratune.cell import FORMS, Cell
 from bratune.problem import Problem
 from bratune.variant import Stage, get_variant, stages
-from bratune.work.request import BASELINE, Request
+from bratune.work.request import BASELINE, MIXER_BASELINE, Request
 
-__all__ = ["BASELINE", "Scene", "joined_backends", "model_stages", "parts_of", "scenes"]
+__all__ = ["BASELINE", "MIXER_BASELINE", "Scene", "joined_backends", "model_stages", "parts_of", "scenes"]
 
 # Backends that stand for the two forms of full attention: scores written out, and fused. The first is what
 # these two backends run, the second is what every other name does (`bratune.kernels.full_attention`).
@@ -148,6 +149,41 @@ class Scene:
         )
         return self._cell("model", problem, form="timm", model=name, extra="{}")
 
+    def mixer_cells(self, stages: Sequence[int] = ()) -> list[Cell]:
+        """Every mixer of the request: its attentions in two blocks of each stage, the blocks, its network.
+
+        The problem of a cell is one of full attention: it carries the map, the heads, the batch, the data
+        type and the direction. S and top-k are those of bi-level routing there.
+
+        Args:
+            stages: Only these; all without any.
+        """
+        request, variant = self.request, get_variant(self.model)
+        size = request.task.padded(*request.image)
+        s, found = str(request.n_win[0]), []
+        for index, (height, width) in enumerate(variant.maps(*size), start=1):
+            problem = Problem(
+                batch=self.batch,
+                height=height,
+                width=width,
+                heads=variant.dims[index - 1] // variant.head_dim,
+                head_dim=variant.head_dim,
+                region=(height, width),
+                topk=1,
+                dtype=request.dtype,
+                direction=request.direction,
+            )
+            own: dict[str, Any] = {"form": "mixer", "stage": index, "n_win": s}
+            own |= {"block_count": variant.depths[index - 1] // 2, "topk": str(variant.topks[index - 1])}
+            if request.parts and (not stages or index in stages):
+                for part in ("mixer", "block"):
+                    found += [self._cell(part, problem, **own, backend=name) for name in request.mixers]
+            if request.whole_model and index == 1:
+                own |= {"stage": 0, "block_count": 1, "n_win": ",".join([s] * len(variant.dims))}
+                own |= {"topk": ",".join(map(str, variant.topks))}
+                whole = [self._cell("model", problem, **own, backend=name) for name in request.mixers]
+        return [*found, *whole] if request.whole_model else found
+
     def _cell(self, part: str, problem: Problem, **values: Any) -> Cell:
         request = self.request
         data = {"images": request.images, "checkpoint": request.checkpoint}
@@ -198,9 +234,16 @@ def _full_form(backend: str) -> str:
 
 
 def scenes(request: Request) -> tuple[Scene, ...]:
-    """Every combination of model, batch size, regime and L2 state of a request."""
+    """Every combination of direction, model, batch size, regime and L2 state of a request."""
     return tuple(
-        Scene(request=request, model=model, batch=batch, regime=regime, l2=l2)
+        Scene(
+            request=dataclasses.replace(request, direction=way),
+            model=model,
+            batch=batch,
+            regime=regime,
+            l2=l2,
+        )
+        for way in (request.directions or (request.direction,))
         for model in request.models
         for batch in request.batches
         for regime in request.regimes

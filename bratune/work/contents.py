@@ -16,6 +16,7 @@ from pathlib import Path
 from bratune.cell import Cell
 from bratune.errors import UsageError
 from bratune.kernels import registry
+from bratune.kernels.mixers import registry as mixers
 
 __all__ = ["contents_of"]
 
@@ -26,7 +27,8 @@ def contents_of(cell: Cell) -> dict[str, str]:
     Empty for a kind that the cell does not read, and for files that are not there. ``backend_package`` is the
     package of somebody else, with its version, that backends of the cell come from.
     """
-    packages = [registry.package_of(name) for name in dict.fromkeys(cell.backend.split(","))]
+    package_of = mixers.package_of if cell.form == "mixer" else registry.package_of
+    packages = [package_of(name) for name in dict.fromkeys(cell.backend.split(","))]
     found = {"backend_package": ", ".join(filter(None, packages))}
     for kind, name in (
         ("checkpoint", _of_file),

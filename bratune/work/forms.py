@@ -93,6 +93,8 @@ def _obstacles(cell: Cell) -> tuple[str, ...]:
         reasons.append("the runtime has its weights in --dtype already; no --amp would work")
     if cell.form == "lean" and not cell.problem.backward:
         reasons.append("lean layers keep less for a backward pass; --direction fwd-bwd would work")
+    if cell.form == "mixer":
+        reasons.append("mixers have networks of their own, see bratune.work.mixers")
     if cell.form == "yours":
         reasons.append("a model of yours is not rebuilt from its name here")
     return tuple(reasons)

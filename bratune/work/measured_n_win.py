@@ -50,7 +50,9 @@ def stored_blocks(machine: Machine, paths: Iterable[str | Path] = ()) -> tuple[R
     here = machine_key(machine)
     for path in chosen:
         try:
-            rows = [row for row in read_records([path]) if row.part == "block" and row.ok]
+            rows = [
+                row for row in read_records([path]) if row.part == "block" and row.form != "mixer" and row.ok
+            ]
         except StoreError:
             if paths:
                 raise

@@ -14,11 +14,16 @@ from bratune.machine import Machine
 from bratune.variant import TASKS, Stage, Task, get_task, get_variant, stages
 from bratune.work.peers import peer_name
 
-__all__ = ["BASELINE", "Request", "auto_batch", "make_request"]
+__all__ = ["BASELINE", "MIXER_BASELINE", "Request", "auto_batch", "make_request"]
 
 
 # What speedups are relative to: the implementation that the paper describes and the official code has.
 BASELINE = "gather"
+# What mixers are compared with: the layout is Swin's, and of all attentions it is the simplest whose work is
+# linear in the number of tokens, so that it is there at every resolution, where full attention is not.
+MIXER_BASELINE = "window"
+# The model whose layout mixers stand in.
+MIXER_LAYOUT = "biformer_stl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,7 @@ class Request:
         amp: Autocast to ``dtype`` and keep float32 weights.
         layout: ``nchw`` or ``nhwc`` memory order of images and maps.
         direction: ``fwd`` or ``fwd-bwd``.
+        directions: Several of them, one after the other; empty for ``direction`` alone.
         backends: Names of backends, in the order in which they are shown.
         routes: Kinds of routes.
         regimes: ``eager``, ``graph``, ``compile``.
@@ -45,6 +51,7 @@ class Request:
         forms: Of a whole model, in the order in which they are shown: forms of `bratune.cell.FORMS`, and
             names of backends (or ``auto``), which run everywhere in a plain one.
         peers: Models of timm beside ours, by the names that timm knows.
+        mixers: Attentions that are compared in the layout of the model, and nothing else is measured.
         seed: Seed of weights, images and routes.
         images: Folder of pictures to feed; empty for synthetic images.
         checkpoint: Weights file of the model; empty for seeded random weights.
@@ -68,6 +75,8 @@ class Request:
     parts: bool = True
     forms: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
+    mixers: tuple[str, ...] = ()
+    directions: tuple[str, ...] = ()
     seed: int = 0
     images: str = ""
     checkpoint: str = ""
@@ -84,9 +93,27 @@ class Request:
         ):
             if not values or any(value not in known for value in values):
                 raise UsageError(f"{name} {', '.join(values)!r} is not known; these are: {', '.join(known)}")
+        if self.mixers:
+            self._check_mixers()
+            return
         for model in self.models:
             if not any(stage.problem for stage in self.stages(model, self.batches[0])):
                 raise UsageError(f"no stage has attention with top-k {self.topks}; 1,4,16,-2 would")
+
+    def _check_mixers(self) -> None:
+        if set(self.models) != {MIXER_LAYOUT}:
+            raise UsageError(
+                f"mixers are compared in the layout of {MIXER_LAYOUT}, not of {', '.join(self.models)}; "
+                "leave --model out"
+            )
+        for what, given in (
+            ("--topks", self.topks is not None),
+            ("--peers", bool(self.peers)),
+            ("--checkpoint", bool(self.checkpoint)),
+            ("several S", len(set(self.n_win)) > 1),
+        ):
+            if given:
+                raise UsageError(f"--mixer and {what} exclude each other; leave one of them out")
 
     def stages(self, model: str, batch: int) -> tuple[Stage, ...]:
         """The stages of one of the models, each with the attention call that it makes.
@@ -113,7 +140,7 @@ class Request:
     def padding_notes(self) -> tuple[str, ...]:
         """A sentence per model whose maps are padded for S, where another task's S would divide them."""
         notes = []
-        for model in self.models:
+        for model in () if self.mixers else self.models:
             worst = max(self.stages(model, self.batches[0]), key=lambda stage: stage.padding_waste)
             better = next((task for task in TASKS.values() if self._tiles(model, task)), None)
             if worst.problem and worst.padding_waste and better:
@@ -156,6 +183,8 @@ def make_request(
     parts: bool = True,
     forms: Sequence[str] = (),
     peers: Sequence[str] = (),
+    mixers: Sequence[str] = (),
+    directions: Sequence[str] = (),
     seed: int = 0,
     images: str = "",
     checkpoint: str = "",
@@ -171,13 +200,14 @@ def make_request(
         CheckpointError: the weights file cannot be read, or does not fit a model.
     """
     from bratune.kernels import registry
+    from bratune.kernels.mixers.registry import get as get_mixer
     from bratune.work.inputs import picture_files
     from bratune.work.modules import check_checkpoint
 
     if images:
         picture_files(Path(images))
     chosen = get_task(task or defaults.TASK)
-    names = tuple(models) or (defaults.MODEL,)
+    names = tuple(models) or ((MIXER_LAYOUT,) if mixers else (defaults.MODEL,))
     usual = defaults.defaults_for(machine)
     layouts = {None: usual.layout, True: "nhwc", False: "nchw"}
     states = {"both": ("cold", "warm"), None: (usual.l2,)}
@@ -201,6 +231,8 @@ def make_request(
         parts=parts,
         forms=_forms(forms, machine, direction, names_of_backends),
         peers=tuple(peer_name(name) for name in peers),
+        mixers=tuple(dict.fromkeys(get_mixer(name).name for name in mixers)),
+        directions=tuple(directions),
         seed=seed,
         images=images,
         checkpoint=checkpoint,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bratune.kernels.mixers.definition import Definition, attend_at, bilinear
 from bratune.kernels.mixers.mixer import Mixer, Place, join_heads, split_heads
 from bratune.kernels.mixers.reduction import stride_at
 from bratune.kernels.mixers.tiles import projection_macs
@@ -98,6 +101,26 @@ class DeformableAttention(nn.Module):
         return bias.reshape(batch, self.heads, height * width, -1)
 
 
+def _deformed_at(module: Any, x: Tensor, at: Tensor) -> Tensor:
+    """Points as the module proposes them; the map and the table of biases are read between tokens by hand."""
+    batch, height, width, dim = x.shape
+    groups, heads = module.groups, module.heads
+    q = module.q(x)
+    points = module.points(q)
+    grouped = to_nchw(x).reshape(batch * groups, dim // groups, height, width)
+    sampled = bilinear(grouped, points).reshape(batch, dim, -1).transpose(1, 2)
+    k, v = (split_heads(t, heads) for t in module.kv(sampled).chunk(2, dim=-1))
+    place = torch.stack((at % width, at // width), dim=-1).to(q.dtype)
+    far = place.new_tensor([width - 1, height - 1])
+    here = torch.where(far > 0, 2 * place / far.clamp(min=1) - 1, 0.0)
+    distance = 0.5 * (here[:, None] - points.reshape(batch * groups, 1, -1, 2))
+    tables = module.table.unflatten(0, (groups, -1)).repeat(batch, 1, 1, 1)
+    bias = bilinear(tables, distance).reshape(batch, heads, len(at), -1)
+    out = attend_at(split_heads(q.flatten(1, 2)[:, at], heads), k, v, bias=bias)
+    done: Tensor = module.proj(join_heads(out))
+    return done
+
+
 def _groups(place: Place) -> int:
     return max(1, place.heads // HEADS_PER_GROUP) if place.heads % HEADS_PER_GROUP == 0 else 1
 
@@ -133,6 +156,7 @@ DEFORMABLE = Mixer(
     paper="Xia et al., Vision Transformer with Deformable Attention, CVPR 2022, arXiv 2201.00520",
     order="N^2 / r^2",
     build=_build,
+    define=lambda module: Definition(module, _deformed_at),
     count=_macs,
     maps=lambda place: (
         4 * place.tokens * place.dim

@@ -98,6 +98,15 @@ class MixerKind(Protocol):
         """
         ...
 
+    def definition(self, module: nn.Module) -> nn.Module:
+        """What a module of `make` must agree with: the same weights, computed plainly at some tokens.
+
+        It takes a map ``[B, H, W, C]`` and places of tokens in it, ``[M]``, row by row, and returns
+        ``[B, M, C]``, in float64 where rounding changes nothing but the last digits. Its parameters are
+        copies of those of the module, in the same order.
+        """
+        ...
+
     def macs(self, place: Place) -> int:
         """Multiply-adds of a forward pass: projections, convolutions and both products of attention."""
         ...
@@ -116,6 +125,7 @@ class Mixer:
         paper: See `MixerKind.paper`.
         order: See `MixerKind.order`.
         build: Makes the module of a place.
+        define: See `MixerKind.definition`.
         count: Multiply-adds of one image of a place.
         maps: Maps of ``dim`` channels that are alive at most, beyond input and output, as a number of their
             numbers per image.
@@ -126,6 +136,7 @@ class Mixer:
     paper: str
     order: str
     build: Callable[[Place], nn.Module]
+    define: Callable[[nn.Module], nn.Module]
     count: Callable[[Place], int]
     maps: Callable[[Place], int]
     refuse: Callable[[Place], tuple[str, ...]] = lambda place: ()
@@ -140,6 +151,10 @@ class Mixer:
         if reasons:
             raise ProblemError(f"{self.name}: {'; '.join(reasons)}")
         return self.build(place)
+
+    def definition(self, module: nn.Module) -> nn.Module:
+        """See `MixerKind.definition`."""
+        return self.define(module)
 
     def macs(self, place: Place) -> int:
         """See `MixerKind.macs`."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from bratune.kernels.mixers.definition import Definition, under_mask
 from bratune.kernels.mixers.mixer import Mixer, Place
 from bratune.kernels.mixers.tiles import Projected, projection_macs
 
@@ -69,6 +72,25 @@ def _near(x: Tensor, rows: Tensor, columns: Tensor, tall: int, wide: int) -> Ten
     return x.unfold(1, tall, 1).unfold(2, wide, 1)[:, rows][:, :, columns]
 
 
+def _neighbours_at(module: Any, x: Tensor, at: Tensor) -> Tensor:
+    """Every token sees a square around it, moved inwards at a border."""
+    side, wide = module.side, 2 * module.side - 1
+    height, width = x.shape[1:3]
+
+    def near(y: Tensor, x: Tensor, ky: Tensor, kx: Tensor) -> Tensor:
+        seen = torch.ones((), dtype=torch.bool, device=y.device)
+        for here, there, n in ((y, ky, height), (x, kx, width)):
+            first = (here - side // 2).clamp(min=0).clamp(max=max(0, n - side))
+            seen = seen & (first <= there) & (there < first + side)
+        return seen
+
+    def bias(y: Tensor, x: Tensor, ky: Tensor, kx: Tensor) -> Tensor:
+        offsets = (ky - y + side - 1) % wide, (kx - x + side - 1) % wide
+        return module.table[:, offsets[0], offsets[1]].permute(1, 2, 0)  # type: ignore[no-any-return]
+
+    return under_mask(module, x, at, near, bias)
+
+
 def _keys(place: Place) -> int:
     return min(SIDE, place.height) * min(SIDE, place.width)
 
@@ -78,6 +100,7 @@ NEIGHBOURHOOD = Mixer(
     paper="Hassani et al., Neighborhood Attention Transformer, CVPR 2023, arXiv 2204.07143",
     order="N",
     build=lambda place: NeighbourhoodAttention(place.dim, place.heads),
+    define=lambda module: Definition(module, _neighbours_at),
     count=lambda place: projection_macs(place) + 2 * place.tokens * _keys(place) * place.dim,
     maps=lambda place: place.tokens * (4 * place.dim + 3 * _keys(place) * (place.dim + place.heads)),
 )

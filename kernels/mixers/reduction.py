@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bratune.kernels.mixers.definition import Definition, attend_at, under_mask
 from bratune.kernels.mixers.mixer import Mixer, Place, join_heads, split_heads
 from bratune.kernels.mixers.tiles import (
     Projected,
@@ -101,6 +104,36 @@ def _too_small(place: Place) -> tuple[str, ...]:
     return (f"its keys stand for {stride}x{stride} tokens, and the map has {place.height}x{place.width}",)
 
 
+def _reduced_at(module: Any, x: Tensor, at: Tensor) -> Tensor:
+    """Keys are products of whole patches with the convolution's weights."""
+    small, stride, dim = x, module.stride, x.shape[-1]
+    if module.sr is not None:
+        rows, columns = (n // stride for n in x.shape[1:3])
+        cut = x[:, : rows * stride, : columns * stride]
+        patches = cut.reshape(len(x), rows, stride, columns, stride, dim).permute(0, 1, 3, 5, 2, 4)
+        small = patches.reshape(len(x), rows, columns, -1) @ module.sr.weight.flatten(1).T + module.sr.bias
+        small = module.norm(small)
+    k, v = (split_heads(t, module.heads) for t in module.kv(small.flatten(1, 2)).chunk(2, dim=-1))
+    q = split_heads(module.q(x.flatten(1, 2)[:, at]), module.heads)
+    out: Tensor = module.proj(join_heads(attend_at(q, k, v)))
+    return out
+
+
+def _local_at(module: Any, x: Tensor, at: Tensor) -> Tensor:
+    side = module.side
+
+    def near(y: Tensor, x: Tensor, ky: Tensor, kx: Tensor) -> Tensor:
+        rows, columns = y // side == ky // side, x // side == kx // side
+        both: Tensor = rows & columns
+        return both
+
+    return under_mask(module, x, at, near, pad=side)
+
+
+def _define(module: nn.Module) -> Definition:
+    return Definition(module, _local_at if isinstance(module, LocalAttention) else _reduced_at)
+
+
 def _reduced_macs(place: Place) -> int:
     stride = stride_at(place)
     keys = (place.height // stride) * (place.width // stride)
@@ -133,6 +166,7 @@ REDUCED = Mixer(
     paper="Wang et al., Pyramid Vision Transformer, ICCV 2021, arXiv 2102.12122",
     order="N^2 / r^2",
     build=lambda place: ReducedAttention(place.dim, place.heads, stride_at(place)),
+    define=_define,
     count=_reduced_macs,
     maps=_reduced_maps,
     refuse=_too_small,
@@ -146,6 +180,7 @@ SEPARABLE = Mixer(
         if _is_local(place)
         else ReducedAttention(place.dim, place.heads, stride_at(place))
     ),
+    define=_define,
     count=lambda place: _local_macs(place) if _is_local(place) else _reduced_macs(place),
     maps=lambda place: _local_maps(place) if _is_local(place) else _reduced_maps(place),
     refuse=lambda place: () if _is_local(place) else _too_small(place),

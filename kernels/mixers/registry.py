@@ -14,9 +14,10 @@ import importlib.metadata
 from bratune.errors import BratuneError, UnknownNameError
 from bratune.kernels.mixers.mixer import MixerKind
 
-__all__ = ["GROUP", "MIXERS", "get", "names"]
+__all__ = ["GROUP", "MIXERS", "ROUTED", "get", "module_of", "names", "package_of"]
 
 GROUP = "bratune.mixers"
+_HERE = "bratune.kernels.mixers"
 
 _BUILT_IN = {
     "window": "windows:WINDOW",
@@ -60,12 +61,28 @@ def get(name: str) -> MixerKind:
         return bi_level_routing(backend or "auto")
     if name in _BUILT_IN:
         module, _, attribute = _BUILT_IN[name].partition(":")
-        found: MixerKind = getattr(importlib.import_module(f"bratune.kernels.mixers.{module}"), attribute)
+        found: MixerKind = getattr(importlib.import_module(f"{_HERE}.{module}"), attribute)
         return found
     for point in _entry_points():
         if point.name == name:
             return _load(point)
     raise UnknownNameError("mixer", name, names())
+
+
+def module_of(name: str) -> str:
+    """The name of the module that defines a mixer; empty where nobody has it."""
+    base = name.partition(":")[0]
+    if base == ROUTED:
+        return f"{_HERE}.whole"
+    if name in _BUILT_IN:
+        return f"{_HERE}.{_BUILT_IN[name].partition(':')[0]}"
+    return next((point.module for point in _entry_points() if point.name == name), "")
+
+
+def package_of(name: str) -> str:
+    """The package and version that a mixer of somebody else comes from; empty for a built-in one."""
+    found = [] if name.partition(":")[0] in MIXERS else [p for p in _entry_points() if p.name == name]
+    return ", ".join(f"{p.dist.name} {p.dist.version}" if p.dist else p.module for p in found)
 
 
 @functools.cache

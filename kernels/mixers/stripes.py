@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from bratune.kernels.mixers.definition import Definition, attend_at, grid_of, under_mask
 from bratune.kernels.mixers.mixer import Mixer, Place, join_heads, split_heads
 from bratune.kernels.mixers.tiles import (
     Projected,
@@ -137,6 +140,50 @@ class CrossShapedAttention(Projected):
         return from_windows(out, tall, wide, rows, columns)
 
 
+def _axial_at(module: Any, x: Tensor, at: Tensor) -> Tensor:
+    """The rows' attention for whole columns, then the columns' for the tokens asked for."""
+    y, column = at // x.shape[2], at % x.shape[2]
+    q, k, v = module.rows.split(x)  # [B, H, heads, W, d]
+    across = module.rows.proj(join_heads(attend_at(q[..., column, :], k, v)))  # [B, H, M, C]
+    q, k, v = module.columns.split(across.transpose(1, 2))  # [B, M, heads, H, d]
+    own = torch.arange(len(at), device=at.device)
+    out = attend_at(q[:, own, :, y].unsqueeze(-2).movedim(0, 1), k, v)  # [B, M, heads, 1, d]
+    done: Tensor = module.columns.proj(join_heads(out).squeeze(-2))
+    return done
+
+
+def _criss_cross_at(module: Any, x: Tensor, at: Tensor) -> Tensor:
+    return under_mask(module, x, at, lambda y, x, ky, kx: (y == ky) | (x == kx))
+
+
+def _cross_shaped_at(module: Any, x: Tensor, at: Tensor) -> Tensor:
+    """Heads of the first part see their stripe of rows, the others their stripe of columns."""
+    stripe, width, dim = module.stripe, x.shape[2], x.shape[3]
+    if stripe:
+        x = pad_to(x, stripe, stripe)
+    rows, columns = x.shape[1:3]
+    y, c, ky, kx = grid_of(at, width, rows, columns)
+    own = (y * columns + c)[:, 0]
+    q, k, v = module.qkv(x.flatten(1, 2)).chunk(3, dim=-1)
+    done = []
+    parts = [(0, module.across), (module.across, dim)]
+    for conv, (first, last) in zip(module.lepe, (p for p in parts if p[0] < p[1]), strict=True):
+        heads = (last - first) * module.heads // dim
+        mine = [split_heads(t[..., first:last], heads) for t in (q, k, v)]
+        maps = v[..., first:last].unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        seen = None
+        if stripe:
+            axis = 2 if first == 0 and module.across else 3
+            seen = y // stripe == ky // stripe if axis == 2 else c // stripe == kx // stripe
+            maps = torch.cat([conv(part) for part in maps.split(stripe, dim=axis)], dim=axis)
+        else:
+            maps = conv(maps)
+        attended_to = join_heads(attend_at(mine[0][..., own, :], mine[1], mine[2], seen))
+        done.append(attended_to + maps.flatten(2).transpose(1, 2)[:, own])
+    out: Tensor = module.proj(torch.cat(done, dim=-1))
+    return out
+
+
 def _stripe(place: Place) -> int:
     return 0 if place.stage == 4 else STRIPES[place.stage - 1]
 
@@ -175,6 +222,7 @@ AXIAL = Mixer(
     paper="Ho et al., Axial Attention in Multidimensional Transformers, arXiv 1912.12180",
     order="N^1.5",
     build=lambda place: AxialAttention(place.dim, place.heads),
+    define=lambda module: Definition(module, _axial_at),
     count=_axial_macs,
     maps=lambda place: place.tokens * (6 * place.dim + place.heads * max(place.height, place.width)),
 )
@@ -183,6 +231,7 @@ CRISS_CROSS = Mixer(
     paper="Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019, arXiv 1811.11721",
     order="N^1.5",
     build=lambda place: CrissCrossAttention(place.dim, place.heads),
+    define=lambda module: Definition(module, _criss_cross_at),
     count=_criss_macs,
     maps=lambda place: place.tokens * (8 * place.dim + 5 * place.heads * (place.height + place.width)),
 )
@@ -191,6 +240,7 @@ CROSS_SHAPED = Mixer(
     paper="Dong et al., CSWin Transformer, CVPR 2022, arXiv 2107.00652",
     order="N^1.5",
     build=lambda place: CrossShapedAttention(place.dim, place.heads, _stripe(place)),
+    define=lambda module: Definition(module, _cross_shaped_at),
     count=_cross_macs,
     maps=_cross_maps,
 )

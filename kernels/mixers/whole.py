@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from torch import Tensor, nn
 
 from bratune.errors import ProblemError
 from bratune.kernels.full_attention import AttentionLePE
 from bratune.kernels.layer import BiLevelRoutingAttention
+from bratune.kernels.mixers.definition import Definition, under_mask
 from bratune.kernels.mixers.mixer import Mixer, Place
 from bratune.kernels.mixers.tiles import Projected, attended, projection_macs
 from bratune.problem import Problem
 from bratune.variant import get_variant
 
-__all__ = ["FULL", "FullMapAttention", "bi_level_routing"]
+__all__ = ["FULL", "FullMapAttention", "bi_level_routing", "problem_at"]
 
 _STL = "biformer_stl"
 
@@ -34,6 +38,27 @@ class FullMapAttention(Projected):
         return out.reshape(x.shape)
 
 
+class RoutedDefinition(nn.Module):
+    """Bi-level routing by the backend ``reference``, in the module's own data type.
+
+    Rounded otherwise, a region at a near tie would be routed elsewhere, and be another result.
+
+    Args:
+        mixer: The module of the mixer.
+    """
+
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer = copy.deepcopy(mixer)
+        routed: Any = self.mixer
+        routed.set_backend("reference")
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        """See `bratune.kernels.mixers.mixer.MixerKind.definition`."""
+        out: Tensor = self.mixer(x)
+        return out.flatten(1, 2)[:, at]
+
+
 def bi_level_routing(backend: str = "auto") -> Mixer:
     """Bi-level routing attention by a backend, with the top-k of BiFormer-STL in every stage."""
 
@@ -51,6 +76,7 @@ def bi_level_routing(backend: str = "auto") -> Mixer:
         "arXiv 2303.08810",
         order="N^(4/3)",
         build=build,
+        define=RoutedDefinition,
         count=_routed_macs,
         maps=_routed_maps,
         refuse=_refusals,
@@ -68,6 +94,15 @@ def _refusals(place: Place) -> tuple[str, ...]:
     except ProblemError as error:
         return (str(error),)
     return ()
+
+
+def problem_at(place: Place, like: Problem) -> Problem | None:
+    """The attention call of a stage, in the batch, data type and direction of another.
+
+    None where the stage attends to its whole map.
+    """
+    found = _problem(place)
+    return found and found.replace(batch=place.batch, dtype=like.dtype, direction=like.direction)
 
 
 def _problem(place: Place) -> Problem | None:
@@ -105,11 +140,16 @@ def _routed_maps(place: Place) -> int:
     )
 
 
+def _everything(y: Tensor, x: Tensor, ky: Tensor, kx: Tensor) -> Tensor:
+    return (y == y) & (kx == kx)
+
+
 FULL = Mixer(
     name="full",
     paper="Vaswani et al., Attention Is All You Need, NeurIPS 2017, arXiv 1706.03762",
     order="N^2",
     build=lambda place: FullMapAttention(place.dim, place.heads),
+    define=lambda module: Definition(module, lambda m, x, at: under_mask(m, x, at, _everything)),
     count=lambda place: projection_macs(place) + 2 * place.tokens**2 * place.dim,
     maps=lambda place: place.tokens * (5 * place.dim + place.heads * place.tokens),
 )

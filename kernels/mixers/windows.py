@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bratune.kernels.mixers.definition import Definition, of_table, under_mask
 from bratune.kernels.mixers.mixer import Mixer, Place
 from bratune.kernels.mixers.tiles import (
     Projected,
@@ -101,6 +103,39 @@ class GridAttention(Projected):
         return out[:, :height, :width]
 
 
+def _windows_at(module: Any, x: Tensor, at: Tensor) -> Tensor:
+    """Tokens of one window see each other; windows begin ``shift`` tokens from the edge, cut off there."""
+    side = module.side
+    shift = module.shift if min(x.shape[1:3]) > side else 0
+
+    def near(y: Tensor, x: Tensor, ky: Tensor, kx: Tensor) -> Tensor:
+        rows, columns = (
+            (y - shift) // side == (ky - shift) // side,
+            (x - shift) // side == (kx - shift) // side,
+        )
+        both: Tensor = rows & columns
+        return both
+
+    return under_mask(module, x, at, near, of_table(module.bias, side), pad=side)
+
+
+def _grid_at(module: Any, x: Tensor, at: Tensor) -> Tensor:
+    """Tokens see those that are whole strides away, so many that ``side`` of them span the map."""
+    side = module.side
+    tall, wide = (-(-n // side) for n in x.shape[1:3])
+
+    def far(y: Tensor, x: Tensor, ky: Tensor, kx: Tensor) -> Tensor:
+        rows, columns = y % tall == ky % tall, x % wide == kx % wide
+        both: Tensor = rows & columns
+        return both
+
+    return under_mask(module, x, at, far, of_table(module.bias, side, (tall, wide)), pad=side)
+
+
+def _define(module: nn.Module) -> Definition:
+    return Definition(module, _grid_at if isinstance(module, GridAttention) else _windows_at)
+
+
 def _macs(place: Place) -> int:
     padded = place.at(ceil_div(place.height, SIDE) * SIDE, ceil_div(place.width, SIDE) * SIDE)
     return projection_macs(padded) + tile_macs(place, SIDE, SIDE)
@@ -119,6 +154,7 @@ WINDOW = Mixer(
     paper=_SWIN,
     order="N",
     build=lambda place: WindowAttention(place.dim, place.heads),
+    define=_define,
     count=_macs,
     maps=_maps,
 )
@@ -127,6 +163,7 @@ SHIFTED = Mixer(
     paper=_SWIN,
     order="N",
     build=lambda place: WindowAttention(place.dim, place.heads, shift=SIDE // 2 * (place.block % 2)),
+    define=_define,
     count=_macs,
     maps=_maps,
 )
@@ -135,6 +172,7 @@ GRID = Mixer(
     paper="Tu et al., MaxViT: Multi-Axis Vision Transformer, ECCV 2022, arXiv 2204.01697",
     order="N",
     build=lambda place: (GridAttention if place.block % 2 else WindowAttention)(place.dim, place.heads),
+    define=_define,
     count=_macs,
     maps=_maps,
 )

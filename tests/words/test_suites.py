@@ -40,7 +40,9 @@ def test_the_shipped_suites_hold_the_official_settings(name: str, image: tuple[i
 
 
 def test_every_shipped_suite_is_listed_above() -> None:
-    assert load.names() == ("classification-224", "detection-800x1333", "segmentation-512", "yolo-640")
+    attentions = ("attentions-224", "attentions-512", "attentions-800x1333")
+    others = ("classification-224", "detection-800x1333", "segmentation-512", "yolo-640")
+    assert load.names() == (*attentions, *others)
 
 
 def test_a_file_of_your_own_is_a_suite(tmp_path: Path) -> None:

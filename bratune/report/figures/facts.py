@@ -81,9 +81,9 @@ def trusted(records: Iterable[Record]) -> dict[tuple[object, ...], Record]:
     return found
 
 
-def timed(records: Iterable[Record], part: str) -> list[Record]:
-    """The trusted records of one part."""
-    return [r for r in trusted(records).values() if r.part == part]
+def timed(records: Iterable[Record], part: str, *, mixers: bool = False) -> list[Record]:
+    """The trusted records of one part; of the comparison of mixers, or of everything else."""
+    return [r for r in trusted(records).values() if r.part == part and (r.form == "mixer") is mixers]
 
 
 def series_of(record: Record) -> str:

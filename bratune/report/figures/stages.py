@@ -52,7 +52,7 @@ def infos(records: Sequence[Record]) -> list[PartTime]:
     """
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for r in trusted(records).values():
-        if r.part in PART_ORDER and r.stage:
+        if r.part in PART_ORDER and r.stage and r.form != "mixer":
             groups[(f"{r.model}, {work_of(r)}, {r.l2} cache", r.gpu_key)].append(r)
     found: dict[tuple[object, ...], PartTime] = {}
     for (work, gpu), rows in groups.items():
