@@ -25,7 +25,7 @@ from bratune.run.summary import (
     residual,
 )
 
-__all__ = ["profile_markdown", "profile_text", "scene_tables", "scene_title"]
+__all__ = ["MIXER_TITLES", "profile_markdown", "profile_text", "scene_tables", "scene_title"]
 
 DASH = "-"
 FOOTNOTE = "* fastest of its stage   alloc MB: most memory that the call allocated on top of its inputs"
@@ -292,8 +292,8 @@ def _mixer_table(rows: Sequence[Record], passes: Sequence[Record], part: str) ->
             continue
         ratio = _ratio_cells(row, own, verdicts, is_base(row))
         found.append((*who, _ms(row.median_ms), *ratio, _megabytes(row.workspace_mb)))
-    columns = ("<stage", "<map", "<attention", "median ms")
-    columns += (*_ratio_columns("window", judged=bool(verdicts)), "alloc MB")
+    ratios = _ratio_columns("window", judged=bool(verdicts))
+    columns = ("<stage", "<map", "<attention", "median ms", *ratios, "alloc MB")
     return Table(columns, tuple(found), title=MIXER_TITLES[part])
 
 

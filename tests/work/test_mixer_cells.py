@@ -12,17 +12,23 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bratune.cell import Cell
+from bratune.cli.options import settings_of
 from bratune.cli.profile import command
 from bratune.errors import UnknownNameError, UsageError
 from bratune.kernels.mixers import registry
 from bratune.kernels.mixers.windows import GridAttention, WindowAttention
 from bratune.machine import Machine, detect
 from bratune.record import Record
+from bratune.report.answer import answer
+from bratune.report.figures.facts import timed
+from bratune.report.profile_tables import MIXER_TITLES, profile_text, scene_tables
 from bratune.run import reuse, session
 from bratune.run.engine import Baselines, group_of, groups_of, is_baseline
 from bratune.run.isolated import _is_foreign
 from bratune.run.measure_cell import check, prepare, refusals
 from bratune.run.repro import command_for
+from bratune.run.summary import residual
+from bratune.store import pool
 from bratune.suites import load
 from bratune.work import call, mixers
 from bratune.work.cells import scenes
@@ -209,7 +215,7 @@ def test_built_in_mixers_share_a_process_and_come_from_no_package() -> None:
 def test_the_command_of_a_row_gives_its_cell() -> None:
     for cell in cells(ask("window", "bi-level-routing:gather", direction="fwd-bwd", seed=3)):
         words = shlex.split(command_for(cell))
-        parsed = command.make_context("profile", words[2:]).params
+        (parsed,) = settings_of(command.make_context("profile", words[2:]).params)
         assert parsed["mixer"] == (cell.backend,)
         request = make_request(
             CPU,
@@ -267,3 +273,30 @@ def test_both_directions_are_cells_of_their_own() -> None:
     assert {dataclasses.replace(c.problem, direction="fwd") for c in both} == {
         c.problem for c in cells(ask("full"))
     }
+
+
+def test_mixers_have_tables_of_their_own() -> None:
+    rows = [Record.of(cell, CPU, median_ms=float(n), run_id="r") for n, cell in enumerate(cells(ask()), 1)]
+    titles = [table.title or table.columns[0] for table in scene_tables(rows)]
+    assert titles == [*MIXER_TITLES.values(), "<whole model"]
+    assert residual(rows, 1) is None
+    assert timed(rows, "model") == []
+    assert len(timed(rows, "model", mixers=True)) == len(ALL)
+    assert answer(rows) == []
+
+
+def test_a_speedup_over_the_window_is_judged() -> None:
+    window, full = one("window", "mixer", 1), one("full", "mixer", 1)
+    passes = [
+        Record.of(cell, CPU, median_ms=ms, run_id="r", pass_number=n, passes=3, **ratio)
+        for n in (1, 2, 3)
+        for cell, ms, ratio in (
+            (window, 2.0, {}),
+            (full, 1.0, {"ratio": 2.0 + n / 1000, "ratio_lo": 1.99, "ratio_hi": 2.02}),
+        )
+    ]
+    text = profile_text(pool(passes), passes)
+    assert "vs window, 95 %" in text
+    line = next(line for line in text.splitlines() if " full " in line)
+    assert "2.00x" in line
+    assert "FASTER" in line
