@@ -36,6 +36,7 @@
 typedef struct {
     int64_t rows, cols, kv_cols; /* the grids of query regions and of key regions */
     int64_t t, tk, k, d, dp, kp, vectors;
+    int64_t pitch; /* from a channel to the next in a block of columns: TK, or whole vectors where one block is all */
     int64_t regions, kv_regions;
     int64_t once;          /* blocks of four columns, read by one block of queries: never put side by side */
     int64_t direct;        /* values are read where they lie in the map */
@@ -44,12 +45,16 @@ typedef struct {
     float factor; /* the scale */
 } shape_t;
 
-/* Whether rows of a map serve as they lie: floats side by side, no padding, and not a multiple of 4 KiB apart, which
-   would put them all into one place of an L1 cache. */
-static int reads_in_place(const attention_t *c, const map_t *m)
+/* Whether the routed rows of a map serve as they lie: floats side by side, no padding, and, where several blocks of
+   queries read them, not so that they push each other out of an L1 cache. It has at least 64 sets of 8 lines of 64
+   bytes: rows 2^n lines apart share 64 / 2^n of the sets. */
+static int reads_in_place(const attention_t *c, const map_t *m, const shape_t *s)
 {
-    return c->dtype == FLOAT32 && m->channel == 1 && c->kv_height % c->kv_region_h == 0 &&
-           c->kv_width % c->kv_region_w == 0 && m->token % 1024;
+    if (c->dtype != FLOAT32 || m->channel != 1 || s->d != s->dp || c->kv_height % c->kv_region_h ||
+        c->kv_width % c->kv_region_w)
+        return 0;
+    int64_t lines = m->token / 16, apart = min_of(lines & -lines, 64);
+    return s->t <= NQ || m->token % 16 || min_of(s->k, KEY_STRETCH) <= 8 * 64 / max_of(apart, 1);
 }
 
 static shape_t shape_of(const attention_t *c, int64_t block_floats, int direct)
@@ -67,8 +72,9 @@ static shape_t shape_of(const attention_t *c, int64_t block_floats, int direct)
     s.dp = ceil_div(s.d, LANES) * LANES;
     s.vectors = ceil_div(s.k, LANES);
     s.kp = s.vectors * LANES;
+    s.pitch = c->topk == 1 ? s.kp : s.tk;
     s.once = s.tk == 4 && s.t <= NQ && LANES > 4;
-    s.direct = direct && reads_in_place(c, &c->v) && s.d == s.dp;
+    s.direct = direct && reads_in_place(c, &c->v, &s);
     s.kept = c->topk > 1 && s.kv_regions * s.tk * (block_floats - s.direct * s.dp) * 4 <= KEPT_BYTES;
     s.slots = s.kept ? s.kv_regions : c->topk;
     s.factor = (float)c->scale;
@@ -163,7 +169,7 @@ typedef struct {
 
 static int64_t slot_floats(const shape_t *s, int64_t backward)
 {
-    return s->tk * (backward ? 2 * s->d + s->dp : s->d + !s->direct * s->dp);
+    return (backward ? 2 : 1) * s->pitch * s->d + (backward || !s->direct ? s->tk * s->dp : 0);
 }
 
 static void pack_map(blocks_t *k, const map_t *m, int64_t region, float *columns, float *rows)
@@ -190,7 +196,7 @@ static void pack_map(blocks_t *k, const map_t *m, int64_t region, float *columns
                 y++;
             }
         }
-        transpose(columns + j, s->tk, at, n, s->d);
+        transpose(columns + j, s->pitch, at, n, s->d);
     }
 }
 
@@ -207,10 +213,10 @@ static float *block_of(blocks_t *k, int64_t region, int64_t slot)
             pack_map(k, &k->call->k, region, at, NULL);
         } else if (k->maps == 2) { /* [D, TK] of k, [TK, DP] of v */
             pack_map(k, &k->call->k, region, at, NULL);
-            pack_map(k, &k->call->v, region, NULL, at + s->tk * s->d);
+            pack_map(k, &k->call->v, region, NULL, at + s->pitch * s->d);
         } else { /* [D, TK] of k, [D, TK] of v, [TK, DP] of k */
-            pack_map(k, &k->call->k, region, at, at + 2 * s->tk * s->d);
-            pack_map(k, &k->call->v, region, at + s->tk * s->d, NULL);
+            pack_map(k, &k->call->k, region, at, at + 2 * s->pitch * s->d);
+            pack_map(k, &k->call->v, region, at + s->pitch * s->d, NULL);
         }
     }
     return at;
@@ -237,12 +243,12 @@ static void fetch_next(const blocks_t *k, int64_t r)
 static int64_t routed_columns(const shape_t *s, int64_t topk, float *const *blocks, int64_t offset,
                               const float **columns, float *room)
 {
-    if (s->tk % LANES == 0) {
+    if (s->pitch % LANES == 0) {
         int64_t c = 0;
         for (int64_t slot = 0; slot < topk; slot++)
-            for (int64_t j = 0; j < s->tk; j += LANES)
+            for (int64_t j = 0; j < s->pitch; j += LANES)
                 columns[c++] = blocks[slot] + offset + j;
-        return s->tk;
+        return s->pitch;
     }
     if (s->once) {
         for (int64_t slot = 0; slot < s->kp / 4; slot++)
@@ -255,10 +261,13 @@ static int64_t routed_columns(const shape_t *s, int64_t topk, float *const *bloc
         if (s->tk == 4) /* one 16-byte move, the size of regions of 2x2 */
             for (int64_t d = 0; d < s->d; d++)
                 memcpy(to + d * s->kp, from + d * 4, 16);
-        else
+        else if (s->tk < LANES)
             for (int64_t d = 0; d < s->d; d++)
                 for (int64_t j = 0; j < s->tk; j++)
                     to[d * s->kp + j] = from[d * s->tk + j];
+        else
+            for (int64_t d = 0; d < s->d; d++)
+                memcpy(to + d * s->kp, from + d * s->tk, (size_t)s->tk * 4);
     }
     for (int64_t c = 0; c < s->vectors; c++)
         columns[c] = room + c * LANES;
@@ -459,7 +468,7 @@ static scratch_t lay_out(pieces_t *p, const shape_t *s, int64_t topk, int64_t ba
     m.q = piece(p, q_rows * s->dp * 4);
     m.s = piece(p, Q_ROWS * s->kp * 4);
     m.o = piece(p, Q_ROWS * s->dp * 4);
-    int64_t joins = s->tk % LANES != 0;
+    int64_t joins = s->pitch % LANES != 0;
     m.room = piece(p, joins * s->d * s->kp * 4);
     m.rows = piece(p, s->k * (int64_t)sizeof(float *));
     if (backward) {
@@ -497,7 +506,9 @@ static blocks_t open_blocks(const attention_t *c, const shape_t *s, scratch_t *m
     blocks_t k = {c, s, b, h, backward ? 3 : 2, m->region_in, m->slots, m->spare, slot_floats(s, backward)};
     for (int64_t i = 0; i < s->slots; i++)
         m->region_in[i] = -1;
-    if (s->tk % LANES) { /* columns beyond K are read, and must hold numbers */
+    if (s->pitch != s->tk) /* columns beyond K are read, and must hold numbers */
+        memset(m->slots, 0, (size_t)(s->slots * slot_floats(s, backward)) * 4);
+    if (s->pitch % LANES) {
         memset(m->room, 0, (size_t)(s->d * s->kp) * 4);
         if (backward)
             memset(m->value_room, 0, (size_t)(s->d * s->kp) * 4);
@@ -521,7 +532,7 @@ static void forward_task(void *context, int64_t task, char *memory)
             m.blocks[slot] = block_of(&keys, m.regions[slot], slot);
         }
         int64_t ld = routed_columns(s, c->topk, m.blocks, 0, m.columns, m.room);
-        routed_rows(&keys, m.blocks, s->direct ? -1 : s->tk * s->d, m.regions, m.rows);
+        routed_rows(&keys, m.blocks, s->direct ? -1 : s->pitch * s->d, m.regions, m.rows);
         if (c->masked || (uneven && r == first))
             bias_of(c, s, m.regions, m.bias);
         tile_t at = query_tile(c, s, r);
@@ -623,8 +634,8 @@ static void backward_task(void *context, int64_t task, char *memory)
             m.blocks[slot] = block_of(&keys, m.regions[slot], slot);
         }
         int64_t ld = routed_columns(s, c->topk, m.blocks, 0, m.columns, m.room);
-        routed_columns(s, c->topk, m.blocks, s->tk * s->d, m.value_columns, m.value_room);
-        routed_rows(&keys, m.blocks, 2 * s->tk * s->d, m.regions, m.rows);
+        routed_columns(s, c->topk, m.blocks, s->pitch * s->d, m.value_columns, m.value_room);
+        routed_rows(&keys, m.blocks, 2 * s->pitch * s->d, m.regions, m.rows);
         if (c->masked || (uneven && r == first))
             bias_of(c, s, m.regions, m.bias);
         tile_t at = query_tile(c, s, r);

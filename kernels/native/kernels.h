@@ -3,9 +3,14 @@
 
 /* Rows of a task of LayerNorm: 16 of 64 channels are 4 KiB, enough to be worth a turn. */
 #define NORM_ROWS 16
-/* Tokens of a depthwise strip: as many sums in registers as hide the latency of a fused operation on two ports. */
+/* Tokens and vectors of channels of a depthwise strip: sums in registers enough to hide the latency of a fused
+   operation on two ports, and a register left for each weight. */
 #define DW_TOKENS 8
-#define DW_REST 3
+#if LANES == 16 || defined(__aarch64__)
+#define DW_VECTORS 2
+#else
+#define DW_VECTORS 1
+#endif
 
 #include "attention.h"
 #include "depthwise.h"
