@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bratune.cli import options
+from bratune.errors import UsageError
 
 if TYPE_CHECKING:
+    from bratune.machine import Machine
     from bratune.work.cells import Scene
     from bratune.work.explain import StageFacts
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 @options.target_options
 @options.swept_what_options
 @options.work_options
+@options.mixer_option
 @click.option(
     "--fit", metavar="MEMORY", help="Also the largest batch that so much memory holds, e.g. 24GB or 80GiB."
 )
@@ -49,6 +52,7 @@ def command(
     fit: str | None,
     records: tuple[Path, ...],
     format: str,
+    mixer: tuple[str, ...],
     **asked: Any,
 ) -> None:
     """Say what each stage asks of a backend, and which backends accept, without running anything.
@@ -56,7 +60,8 @@ def command(
     One row per stage: tokens that padding adds, keys per query, query-key pairs, bytes that gather-then-dense
     copies, multiply-adds. Then the S with the fewest multiply-adds, with its keys per query, and the fastest
     that was measured on this machine, and every backend, accepted or with all its reasons. With --fit, the
-    largest batch per backend.
+    largest batch per backend. With --mixer, the multiply-adds and bytes of attentions in one layout, and how
+    they grow with the resolution.
     """
     if asked.pop("dump_config"):
         click.echo(options.dump_config(ctx))
@@ -71,11 +76,17 @@ def command(
     target = find_target(gpu, device, asked.pop("gpu_spec"))
     if measured:
         target.require_present()
+    names = options.names_of(mixer)
+    if names and fit:
+        raise UsageError("--mixer and --fit exclude each other; leave one of them out")
     requests = [
-        make_request(target.machine, **options.request_values(setting))
+        make_request(target.machine, **options.request_values(setting), mixers=names)
         for setting in options.settings_of(asked)
     ]
     found = [scene for request in requests for scene in scenes(request)]
+    if names:
+        _show_mixers(target.machine, found, format)
+        return
     memory = parse_memory(fit) if fit else 0
     blocks = stored_blocks(target.machine, records)
     facts = [(scene, explain_stages(scene, target.machine, blocks)) for scene in found]
@@ -102,6 +113,24 @@ def command(
 
             click.echo("")
             click.echo((to_markdown if format == "md" else to_text)(fit_table(fits[scene], str(fit))))
+
+
+def _show_mixers(machine: Machine, scenes: Sequence[Scene], format: str) -> None:
+    """What attentions of one layout cost, and how that grows."""
+    from bratune.report.explain_tables import mixers_table
+    from bratune.report.tables import to_markdown, to_text
+    from bratune.work.explain import explain_mixers
+
+    facts = [(scene, explain_mixers(scene, machine)) for scene in scenes]
+    if format == "json":
+        rows = [_about(scene) | dataclasses.asdict(fact) for scene, own in facts for fact in own]
+        click.echo(json.dumps(rows, indent=2))
+        return
+    click.echo(machine)
+    for number, (scene, own) in enumerate(facts):
+        click.echo("\n" * bool(number) + _title(scene))
+        click.echo("")
+        click.echo((to_markdown if format == "md" else to_text)(mixers_table(own)))
 
 
 def _about(scene: Scene) -> dict[str, Any]:
@@ -131,6 +160,18 @@ def _show(scene: Scene, facts: Sequence[StageFacts], *, markdown: bool, setting:
     from bratune.report.tables import to_markdown, to_text
 
     render = to_markdown if markdown else to_text
+    click.echo(_title(scene, setting=setting))
+    for table in (
+        stages_table(facts),
+        n_win_table(facts, lambda fact: _measure(scene, fact)),
+        backends_table(facts),
+    ):
+        click.echo("")
+        click.echo(render(table))
+
+
+def _title(scene: Scene, *, setting: bool = False) -> str:
+    """What is explained, in one line."""
     request = scene.request
     height, width = request.image
     padded = request.task.padded(height, width)
@@ -139,14 +180,7 @@ def _show(scene: Scene, facts: Sequence[StageFacts], *, markdown: bool, setting:
     )
     words = [scene.model, request.task.name, image, f"batch {scene.batch}", request.dtype]
     words += [request.direction, *([request.setting_text] if setting else [])]
-    click.echo(" · ".join(words))
-    for table in (
-        stages_table(facts),
-        n_win_table(facts, lambda fact: _measure(scene, fact)),
-        backends_table(facts),
-    ):
-        click.echo("")
-        click.echo(render(table))
+    return " · ".join(words)
 
 
 def _measure(scene: Scene, fact: StageFacts) -> str:

@@ -380,6 +380,20 @@ engine_options = _stack(
 )
 
 
+mixer_option = click.option(
+    "--mixer",
+    metavar="NAME,NAME",
+    multiple=True,
+    help="Compare these attentions in one layout, and nothing else: window, cross-shaped, full, "
+    "bi-level-routing:gather ..., see `bratune list mixers`; repeatable.",
+)
+
+
+def names_of(texts: Iterable[str]) -> tuple[str, ...]:
+    """Names that stand in texts with commas between them."""
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+
+
 def _trust(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     """Let weights files run code in this process and its workers, while the command runs."""
     if value:

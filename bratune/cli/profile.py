@@ -68,13 +68,7 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
     help="Also time these models of timm in turn with ours: swin_tiny, convnext_tiny, pvt_v2_b2, "
     "maxvit_tiny, deit_small, resnet50, or any name that timm knows.",
 )
-@click.option(
-    "--mixer",
-    metavar="NAME,NAME",
-    multiple=True,
-    help="Compare these attentions in one layout, and nothing else: window, cross-shaped, full, "
-    "bi-level-routing:gather ..., see `bratune list mixers`; repeatable.",
-)
+@options.mixer_option
 @options.measuring_options
 @click.option(
     "--passes",
@@ -197,7 +191,7 @@ def _job(asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunn
     values["parts"] = asked["stages"]
     values["checkpoint"] = str(asked["checkpoint"] or "")
     values |= {name: _names(asked[name]) for name in ("forms", "peers")}
-    values["mixers"] = [name for text in asked["mixer"] for name in _names(text)]
+    values["mixers"] = options.names_of(asked["mixer"])
     values["directions"] = asked.get("directions", ())
     request = make_request(target.machine, **values)
     if target.absent:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from bratune.report.tables import Note, Row, Table
 from bratune.work.capacity import Fit
-from bratune.work.explain import StageFacts
+from bratune.work.explain import MixerFacts, StageFacts
 
-__all__ = ["backends_table", "fit_table", "n_win_table", "stages_table"]
+__all__ = ["backends_table", "fit_table", "mixers_table", "n_win_table", "stages_table"]
 
 
 def stages_table(facts: Sequence[StageFacts]) -> Table:
@@ -114,4 +114,35 @@ def fit_table(fits: Sequence[Fit], memory: str) -> Table:
         )
     title = f"largest batch that {memory} hold, predicted from the tensors that are alive at once"
     heads = ("<backend", "batch", "weights MB", "MB per image", "worst stage")
+    return Table(heads, tuple(rows), title=title)
+
+
+def mixers_table(facts: Sequence[MixerFacts]) -> Table:
+    """Every attention in every stage: counted work, and how it grows."""
+    rows: list[Row] = []
+    last = 0
+    for fact in facts:
+        start = (str(fact.stage), f"{fact.height}x{fact.width}") if fact.stage != last else ("", "")
+        last = fact.stage
+        if fact.reasons:
+            rows.append(Note((*start, fact.mixer), "; ".join(fact.reasons)))
+            continue
+        rows.append(
+            (
+                *start,
+                fact.mixer,
+                f"{fact.macs / 1e9:.3f}",
+                f"{fact.block_macs / 1e9:.3f}",
+                f"{fact.workspace_bytes / 1e6:.1f}",
+                f"{fact.exponent:.2f}",
+                f"{fact.memory_exponent:.2f}",
+                f"{fact.far_exponent:.2f}",
+                fact.order,
+            )
+        )
+    title = (
+        "two blocks, batch; GMAC of both attentions and both blocks; MB beside input and output at most\n"
+        "exponents of the number of tokens N: of GMAC and MB up to twice this side, of GMAC on huge maps"
+    )
+    heads = ("<stage", "<map", "<attention", "GMAC att", "GMAC blk", "MB", "GMAC^", "MB^", "huge^", "<paper")
     return Table(heads, tuple(rows), title=title)

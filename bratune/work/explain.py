@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bratune.kernels import registry
+from bratune.kernels.mixers import registry as mixers
+from bratune.kernels.mixers.mixer import Place
 from bratune.machine import Machine
 from bratune.record import Record
 from bratune.variant import Stage, get_variant
@@ -13,8 +18,20 @@ from bratune.work.capacity import Fit, fit_backends
 from bratune.work.cells import Scene
 from bratune.work.count import block_macs, optimal_n_win, part_macs
 from bratune.work.measured_n_win import MeasuredNWin, measured_n_win
+from bratune.work.mixers import mixer_macs, obstacles, places_of
 
-__all__ = ["StageFacts", "explain_fit", "explain_stage", "explain_stages"]
+__all__ = [
+    "MixerFacts",
+    "StageFacts",
+    "explain_fit",
+    "explain_mixers",
+    "explain_stage",
+    "explain_stages",
+]
+
+# How far apart the two maps are whose work gives an exponent, in tokens per side; and how much larger the
+# first is than that of the resolution asked about, where the fastest growing term has outgrown the others.
+_STEP, _FAR = 8, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +119,86 @@ def explain_stage(scene: Scene, machine: Machine, stage: Stage, blocks: Sequence
         ),
         reasons=reasons,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerFacts:
+    """One attention in one stage, in numbers of two blocks and the whole batch.
+
+    Attributes:
+        mixer: Its name, with what becomes of S at larger resolutions where it has one.
+        stage: 1 for the first.
+        height: Rows of the map.
+        width: Columns of the map.
+        macs: Multiply-adds of both attentions, projections included.
+        block_macs: The same with MLPs.
+        workspace_bytes: What the larger of both allocates beside its input and output, an upper estimate.
+        order: How its work grows with the number of tokens N, as its paper states it.
+        exponent: Of N in its multiply-adds, from this map to one of twice the side.
+        far_exponent: The same on maps so large that the fastest growing term is all there is.
+        memory_exponent: Of N in its workspace, from this map to one of twice the side.
+        reasons: Every obstacle; with any, there are no numbers.
+    """
+
+    mixer: str
+    stage: int
+    height: int
+    width: int
+    macs: int = 0
+    block_macs: int = 0
+    workspace_bytes: int = 0
+    order: str = ""
+    exponent: float = 0.0
+    far_exponent: float = 0.0
+    memory_exponent: float = 0.0
+    reasons: tuple[str, ...] = ()
+
+
+def explain_mixers(scene: Scene, machine: Machine) -> tuple[MixerFacts, ...]:
+    """The facts of every mixer of a request in every stage.
+
+    Bi-level routing is there twice: with S as it is at every resolution, and with S growing as the cube root
+    of the number of tokens, which its paper's order assumes.
+    """
+    found = []
+    for cell in (cell for cell in scene.mixer_cells() if cell.part == "mixer"):
+        kind, pair = mixers.get(cell.backend), places_of(cell)
+        known: dict[str, Any] = {"mixer": cell.backend, "stage": cell.stage, "order": kind.order}
+        known |= {"height": pair[0].height, "width": pair[0].width}
+        reasons = obstacles(cell, machine)
+        if reasons:
+            found.append(MixerFacts(**known, reasons=reasons))
+            continue
+        known |= {
+            "macs": mixer_macs(cell),
+            "block_macs": mixer_macs(cell.replace(part="block")),
+            "workspace_bytes": max(kind.workspace_bytes(place) for place in pair),
+        }
+        routed = cell.backend.partition(":")[0] == mixers.ROUTED
+        for grows in (False, True) if routed else (False,):
+            name = f"{cell.backend}, S {'~ N^(1/3)' if grows else f'= {pair[0].n_win}'}"
+            found.append(
+                MixerFacts(
+                    **known | {"mixer": name if routed else cell.backend},
+                    exponent=_exponent(kind.macs, pair, 1, 2, grows=grows),
+                    far_exponent=_exponent(kind.macs, pair, _FAR, _STEP, grows=grows),
+                    memory_exponent=_exponent(kind.workspace_bytes, pair, 1, 2, grows=grows),
+                )
+            )
+    return tuple(found)
+
+
+def _exponent(
+    cost: Callable[[Place], int], pair: Sequence[Place], first: int, step: int, *, grows: bool
+) -> float:
+    """Of the number of tokens, in the cost of blocks on maps whose sides are so many times as long."""
+    small, large = (
+        sum(cost(_larger(place, n, grows=grows)) for place in pair) for n in (first, first * step)
+    )
+    return math.log(large / small) / (2 * math.log(step))
+
+
+def _larger(place: Place, factor: int, *, grows: bool) -> Place:
+    n_win = round(place.n_win * factor ** (2 / 3)) if grows else place.n_win
+    larger = place.at(factor * place.height, factor * place.width)
+    return dataclasses.replace(larger, n_win=n_win)

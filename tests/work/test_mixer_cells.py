@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bratune.cell import Cell
+from bratune.cli import run
 from bratune.cli.options import settings_of
 from bratune.cli.profile import command
 from bratune.errors import UnknownNameError, UsageError
@@ -33,6 +35,7 @@ from bratune.suites import load
 from bratune.work import call, mixers
 from bratune.work.cells import scenes
 from bratune.work.contents import contents_of
+from bratune.work.explain import explain_mixers
 from bratune.work.request import Request, make_request
 
 CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="Some CPU", memory_gib=8.0)
@@ -300,3 +303,32 @@ def test_a_speedup_over_the_window_is_judged() -> None:
     line = next(line for line in text.splitlines() if " full " in line)
     assert "2.00x" in line
     assert "FASTER" in line
+
+
+def test_work_grows_as_papers_say_once_maps_are_large() -> None:
+    (scene,) = scenes(ask(image=(224, 224), n_win=(7,)))
+    far = {(f.mixer, f.stage): f.far_exponent for f in explain_mixers(scene, CPU)}
+    orders = {"N": 1.0, "N^1.5": 1.5, "N^2": 2.0, "N^2 / r^2": 2.0, "N and N^2 / r^2 in turn": 2.0}
+    for name in (name for name in ALL if not name.startswith("bi-level-routing")):
+        assert far[name, 1] == pytest.approx(orders[registry.get(name).order], abs=0.05)
+    assert far["bi-level-routing, S ~ N^(1/3)", 1] == pytest.approx(4 / 3, abs=0.05)
+    # With the published S at every resolution it is not the order of its paper.
+    assert far["bi-level-routing, S = 7", 1] == pytest.approx(2.0, abs=0.05)
+
+
+def test_explained_work_is_that_of_the_cells() -> None:
+    (scene,) = scenes(ask("full", image=(224, 224), n_win=(7,)))
+    first = explain_mixers(scene, CPU)[0]
+    tokens, dim = 56 * 56, 96
+    attention = 4 * tokens * dim**2 + 2 * tokens**2 * dim
+    assert first.macs == 2 * attention
+    assert first.block_macs == 2 * (attention + 8 * tokens * dim**2)
+    assert first.exponent == pytest.approx(1.98, abs=0.02)  # from 56x56 to 112x112
+
+
+def test_explain_prints_mixers_and_refuses_what_it_cannot(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", "--mixer", "full,window", "--device", "cpu", "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["mixer"], row["stage"]) for row in rows][:3] == [("full", 1), ("window", 1), ("full", 2)]
+    assert run(["explain", "--mixer", "full", "--fit", "24GB", "--device", "cpu"]) == 2
+    assert "--mixer and --fit exclude each other" in capsys.readouterr().err
