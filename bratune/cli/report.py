@@ -51,7 +51,9 @@ def command(
     if not paths and not demo and not keys:
         raise UsageError("report needs records: a file, a folder, --gpu KEY for modelled rows, or --demo")
     records = demonstration.demo_records() if demo else []
-    records += store.pool(store.read_records(paths)) if paths else []
+    rows = list(store.read_records(paths)) if paths else []
+    records += store.pool(rows)
+    passes = [row for row in rows if row.part == "model"]
     if keys:
         records += demonstration.modelled_records([gpus.resolve(key) for key in keys])
     gmacs: dict[str, float] = {}
@@ -60,7 +62,7 @@ def command(
         records += rows
         gmacs |= work
     contents = _plan(plan) if plan else None
-    text = page(records, title=title, plan=contents, gmacs=gmacs)
+    text = page(records, passes=passes, title=title, plan=contents, gmacs=gmacs)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, "utf-8")

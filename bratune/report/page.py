@@ -1,7 +1,7 @@
 """Page: records as one HTML file that needs no network.
 
-Plotly is written into the file once. Every figure has its data as a table and as a CSV link inside the
-file; the same records always give the same bytes.
+It opens with the answer and the chart that shows it. Plotly, the figures and the CSV files of their data are
+packed into the file; tables can be read without a script. The same records always give the same bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 from bratune.errors import MissingPackageError
 from bratune.record import EVIDENCE, Record
@@ -19,19 +18,22 @@ from bratune.report import assets
 from bratune.report.figures.facts import told_apart
 from bratune.report.figures.panel import Key, Panel
 from bratune.report.figures.section import Section
+from bratune.report.opening import opening
 from bratune.report.sections import sections
 from bratune.report.style import EVIDENCE_WORDS
 from bratune.report.tables import to_csv
 
 __all__ = ["page", "rows_to_csv"]
 
-# Rows of a table that the page shows; the CSV has all of them.
+# Rows of a table, and of a cell the characters, that the page shows; the CSV has all of them.
 SHOWN_ROWS = 200
+SHOWN_CHARACTERS = 72
 
 
 def page(
     records: Sequence[Record],
     *,
+    passes: Sequence[Record] = (),
     title: str = "bratune report",
     plan: Mapping[str, Any] | None = None,
     gmacs: Mapping[str, float] | None = None,
@@ -39,7 +41,8 @@ def page(
     """The whole report as HTML.
 
     Args:
-        records: What to show; failures are listed with their reasons.
+        records: What to show, pooled over passes; failures are listed with their reasons.
+        passes: Rows of single passes, which alone can show that anything is faster.
         title: Of the page.
         plan: A plan file's contents, whose setting is marked.
         gmacs: See `bratune.report.sections.sections`.
@@ -52,14 +55,18 @@ def page(
     shown = [s for s in found if s.panels]
     missing = [s for s in found if not s.panels]
     body = [
-        _header(title, records),
-        _contents(shown),
-        *(_section(s, records) for s in shown),
+        _header(title, opening(records, told_apart(passes)), records),
+        *(_section(s) for s in shown[:1]),
+        _contents(shown[1:]),
+        *(_section(s) for s in shown[1:]),
         _missing(missing),
         _failures(records),
+        _machines(records),
     ]
-    script = "\n".join(_plot_call(s.name, i, p) for s in shown for i, p in enumerate(s.panels))
-    return assets.document(title=html.escape(title), body="\n".join(body), plotly=_plotly(), plots=script)
+    plots = "\n".join(_plot_call(s.name, i, p) for s in shown for i, p in enumerate(s.panels))
+    files = {f"{name}.csv": rows_to_csv(rows) for s in shown for name, rows in _kinds(s)}
+    script = f"{_plotly()}\nconst files = {_script_json(files)};\nfunction plots() {{\n{plots}\n}}\n"
+    return assets.document(title=html.escape(title), body="\n".join(body), script=script)
 
 
 def _plotly() -> str:
@@ -71,20 +78,29 @@ def _plotly() -> str:
 
 
 def _plot_call(name: str, index: int, panel: Panel) -> str:
-    data, layout = (_script_json(part) for part in (panel.data, panel.layout))
-    return f"draw({_script_json(f'{name}-{index}')}, {data}, {layout});"
+    keys = [[key.name, key.colour] for key in panel.keys]
+    parts = (f"{name}-{index}", panel.data, panel.layout, panel.title, keys)
+    return f"draw({', '.join(map(_script_json, parts))});"
 
 
 def _script_json(value: Any) -> str:
-    """JSON that may stand inside a script element."""
-    text = json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False)
+    """JSON that may stand inside a script element; a figure needs no more than six digits."""
+    text = json.dumps(_rounded(value), separators=(",", ":"), sort_keys=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(v) for key, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 # --- header -------------------------------------------------------------------------------------------
 
 
-def _header(title: str, records: Sequence[Record]) -> str:
+def _header(title: str, sentence: str, records: Sequence[Record]) -> str:
     models = sorted({r.model for r in records if r.model})
     dates = sorted({r.timestamp_utc[:10] for r in records if r.timestamp_utc and r.evidence == "measured"})
     period = f"measured {dates[0]}" + (f" to {dates[-1]}" if dates[0] != dates[-1] else "") if dates else ""
@@ -98,8 +114,9 @@ def _header(title: str, records: Sequence[Record]) -> str:
     )
     return (
         f"<header><h1>{html.escape(title)}</h1>"
+        f'<p class="answer">{html.escape(sentence)}</p>'
         f'<p class="facts">{html.escape(" · ".join(f for f in facts if f))}</p>'
-        f'<ul class="evidence">{legend}</ul>{_machines(records)}</header>'
+        f'<ul class="evidence">{legend}</ul></header>'
     )
 
 
@@ -108,8 +125,8 @@ def _machines(records: Sequence[Record]) -> str:
     for key in sorted({r.gpu_key for r in records if r.gpu_key}):
         own = [r for r in records if r.gpu_key == key]
         first = next((r for r in own if r.evidence == "measured"), own[0])
-        counts = Counter(r.evidence for r in own)
-        what = ", ".join(f"{counts[e]} {e}" for e in EVIDENCE if counts[e])
+        counts = Counter(r.evidence if r.ok else "without a number" for r in own if r.outcome != "started")
+        what = ", ".join(f"{counts[e]} {e}" for e in (*EVIDENCE, "without a number") if counts[e])
         memory = f"{first.memory_gib:g} GiB" if first.memory_gib else ""
         versions = " · ".join(
             f"{name} {value}"
@@ -120,18 +137,18 @@ def _machines(records: Sequence[Record]) -> str:
     header: tuple[str, ...] = ("machine", "name", "SMs or cores", "memory", "records", "versions")
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
-    return _table(header, rows)
+    return f'<section id="machines"><h2>Machines</h2>{_table(header, rows)}</section>'
 
 
 def _contents(shown: Sequence[Section]) -> str:
     links = "".join(f'<a href="#{s.name}">{html.escape(s.title)}</a>' for s in shown)
-    return f"<nav>{links}</nav>"
+    return f'<nav aria-label="More questions">{links}</nav>' if links else ""
 
 
 # --- sections -----------------------------------------------------------------------------------------
 
 
-def _section(section: Section, records: Sequence[Record]) -> str:
+def _section(section: Section) -> str:
     panels = "".join(_panel(section.name, i, p) for i, p in enumerate(section.panels))
     return (
         f'<section id="{section.name}"><h2>{html.escape(section.title)}</h2>'
@@ -142,33 +159,43 @@ def _section(section: Section, records: Sequence[Record]) -> str:
 def _panel(name: str, index: int, panel: Panel) -> str:
     keys = "".join(_key(key) for key in panel.keys)
     legend = f'<div class="keys" data-for="{name}-{index}">{keys}</div>' if keys else ""
+    save = "".join(
+        f'<button type="button" data-save="{kind}" data-for="{name}-{index}">{kind.upper()}</button>'
+        for kind in ("png", "svg")
+    )
     return (
-        f"<figure><figcaption>{html.escape(panel.title)}</figcaption>{legend}"
-        f'<div class="plot" id="{name}-{index}"></div></figure>'
+        f"<figure><figcaption>{panel.title}</figcaption>{legend}"
+        f'<div class="plot" id="{name}-{index}"></div>'
+        f'<p class="save">copy for a talk: {save}</p></figure>'
     )
 
 
 def _key(key: Key) -> str:
-    name = html.escape(key.name, quote=True)
     return (
-        f'<button type="button" aria-pressed="true" data-group="{name}">'
-        f'<span class="{key.kind}" style="--c:{key.colour}"></span>{name}</button>'
+        f'<button type="button" aria-pressed="true" data-group="{html.escape(key.name)}">'
+        f'<span class="{key.kind}" style="--c:{key.colour}"></span>{key.name}</button>'
     )
+
+
+def _kinds(section: Section) -> list[tuple[str, list[Any]]]:
+    """The rows of a section by kind, each with the name of its file."""
+    found = []
+    for kind in dict.fromkeys(type(row) for row in section.rows):
+        name = section.name if kind is type(section.rows[0]) else f"{section.name}-{kind.__name__.lower()}"
+        found.append((name, [row for row in section.rows if type(row) is kind]))
+    return found
 
 
 def _data(section: Section) -> str:
     """The data of a section as tables, one per kind of row, and as CSV files in the page."""
     parts = []
-    for kind in dict.fromkeys(type(row) for row in section.rows):
-        rows = [row for row in section.rows if type(row) is kind]
-        name = section.name if kind is type(section.rows[0]) else f"{section.name}-{kind.__name__.lower()}"
-        link = f"data:text/csv;charset=utf-8,{quote(rows_to_csv(rows))}"
+    for name, rows in _kinds(section):
         shown = [[_cell(value) for value in row] for row in rows[:SHOWN_ROWS]]
         rest = f"<p>{len(rows) - SHOWN_ROWS} more rows are in the CSV.</p>" if len(rows) > SHOWN_ROWS else ""
         parts.append(
             f"<details><summary>Data: {len(rows)} rows</summary>"
-            f'<p><a download="{name}.csv" href="{link}">{name}.csv</a></p>'
-            f"{_table(kind._fields, shown)}{rest}</details>"
+            f'<p><a download="{name}.csv">{name}.csv</a></p>'
+            f"{_table(rows[0]._fields, shown)}{rest}</details>"
         )
     return "".join(parts)
 
@@ -178,7 +205,8 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return str(value)
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 
 def rows_to_csv(rows: Sequence[Any]) -> str:

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["EVIDENCE_WORDS", "bar_marker", "colours", "layout", "line", "point_marker"]
+__all__ = ["EVIDENCE_WORDS", "as_text", "bar_marker", "colours", "layout", "line", "point_marker"]
 
 # Neutral grey for the published baseline, so that what differs from it carries the colour.
 BACKEND_COLOURS = {
@@ -22,7 +22,6 @@ BACKEND_COLOURS = {
     "triton": "#16877a",
     "native": "#2f6f4f",
     "reference": "#b9b2a8",
-    "best per stage": "#0d5c53",
 }
 PART_COLOURS = {
     "pos_embed": "#c3ccd6",
@@ -48,13 +47,21 @@ GRID = "rgba(128,138,150,0.20)"
 INK = "#3b4652"
 
 
+ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&#34;", "'": "&#39;", "%": "&#37;"})
+
+
+def as_text(text: str) -> str:
+    """A text that stands for itself in a figure, where ``<b>`` and ``%{x}`` would be markup, and in HTML."""
+    return text.translate(ENTITIES)
+
+
 def colours(names: Iterable[str]) -> dict[str, str]:
     """A colour per series: backends and parts always the same, others in order."""
     fixed = BACKEND_COLOURS | PART_COLOURS
     free = itertools.cycle(OTHER_COLOURS)
     found: dict[str, str] = {}
     names = list(dict.fromkeys(names))
-    tails = [name.rpartition(" · ")[2] for name in names]
+    tails = [name.rpartition(" · ")[2].removesuffix(" everywhere") for name in names]
     for name, tail in zip(names, tails, strict=True):
         # Where only one model is shown, its backends keep their colours.
         alone = tails.count(tail) == 1

@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 
 import pytest
+from drawn import MACHINE, attention, measured, model, peer
 
 from bratune import gpus
 from bratune.cell import Cell
 from bratune.errors import StoreError
 from bratune.machine import Machine
 from bratune.predict.model import bound_cell, predict_cell
-from bratune.problem import Problem
 from bratune.record import EVIDENCE, Record
 from bratune.report import style
 from bratune.report.demo import modelled_records
@@ -29,52 +29,12 @@ from bratune.report.figures import (
     throughput,
 )
 from bratune.report.figures.facts import told_apart, trusted
-from bratune.report.figures.panel import Panel
+from bratune.report.figures.panel import Panel, label_sides
 from bratune.report.page import page
 from bratune.report.published import read_timm
 from bratune.report.sections import sections
 
 A100 = gpus.resolve("a100")
-MACHINE = Machine(
-    kind="cuda", device="cuda:0", gpu_key="a100", gpu_name="NVIDIA A100-SXM4-80GB", sm_count=108
-)
-
-
-def attention(stage: int = 1, backend: str = "gather", side: int = 224) -> Cell:
-    tokens = side // (2 ** (stage + 1))
-    problem = Problem(
-        batch=1,
-        height=tokens,
-        width=tokens,
-        heads=2 * stage,
-        head_dim=32,
-        region=(4, 4),
-        topk=2,
-        dtype="bfloat16",
-    )
-    return Cell(
-        part="attention",
-        problem=problem,
-        backend=backend,
-        model="biformer_tiny",
-        image=(side, side),
-        stage=stage,
-        block_count=4,
-        n_win="7",
-        topk="2",
-    )
-
-
-def model(backend: str = "gather", topk: str = "1,4,16,-2") -> Cell:
-    return attention().replace(
-        part="model", backend=backend, stage=0, block_count=1, n_win="7,7,7,7", topk=topk
-    )
-
-
-def measured(cell: Cell, ms: float, **more: object) -> Record:
-    values = {"median_ms": ms, "ci_lo_ms": 0.9 * ms, "ci_hi_ms": 1.2 * ms, "n_samples": 30} | more
-    return Record.of(cell, MACHINE, **values)
-
 
 # --- infos --------------------------------------------------------------------------------------------
 
@@ -84,7 +44,7 @@ def test_throughput_is_the_batch_over_the_median_with_the_interval_turned_round(
     assert bar.images_per_s == pytest.approx(500)
     assert bar.lo == pytest.approx(1000 / 2.4)
     assert bar.hi == pytest.approx(1000 / 1.8)
-    assert (bar.gpu, bar.series, bar.evidence) == ("a100", "biformer_tiny · gather", "measured")
+    assert (bar.gpu, bar.series, bar.evidence) == ("a100", "biformer_tiny · gather everywhere", "measured")
     assert bar.work == "224x224, batch 1, bfloat16, fwd, eager"
 
 
@@ -98,27 +58,107 @@ def test_the_most_trusted_evidence_wins_and_of_equals_the_latest() -> None:
         assert bar.images_per_s == pytest.approx(1000 / 3)
 
 
-def test_two_cpus_are_two_machines_and_one_keeps_its_key() -> None:
+def test_every_cpu_is_a_machine_with_its_name() -> None:
     rows = [
         measured(model(), ms, gpu_key="cpu", gpu_name=name) for name, ms in (("Xeon", 9.0), ("EPYC", 6.0))
     ]
     assert sorted(r.gpu_key for r in trusted(told_apart(rows)).values()) == ["EPYC", "Xeon"]
-    assert {r.gpu_key for r in told_apart(rows[:1])} == {"cpu"}
+    assert {r.gpu_key for r in told_apart(rows[:1])} == {"Xeon"}
     text = page(rows)
     assert "Xeon" in text
     assert "EPYC" in text
 
 
-def test_of_several_mixtures_of_backends_the_fastest_is_shown() -> None:
+def test_every_mixture_of_backends_is_named_by_what_runs() -> None:
+    """The published composition has a backend per stage, too: a mixture is not the best one."""
     mixtures = ("dense,sparse,dense,gather", "dense,dense,dense,gather")
-    found = throughput.infos([measured(model(b), ms) for b, ms in zip(mixtures, (4.0, 2.0), strict=True)])
-    assert [(b.series, round(b.images_per_s)) for b in found] == [("biformer_tiny · best per stage", 500)]
+    records = [measured(model(b), ms) for b, ms in zip(mixtures, (4.0, 2.0), strict=True)]
+    records += [measured(model("gather,gather,gather,gather-sdpa").replace(form="published"), 8.0)]
+    assert {b.series: round(b.images_per_s) for b in throughput.infos(records)} == {
+        "biformer_tiny · per stage: dense, sparse, dense, gather": 250,
+        "biformer_tiny · per stage: dense, dense, dense, gather": 500,
+        "biformer_tiny · published": 125,
+    }
+
+
+def test_a_chart_has_eight_bars_those_that_answer_and_a_colour_per_meaning() -> None:
+    records = [measured(peer(f"net_{n}"), 2.0 + n) for n in range(6)]
+    records += [measured(model(b), ms) for b, ms in (("gather", 5.0), ("dense", 9.0), ("flex", 8.0))]
+    records += [measured(model("").replace(form="runtime"), 1.0)]
+    (bars,) = throughput.chart(throughput.infos(records))
+    names = [b.series for b in bars]
+    assert len(names) == 8
+    assert names[0] == "biformer_tiny · runtime"
+    assert [b.images_per_s for b in bars] == sorted((b.images_per_s for b in bars), reverse=True)
+    assert "biformer_tiny · gather everywhere" in names
+    assert {"biformer_tiny · flex everywhere", "biformer_tiny · dense everywhere"}.isdisjoint(names)
+    (panel,) = throughput.panels(throughput.infos(records))
+    colours = {trace["legendgroup"]: trace["marker"]["color"] for trace in panel.data}
+    assert set(colours) == {throughput.BIFORMER, throughput.PUBLISHED, throughput.OTHERS}
+    assert len(set(colours.values())) == 3
+    assert "1 000 measured" in panel.layout["yaxis"]["ticktext"][0]
+
+
+def test_several_machines_share_a_chart_in_turn_each_under_its_name() -> None:
+    boards = [gpus.resolve(key) for key in ("a100", "h200", "rtx4090")]
+    cells = [model(b) for b in ("gather", "triton", "dense", "flex", "gather-sdpa")]
+    found = throughput.infos([predict_cell(c, board) for board in boards for c in cells])
+    (bars,) = throughput.chart(found)
+    counts = [sum(b.gpu == board.key for b in bars) for board in boards]
+    assert sorted(counts) == [2, 3, 3]
+    _, lines = throughput.lanes(bars)
+    assert [lane.name for lane in lines if lane.bar is None] == list(dict.fromkeys(b.gpu for b in bars))
+    (panel,) = throughput.panels(found)
+    words = panel.layout["yaxis"]["ticktext"]
+    assert all("modelled" in text or text.startswith("<b>") for text in words)
+
+
+def test_a_text_of_a_record_is_never_markup_in_a_figure() -> None:
+    evil = '<a href="x">%{evil}</a>'
+    records = [
+        r.replace(gpu_key=evil, gpu_name=evil, model=f"biformer{evil}", backend=f"{evil}", reason=evil)
+        if r.backend != "gather"
+        else r.replace(gpu_key=evil, gpu_name=evil, model=f"biformer{evil}", reason=evil)
+        for r in modelled_records([A100])
+    ]
+    drawn = [panel for section in sections(records) for panel in section.panels]
+    assert len(drawn) >= 4
+    for panel in drawn:
+        text = json.dumps([panel.title, panel.keys, panel.data, panel.layout])
+        assert "<a" not in text
+        assert "%{evil}" not in text
+        assert "&lt;a" in text or "paper's formula" in panel.title
+    rows = [row for section in sections(records) for row in section.rows]
+    assert any(evil in map(str, row) for row in rows), "the data keep the text as it is"
+
+
+@pytest.mark.parametrize("field", ["topk", "dtype", "direction", "l2"])
+def test_a_series_over_resolution_has_one_setting(field: str) -> None:
+    values = {
+        "topk": ("2", "4"),
+        "dtype": ("a", "b"),
+        "direction": ("fwd", "fwd-bwd"),
+        "l2": ("cold", "warm"),
+    }
+    records = [
+        measured(attention(side=side).replace(extra=f'{{"n": "{value}"}}'), ms).replace(**{field: value})
+        for side in (128, 256, 512)
+        for value, ms in zip(values[field], (1.0, 9.0), strict=True)
+    ]
+    found: dict[str, list[float]] = {}
+    for point in resolution.infos(records):
+        found.setdefault(point.series, []).append(point.ms)
+    assert sorted(found.values()) == [[1.0] * 3, [9.0] * 3]
+
+
+def test_names_of_points_stand_inside_the_plot_and_neighbours_on_other_sides() -> None:
+    assert label_sides([(1.0, 5.0), (9.0, 1.0), (10.0, 2.0)]) == ["bottom right", "top left", "bottom left"]
 
 
 def test_another_function_is_another_series() -> None:
     changed = model(topk="1,2,4,-2").replace(task="classification", n_win="8,8,8,0")
     (bar,) = throughput.infos([measured(changed, 2.0)])
-    assert bar.series == "biformer_tiny (S 8, k 1/2/4/-2) · gather"
+    assert bar.series == "biformer_tiny (S 8, k 1/2/4/-2) · gather everywhere"
 
 
 def test_a_bound_is_beside_a_bar_and_never_one() -> None:
@@ -217,7 +257,7 @@ def test_forms_of_a_model_are_series_of_their_own() -> None:
     records = [measured(model(backend).replace(form=form), 2.0) for form, backend in forms]
     assert {bar.series for bar in throughput.infos(records)} == {
         "biformer_tiny · published",
-        "biformer_tiny · runtime · auto",
+        "biformer_tiny · runtime",
         "biformer_tiny · auto",
     }
 
@@ -265,9 +305,14 @@ def test_the_chosen_plan_is_marked_by_its_setting() -> None:
     records = [
         measured(model("triton,dense,dense,gather-sdpa", "1,1,1,-2"), 1.0, peak_alloc_mb=1.0),
         measured(model("dense", "1,1,1,-2"), 1.0, peak_alloc_mb=1.0),
+        measured(
+            model("triton,dense,dense,gather-sdpa", "1,1,1,-2").replace(n_win="14,7,7,7"),
+            1.0,
+            peak_alloc_mb=1.0,
+        ),
     ]
     marks = {p.setting: p.mark for p in plans.infos(records, plan)}
-    assert sorted(marks.values()) == ["", "chosen"]
+    assert sorted(marks.values()) == ["", "", "chosen"]
 
 
 def test_tuned_settings_show_what_was_verified() -> None:
@@ -405,7 +450,7 @@ def test_measured_and_modelled_rows_of_one_series_are_separate_traces() -> None:
     (panel,) = throughput.panels(rows)
     patterns = sorted("pattern" in trace["marker"] for trace in panel.data)
     assert patterns == [False, True]
-    assert {trace["offsetgroup"] for trace in panel.data} == {"biformer_tiny · gather"}
+    assert {trace["legendgroup"] for trace in panel.data} == {throughput.PUBLISHED}
 
 
 def all_panels() -> list[Panel]:

@@ -20,6 +20,7 @@ from bratune.report.figures.panel import (
     Key,
     Panel,
     by,
+    safe,
     without_shared_model,
 )
 from bratune.report.figures.section import Section, Source
@@ -93,7 +94,7 @@ def section(source: Source) -> Section:
         name="energy",
         title="How much energy does an image take?",
         lead="Energy of the whole board, its idle share included, over windows of at least one second.",
-        panels=tuple(panels(rows)),
+        panels=tuple(panels(safe(rows))),
         rows=tuple(rows),
         missing="no record has an energy (it needs a GPU whose driver reports power)",
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from bratune.predict.fit import board_of
 from bratune.predict.model import bound_cell
 from bratune.record import EVIDENCE, Record
+from bratune.report.answer import name_of
 from bratune.variant import TASKS, VARIANTS
 
 __all__ = [
@@ -58,14 +59,11 @@ def provenance(record: Record) -> str:
 
 
 def told_apart(records: Iterable[Record]) -> list[Record]:
-    """The records with a key of its own for every machine: of several CPUs, the name of each.
+    """The records with a key of its own for every machine: of CPUs, the name of each.
 
     All CPUs are measured under the key ``cpu``, so that rows of one cell from two would stand for each other.
     """
-    found = list(records)
-    if len({r.gpu_name for r in found if r.gpu_key == "cpu"}) < 2:
-        return found
-    return [r.replace(gpu_key=r.gpu_name) if r.gpu_key == "cpu" and r.gpu_name else r for r in found]
+    return [r.replace(gpu_key=r.gpu_name) if r.gpu_key == "cpu" and r.gpu_name else r for r in records]
 
 
 def trusted(records: Iterable[Record]) -> dict[tuple[object, ...], Record]:
@@ -87,13 +85,15 @@ def timed(records: Iterable[Record], part: str, *, mixers: bool = False) -> list
 
 
 def series_of(record: Record) -> str:
-    """Model, form and backend in words; S and top-k, too, where they are not those of the paper."""
-    backends = record.backend.split(",")
-    backend = backends[0] if len(set(backends)) == 1 else "best per stage"
-    form = record.form if record.form in ("published", "runtime", "lean") else ""
-    how = " · ".join(filter(None, (form, backend)))
-    model = f"{record.model}{_changed_setting(record)}"
-    return f"{model} · {how}" if how else model
+    """Model and what ran, in the answer's words; S and top-k, too, where they are not those of the paper."""
+    if record.form == "timm":
+        return name_of(record)
+    names = record.backend.split(",")
+    if record.form in ("", "plain") and len(set(names)) > 1:
+        how = f"per stage: {', '.join(names)}"  # of several mixtures only one can be the best
+    else:
+        how = name_of(record) if record.form or record.backend else ""
+    return " · ".join(filter(None, (f"{record.model}{_changed_setting(record)}", how)))
 
 
 def settings_of(records: Iterable[Record]) -> dict[tuple[int, str, str], str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from bratune.record import EVIDENCE
+from bratune.report.style import as_text
 
 __all__ = [
     "MOST_PANELS",
@@ -14,8 +15,10 @@ __all__ = [
     "Key",
     "Panel",
     "by",
+    "label_sides",
     "most_telling",
     "number",
+    "safe",
     "trust",
     "without_shared_model",
 ]
@@ -26,8 +29,11 @@ MOST_PANELS = 4
 ROW_PX = 24
 
 
+Row = TypeVar("Row", bound=Any)
+
+
 class Key(NamedTuple):
-    """One entry of a legend; its name is the `legendgroup` of the traces that it switches."""
+    """One entry of a legend; its name is the `legendgroup` of the traces that it switches, in markup."""
 
     name: str
     colour: str
@@ -35,7 +41,7 @@ class Key(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A figure as Plotly takes it, with its title and legend."""
+    """A figure as Plotly takes it, with its title and legend; texts are markup (`bratune.report.style`)."""
 
     title: str
     data: list[dict[str, Any]]
@@ -62,11 +68,29 @@ def by(rows: Sequence[Any], *fields: str) -> dict[str, list[Any]]:
     return dict(groups)
 
 
+def safe(rows: Iterable[Row]) -> list[Row]:
+    """Rows for a figure: their texts, which are data, made to stand for themselves in markup."""
+    return [row._make(as_text(v) if isinstance(v, str) else v for v in row) for row in rows]
+
+
 def number(value: float) -> str:
-    """Three significant digits, without exponents."""
+    """Three significant digits, without exponents: ``12.0``, ``1 234``."""
     if value >= 100:
         return f"{value:,.0f}".replace(",", " ")
-    return f"{value:.3g}"
+    return f"{value:#.3g}".rstrip(".")
+
+
+def label_sides(points: Sequence[tuple[float, float]]) -> list[str]:
+    """Where the names of points stand so that they stay in a plot that begins at 0.
+
+    Away from the nearer edge, and of neighbours one above and one below.
+    """
+    middle = 0.55 * max((x for x, _ in points), default=0.0)
+    ranks = {point: rank for rank, point in enumerate(sorted(set(points)))}
+    return [
+        f"{'top' if ranks[point] % 2 else 'bottom'} {'left' if point[0] > middle else 'right'}"
+        for point in points
+    ]
 
 
 def without_shared_model(work: str, names: Sequence[str]) -> tuple[str, dict[str, str]]:

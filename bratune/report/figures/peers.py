@@ -17,7 +17,9 @@ from bratune.report.figures.panel import (
     Key,
     Panel,
     by,
+    label_sides,
     most_telling,
+    safe,
 )
 from bratune.report.figures.section import Section, Source
 from bratune.variant import VARIANTS
@@ -68,6 +70,7 @@ def panels(points: Sequence[PeerPoint]) -> list[Panel]:
 def _peers(gpu: str, points: Sequence[PeerPoint]) -> Panel:
     data: list[dict[str, Any]] = []
     groups = {"BiFormer": "#16877a", "others": "#8b98a8"}
+    sides = dict(zip(points, label_sides([(p.gmacs, p.images_per_s) for p in points]), strict=True))
     for group, colour in groups.items():
         for evidence in EVIDENCE:
             rows = [
@@ -76,11 +79,13 @@ def _peers(gpu: str, points: Sequence[PeerPoint]) -> Panel:
                 if (p.model.startswith("biformer")) == (group == "BiFormer") and p.evidence == evidence
             ]
             if rows:
-                data.append(_peer_points(group, rows, colour, evidence))
+                data.append(
+                    _peer_points(group, rows, colour, evidence) | {"textposition": [sides[p] for p in rows]}
+                )
     layout = style.layout(
         420,
-        style.axis("10<sup>9</sup> multiply-adds per image", rangemode="tozero"),
-        style.axis("images per second", rangemode="tozero"),
+        style.axis("10<sup>9</sup> multiply-adds per image", range=[0, 1.06 * max(p.gmacs for p in points)]),
+        style.axis("images per second", range=[0, 1.12 * max(p.images_per_s for p in points)]),
     )
     return Panel(gpu, data, layout, tuple(Key(g, c, "dot") for g, c in groups.items()))
 
@@ -94,7 +99,6 @@ def _peer_points(group: str, rows: Sequence[PeerPoint], colour: str, evidence: s
         "x": [p.gmacs for p in rows],
         "y": [p.images_per_s for p in rows],
         "text": [p.model for p in rows],
-        "textposition": "top center",
         "textfont": {"size": 11},
         "cliponaxis": False,
         "marker": style.point_marker(colour, evidence, 11),
@@ -112,7 +116,7 @@ def section(source: Source) -> Section:
         name="peers",
         title="How does it compare with other models?",
         lead="Throughput over work. Two models on one vertical line do the same number of multiply-adds.",
-        panels=tuple(panels(rows)),
+        panels=tuple(panels(safe(rows))),
         rows=tuple(rows),
         missing="fewer than two models with a known amount of work ran on one machine",
     )

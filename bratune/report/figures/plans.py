@@ -20,7 +20,9 @@ from bratune.report.figures.panel import (
     Key,
     Panel,
     by,
+    label_sides,
     most_telling,
+    safe,
 )
 from bratune.report.figures.section import Section, Source
 from bratune.tune.layer_recall import recall_lines
@@ -68,7 +70,7 @@ def infos(records: Sequence[Record], plan: Mapping[str, object] | None = None) -
         settings[(f"{r.model}, {work_of(r)}", r.gpu_key)].append(r)
     found = []
     for (work, gpu), group in settings.items():
-        if len({(r.n_win, r.topk, r.backend) for r in group}) < 2:
+        if len({(r.n_win, r.topk, r.form, r.backend) for r in group}) < 2:
             continue
         for r in group:
             ms, _, _ = milliseconds(r)
@@ -82,7 +84,7 @@ def infos(records: Sequence[Record], plan: Mapping[str, object] | None = None) -
                 PlanPoint(
                     work,
                     gpu,
-                    f"S {r.n_win}, top-k {r.topk}, {r.backend}",
+                    ", ".join(filter(None, (f"S {r.n_win}, top-k {r.topk}", _form(r), r.backend))),
                     ms,
                     r.peak_alloc_mb or 0.0,
                     None,
@@ -120,13 +122,17 @@ def tuned_points(plan: Mapping[str, Any]) -> list[PlanPoint]:
     return sorted(found, key=lambda p: (p.ms, p.setting))
 
 
+def _form(record: Record) -> str:
+    return record.form if record.form not in ("", "plain") else ""
+
+
 def _mark(record: Record, plan: Mapping[str, object] | None) -> str:
     if plan is not None and _is_plan(record, plan):
         return "chosen"
     variant = VARIANTS.get(record.model)
     published = variant is not None and record.topk == ",".join(map(str, variant.topks))
-    same_backend = set(record.backend.split(",")) == {BASELINE}
-    return "default" if published and same_backend else ""
+    gathers = not _form(record) and set(record.backend.split(",")) == {BASELINE}
+    return "default" if published and (gathers or record.form == "published") else ""
 
 
 def _is_plan(record: Record, plan: Mapping[str, object]) -> bool:
@@ -134,10 +140,15 @@ def _is_plan(record: Record, plan: Mapping[str, object]) -> bool:
     if not isinstance(stages, list) or plan.get("model") != record.model:
         return False
     topks = ",".join(str(s.get("topk")) for s in stages)
+    windows = [str(s.get("n_win")) for s in stages if s.get("kind") == "routed"]
     routed = [str(s.get("backend")) for s in stages if s.get("kind") == "routed"]
     names = record.backend.split(",")
     names = names * len(routed) if len(names) == 1 else names
-    return topks == record.topk and names[: len(routed)] == routed
+    return (
+        topks == record.topk
+        and windows == record.n_win.split(",")[: len(windows)]
+        and names[: len(routed)] == routed
+    )
 
 
 def panels(points: Sequence[PlanPoint]) -> list[Panel]:
@@ -177,16 +188,18 @@ def _pareto(title: str, points: Sequence[PlanPoint], field: str, label: str) -> 
     ]
     marks = [mark for mark in MARKS if any(p.mark == mark for p in points)]
     names = _differences([p.setting for p in points]) if len(points) <= FEW else {}
-    ranks = {p.setting: rank for rank, p in enumerate(sorted(points, key=lambda p: p.ms))}
+    places = [(p.ms, float(getattr(p, field))) for p in points]
+    sides = dict(zip(points, label_sides(places), strict=True))
     for mark in marks:
         for evidence in EVIDENCE:
             rows = [p for p in points if p.mark == mark and p.evidence == evidence]
             if rows:
-                data.append(_pareto_points(mark, rows, evidence, field, names, ranks))
+                data.append(_pareto_points(mark, rows, evidence, field, names, sides))
+    top = max(y for _, y in places) or 1.0
     layout = style.layout(
         380,
-        style.axis("latency, ms", rangemode="tozero"),
-        style.axis(label, rangemode="tozero"),
+        style.axis("latency, ms", range=[0, 1.06 * max(x for x, _ in places)]),
+        style.axis(label, range=[-0.06 * top, 1.12 * top]),
     )
     keys = (*(Key(MARK_WORDS[m], MARKS[m], "dot") for m in marks), Key("front", "#8b98a8", "line"))
     return Panel(title, data, layout, keys)
@@ -216,7 +229,7 @@ def _pareto_points(
     evidence: str,
     field: str,
     names: dict[str, str],
-    ranks: dict[str, int],
+    sides: dict[PlanPoint, str],
 ) -> dict[str, Any]:
     return {
         "type": "scatter",
@@ -226,8 +239,7 @@ def _pareto_points(
         "x": [p.ms for p in rows],
         "y": [getattr(p, field) for p in rows],
         "text": [names.get(p.setting, "") for p in rows],
-        # Neighbours put their names on different sides.
-        "textposition": ["top center" if ranks[p.setting] % 2 else "bottom center" for p in rows],
+        "textposition": [sides[p] for p in rows],
         "textfont": {"size": 11},
         "cliponaxis": False,
         "marker": style.point_marker(MARKS[mark], evidence, 13 if mark else 8),
@@ -255,7 +267,7 @@ def section(source: Source) -> Section:
         name="pareto",
         title="What does a faster setting cost in memory and fidelity?",
         lead=" ".join([lead, *(f"{line[0].upper()}{line[1:]}." for line in seen)]),
-        panels=tuple(panels(rows)),
+        panels=tuple(panels(safe(rows))),
         rows=tuple(rows),
         missing="fewer than two settings of one model have both a latency and a peak memory",
     )

@@ -19,6 +19,7 @@ from bratune.report.figures.panel import (
     Panel,
     by,
     most_telling,
+    safe,
 )
 from bratune.report.figures.section import Section, Source
 
@@ -26,6 +27,17 @@ __all__ = ["ComplexityPoint", "ScalingPoint", "complexity", "infos", "is_sweep",
 
 
 SIDES = (128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048)
+
+
+# Fields that make another series of a backend where they differ, with the word in front of each.
+TOLD = {
+    "topk": "k",
+    "dtype": "",
+    "direction": "",
+    "regime": "",
+    "l2": "cache",
+    "route_distribution": "routes",
+}
 
 
 class ComplexityPoint(NamedTuple):
@@ -74,19 +86,28 @@ def complexity(channels: int = 64, topk: int = 1, sides: Sequence[int] = SIDES) 
 
 
 def infos(records: Sequence[Record]) -> list[ScalingPoint]:
-    """Attention time of one block of stage 1 over image side, where a series has three sides or more."""
+    """Attention time of one block of stage 1 over image side, where a series has three sides or more.
+
+    A series has one setting: top-k, dtype, direction and cache are named where they differ on a machine.
+    """
     groups: dict[tuple[str, str, str], list[ScalingPoint]] = defaultdict(list)
-    for r in timed(records, "attention"):
-        if r.stage != 1 or not r.image_height or r.image_height != r.image_width:
-            continue
+    rows = [
+        r
+        for r in timed(records, "attention")
+        if r.stage == 1 and r.image_height and r.image_height == r.image_width
+    ]
+    varying = {name for name in TOLD if len({getattr(r, name) for r in rows}) > 1}
+    for r in rows:
         ms, lo, hi = milliseconds(r)
         rule = _window_rule(r)
-        series = f"{r.backend if rule in ('', r.backend) else f'{r.backend}, {rule}'}, batch {r.batch}"
+        told = [f"{TOLD[name]} {getattr(r, name)}".strip() for name in TOLD if name in varying]
+        backend = r.backend if rule in ("", r.backend) else f"{r.backend}, {rule}"
+        series = ", ".join([backend, *told, f"batch {r.batch}"])
         point = ScalingPoint(
             r.gpu_key,
             r.model,
             series,
-            r.image_height,
+            r.image_height or 0,
             (r.height or 0) * (r.width or 0),
             ms,
             lo,
@@ -198,7 +219,7 @@ def section(source: Source) -> Section:
         title="How does it grow with the resolution?",
         lead="First what the paper's formula counts for S = 7, for S growing as the cube root of the tokens, "
         "and for dense attention; then times over the same axis.",
-        panels=tuple(panels(formula, rows)) if rows else (),
+        panels=tuple(panels(formula, safe(rows))) if rows else (),
         rows=(*rows, *formula) if rows else (),
         missing="no attention call was run at three resolutions or more",
     )

@@ -19,6 +19,7 @@ from bratune.report.figures.panel import (
     Panel,
     by,
     most_telling,
+    safe,
 )
 from bratune.report.figures.resolution import is_sweep
 from bratune.report.figures.section import Section, Source
@@ -40,6 +41,7 @@ class RoofPoint(NamedTuple):
     gpu: str
     stage: int
     backend: str
+    setting: str
     batch: int
     intensity: float
     tflops: float
@@ -69,6 +71,7 @@ def infos(records: Sequence[Record]) -> tuple[list[Roof], list[RoofPoint]]:
                 f"{r.gpu_key} {r.dtype}",
                 r.stage or 0,
                 r.backend,
+                f"S {r.n_win}, k {r.topk}",
                 r.batch or 1,
                 flops / moved,
                 flops / ms / 1e9,
@@ -132,10 +135,10 @@ def _roof_points(backend: str, rows: Sequence[RoofPoint], colour: str, evidence:
         "x": [p.intensity for p in rows],
         "y": [p.tflops for p in rows],
         "marker": style.point_marker(colour, evidence),
-        "customdata": [[p.stage, p.batch, p.note] for p in rows],
+        "customdata": [[p.stage, p.setting, p.batch, p.note] for p in rows],
         "hovertemplate": (
-            f"<b>{backend}</b> stage %{{customdata[0]}}, batch %{{customdata[1]}}"
-            "<br>%{y:.3g} TFLOP/s at %{x:.3g} op/byte<br>%{customdata[2]}<extra></extra>"
+            f"<b>{backend}</b> stage %{{customdata[0]}}, %{{customdata[1]}}, batch %{{customdata[2]}}"
+            "<br>%{y:.3g} TFLOP/s at %{x:.3g} op/byte<br>%{customdata[3]}<extra></extra>"
         ),
     }
 
@@ -148,7 +151,7 @@ def section(source: Source) -> Section:
         title="How close to the hardware is it?",
         lead="Useful operations only: padding to whole tiles and masked products lower a point. "
         "The roof is the published peak; what stays in the cache can lie above its slope.",
-        panels=tuple(panels(roofs, rows)) if rows else (),
+        panels=tuple(panels(safe(roofs), safe(rows))) if rows else (),
         rows=tuple(rows),
         missing="no attention call ran on a board whose peaks are published",
     )

@@ -21,6 +21,7 @@ from bratune.report.figures.panel import (
     Panel,
     by,
     most_telling,
+    safe,
 )
 from bratune.report.figures.section import Section, Source
 
@@ -156,7 +157,7 @@ def section(source: Source) -> Section:
         title="How much faster than gather-then-dense is each backend?",
         lead="The same attention call with every backend, stage by stage; 1.00x is the published "
         "composition. Values in italics are not measured.",
-        panels=tuple(panels(rows)),
+        panels=tuple(panels(safe(rows))),
         rows=tuple(rows),
         missing="no attention call was run with gather and another backend",
     )

@@ -21,7 +21,9 @@ from bratune.report.figures.panel import (
     Panel,
     by,
     most_telling,
+    safe,
 )
+from bratune.report.figures.resolution import is_sweep
 from bratune.report.figures.section import Section, Source
 
 __all__ = ["PART_ORDER", "PartTime", "infos", "panels", "section"]
@@ -52,7 +54,7 @@ def infos(records: Sequence[Record]) -> list[PartTime]:
     """
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for r in trusted(records).values():
-        if r.part in PART_ORDER and r.stage and r.form != "mixer":
+        if r.part in PART_ORDER and r.stage and r.form != "mixer" and not is_sweep(r):
             groups[(f"{r.model}, {work_of(r)}, {r.l2} cache", r.gpu_key)].append(r)
     found: dict[tuple[object, ...], PartTime] = {}
     for (work, gpu), rows in groups.items():
@@ -157,7 +159,7 @@ def section(source: Source) -> Section:
         name="stages",
         title="Where does the time go?",
         lead="Time per stage, part by part, all blocks of the stage together.",
-        panels=tuple(panels(rows)),
+        panels=tuple(panels(safe(rows))),
         rows=tuple(rows),
         missing="no part of a block was measured or modelled",
     )
