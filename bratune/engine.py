@@ -6,14 +6,14 @@ is allowed to die, on a cluster, or answers from stored records.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from bratune.cell import Cell
 from bratune.machine import Machine
 from bratune.record import Record
 
-__all__ = ["Engine"]
+__all__ = ["ComparingEngine", "Engine"]
 
 
 @runtime_checkable
@@ -30,5 +30,36 @@ class Engine(Protocol):
 
         A cell that cannot be measured gives a record with its outcome and reason; `run` raises only when
         no further cell can be measured either (the store cannot be written, the device is gone).
+        """
+        ...
+
+
+@runtime_checkable
+class ComparingEngine(Engine, Protocol):
+    """An engine that can also compare cells, each with one of them."""
+
+    def in_turn(
+        self,
+        cells: Sequence[Cell],
+        base: Cell,
+        passes: int,
+        *,
+        enough: Callable[[int], bool] = lambda made: False,
+    ) -> dict[Cell, list[Record]]:
+        """The rows of cells that take turns, pass after pass, each pass in a fresh process.
+
+        It is a comparison of its own: what was measured before does not answer it, nor do its rows answer
+        anything else. The same comparison again goes on where it ended.
+
+        Args:
+            cells: Who takes turns.
+            base: Whom the others are compared with; one of them.
+            passes: Fresh processes.
+            enough: Asked before every pass that is to be made, with the number of those that are there:
+                whether to stop.
+
+        Returns:
+            For each cell its rows, each a pass; ``ratio`` is how many times faster it was than the base
+            within rounds. Fewer than asked where something failed, or `enough` said so.
         """
         ...

@@ -44,7 +44,7 @@ __all__ = [
 
 MODES = ("fuzzy", "strict", "off")
 NEAR = math.log(4.0)  # of batch and of tokens: beyond it another plan says too little
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, kw_only=True)

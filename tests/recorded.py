@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from bratune.cell import Cell
 from bratune.record import Record
 from bratune.store import Store
+from bratune.store.pooled import IN_TURN_WITH
 from bratune.tune import session
 from bratune.tune.bench import registry_offers
 from bratune.tune.request import Request
@@ -20,18 +21,31 @@ ASKED = ["--gpu", "synthetic", "--dtype", "bf16", "-b", "8", "--effort", "quick"
 ASKED += ["--no-install", *(text for name in NAMES for text in ("--backend", name))]
 
 
-class Recorder:
+class Recorder(SyntheticWorld):
     """A synthetic world that writes its rows down."""
 
     def __init__(self, path: Path) -> None:
-        self.world, self.store = SyntheticWorld(seed=1, noise=0.0), Store(path)
-        self.machine = self.world.machine
+        super().__init__(seed=1, noise=0.0)
+        self.store = Store(path)
 
     def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
-        for record in self.world.run(cells):
-            kept = record.replace(evidence="measured", outcome="measured")
-            self.store.append(kept)
-            yield kept
+        for record in super().run(cells):
+            yield self._kept(record)
+
+    def in_turn(
+        self, cells: Sequence[Cell], base: Cell, passes: int, **more: Any
+    ) -> dict[Cell, list[Record]]:
+        sampling = f"some{IN_TURN_WITH}{base.cell_id}"
+        world = SyntheticWorld(seed=1, noise=0.0)
+        return {
+            cell: [self._kept(row.replace(baseline=base.cell_id, sampling=sampling)) for row in rows]
+            for cell, rows in world.in_turn(cells, base, passes, **more).items()
+        }
+
+    def _kept(self, record: Record) -> Record:
+        kept = record.replace(evidence="measured", outcome="measured")
+        self.store.append(kept)
+        return kept
 
 
 def record(folder: Path) -> None:
@@ -48,10 +62,4 @@ def record(folder: Path) -> None:
         backends=NAMES,
         effort="quick",
     )
-    session.run(
-        engine,
-        lambda: contextlib.nullcontext(engine),
-        request,
-        folder / "run",
-        offers=registry_offers(MACHINE, NAMES),
-    )
+    session.run(engine, request, folder / "run", offers=registry_offers(MACHINE, NAMES))

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from bratune.run.engine import CellEngine
     from bratune.run.replay import ReplayRunner
     from bratune.tune.fidelity_source import FidelitySource
-    from bratune.tune.guard import Fresh
     from bratune.tune.request import Request
     from bratune.tune.session import Result
 
@@ -188,14 +187,11 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
         _show_space(request, machine)
         return 0
     folder = asked["output"] or Path("runs") / "tune" / request.study_name
-    if replayed:
-        click.echo(f"replayed from {asked['replay']}: nothing is measured", err=True)
+    _say_what_disturbs(asked, machine)
     try:
-        engine, fresh = _engines(asked, request, folder)
-        with engine:
+        with _engine(asked, request, folder) as engine:
             result = session.run(
                 engine,
-                fresh,
                 request,
                 folder,
                 url=asked["storage"],
@@ -275,32 +271,33 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
     )
 
 
-def _engines(asked: dict[str, Any], request: Request, folder: Path) -> tuple[CellEngine, Fresh]:
-    """The engine of the search, and what makes one for the closing comparison."""
+def _say_what_disturbs(asked: dict[str, Any], machine: Machine) -> None:
+    """What `bratune doctor` would say of a machine that is measured now."""
+    from bratune.measure.health import at_a_glance
+
+    if asked["replay"]:
+        click.echo(f"replayed from {asked['replay']}: nothing is measured", err=True)
+    elif not asked["cluster"] and (text := at_a_glance(machine)):
+        click.echo(text, err=True)
+
+
+def _engine(asked: dict[str, Any], request: Request, folder: Path) -> CellEngine:
+    """Who measures, as `bratune profile` would in each of its passes, so that each finds the other's rows."""
     from bratune.measure.settings import MeterSettings
     from bratune.run.engine import CellEngine, LocalEngine
     from bratune.run.isolated import IsolatedEngine
     from bratune.store import Store
 
-    settings = MeterSettings.for_effort(request.effort, **options.meter_changes(asked))
-    run_id = new_run_id()
-    store = Store(folder / "records.jsonl")
-    runner, machine = _replayed(asked), None if asked["replay"] else _machine(asked)
-    site = _site(asked)
+    settings = MeterSettings.for_effort(request.effort, **options.meter_changes(asked)).per_pass()
+    given: dict[str, Any] = {"store": Store(folder / "records.jsonl"), "run_id": new_run_id()}
+    if (runner := _replayed(asked)) is not None:
+        return CellEngine(runner, settings, **given)
+    if (site := _site(asked)) is not None:
+        from bratune.cluster import ClusterEngine
 
-    def make(**more: Any) -> CellEngine:
-        given = {"store": store, "run_id": run_id, **more}
-        if runner is not None:
-            return CellEngine(runner, settings, **given)
-        if site is not None:
-            from bratune.cluster import ClusterEngine
-
-            return ClusterEngine(site, settings, **given)
-        kind = LocalEngine if asked["no_isolate"] else IsolatedEngine
-        assert machine is not None
-        return kind(machine, settings, **given)
-
-    return make(), lambda: make(fresh=True)
+        return ClusterEngine(site, settings, **given)
+    kind = LocalEngine if asked["no_isolate"] else IsolatedEngine
+    return kind(_machine(asked), settings, **given)
 
 
 def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
@@ -377,8 +374,7 @@ def _join(asked: dict[str, Any]) -> int:
         raise UsageError(f"--study must name one of: {', '.join(open_ones) or 'none is there yet'}")
     request = Request.from_dict(known[name]["request"])
     folder = asked["output"] or Path("runs") / "tune" / f"{name}-joined"
-    engine, _ = _engines(asked, request, folder)
-    with engine:
+    with _engine(asked, request, folder) as engine:
         tuner = Tuner(
             engine,
             request,

@@ -165,12 +165,10 @@ def header(plan: Plan, *, has_backends: bool = False) -> str:
         plan: What is exported.
         has_backends: The export holds the backends; else they are listed here, for they are lost.
     """
-    end = plan.end_to_end
     lines = [
         f"{plan.model}, {plan.task} at {plan.height}x{plan.width}, batch {plan.batch}, {plan.dtype}, "
         f"{plan.direction}: {plan.setting}",
-        f"Measured on {plan.machine.gpu_name} ({plan.measured}): {end.verdict}"
-        + (f", {end.speedup:.3f}x against the default {plan.default}" if end.speedup else ""),
+        f"Measured on {plan.machine.gpu_name} ({plan.measured}): {_compared(plan)}",
         f"Accuracy: {plan.evidence}",
         "Fields marked `model` change what is computed: weights must be trained with them.",
         "Fields marked `cost` change time and memory only.",
@@ -183,6 +181,18 @@ def header(plan: Plan, *, has_backends: bool = False) -> str:
     if configs:
         lines.append(f"Backend settings (cost): {json.dumps(configs)}")
     return _as_comments(lines)
+
+
+def _compared(plan: Plan) -> str:
+    """What the plan may claim against the default."""
+    end = plan.end_to_end
+    if plan.setting == plan.default:
+        return "the default itself"
+    if end.speedup_vs_default is None:
+        return "not compared with the default"
+    gain = end.speedup_vs_default
+    interval = "" if gain.lo is None or gain.hi is None else f" [{gain.lo:.3f}, {gain.hi:.3f}]"
+    return f"{end.verdict}, {gain.value:.3f}x{interval} against the default {plan.default}"
 
 
 def _as_comments(lines: list[str]) -> str:

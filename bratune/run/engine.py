@@ -13,6 +13,7 @@ is the cell pooled over its passes (`bratune.store.pooled`).
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import threading
@@ -32,6 +33,7 @@ from bratune.run.repro import command_for
 from bratune.run.reuse import NOT_FINISHED, NOT_STARTED, Cache, key_of, source_hash
 from bratune.store import Store, pool
 from bratune.store.claims import Claim, Claims
+from bratune.store.pooled import IN_TURN_WITH
 from bratune.work.cells import BASELINE, MIXER_BASELINE
 from bratune.work.contents import contents_of
 
@@ -116,6 +118,15 @@ class GroupRunner(Runner, Protocol):
 
     def fresh(self) -> None:
         """Let the next cell find a new process."""
+        ...
+
+
+@runtime_checkable
+class Comparison(Protocol):
+    """A runner that holds comparisons that were made before."""
+
+    def in_turn(self, cells: Sequence[Cell], base: Cell) -> dict[Cell, list[Record]]:
+        """The rows of cells that took turns with one of them; none of cells that did not."""
         ...
 
 
@@ -332,14 +343,14 @@ class CellEngine:
 
     def _answer(self, cell: Cell) -> Record | None:
         """The row of a cell, stored or measured; None where another run has it, or this one was cancelled."""
-        stored = self._cache.find(cell)
-        result = None if stored is not None else self._turn(cell)
+        stored = self._cache.find_all(cell)
+        result = None if stored else self._turn(cell)
         if result is None:
-            stored = stored or self._cache.find(cell)
-            if stored is None:
+            stored = stored or self._cache.find_all(cell)
+            if not stored:
                 return None
             self.reused += 1
-            return self._baselines.compared(cell, stored)
+            return self._baselines.compared(cell, _one_of(stored))
         if self._cancelled.is_set():
             return None
         record = self._baselines.compared(cell, self._signed(cell, result.record))
@@ -389,6 +400,59 @@ class CellEngine:
                     return False
         return taken
 
+    def in_turn(
+        self,
+        cells: Sequence[Cell],
+        base: Cell,
+        passes: int,
+        *,
+        enough: Callable[[int], bool] = lambda made: False,
+    ) -> dict[Cell, list[Record]]:
+        """The rows of cells that take turns with one of them; see `bratune.engine.ComparingEngine`.
+
+        Where the runner starts no process per pass, a ratio is that of two times, one after the other; of
+        cells that are measured in this process there is one pass.
+        """
+        if isinstance(self._runner, Comparison):
+            return self._runner.in_turn(cells, base)
+        how = f"{self._settings.sampling}{IN_TURN_WITH}{base.cell_id}"
+        rows = {cell: self._cache.find_all(cell, sampling=how) for cell in cells}
+        for number in range(1, (1 if isinstance(self._runner, LocalRunner) else passes) + 1):
+            missing = [cell for cell in cells if _lacks(rows[cell], number)]
+            if not missing:
+                continue
+            if self._cancelled.is_set() or enough(number - 1):
+                break
+            which = {"pass_number": number, "passes": passes, "baseline": base.cell_id}
+            if self._store:
+                begun = [Record.of(cell, self.machine, outcome="started") for cell in missing]
+                pairs = zip(missing, begun, strict=True)
+                self._store.extend([self._signed(cell, row.replace(**which), how) for cell, row in pairs])
+            for cell, result in self._turns(missing, base, number):
+                record = result.record.replace(speedup=result.record.ratio, **which)
+                rows[cell].append(self._write(cell, record, result.samples_ms, how))
+        return rows
+
+    def _turns(self, missing: Sequence[Cell], base: Cell, number: int) -> Iterator[tuple[Cell, Result]]:
+        """What one pass of a comparison gives of the cells that lack it; the base runs beside them anyway."""
+        turns = [*missing] if base in missing else [base, *missing]
+        limit = max(self._limit_of(cell) for cell in turns)
+        if isinstance(self._runner, GroupRunner):
+            self._runner.fresh()
+            left = self._left_s()
+            for cell, result in self._runner.run_group(
+                turns, limit_s=limit, left_s=left, base=base, seed=number
+            ):
+                if cell in missing and not self._cancelled.is_set():
+                    yield cell, result
+            return
+        found = {cell: self._runner.run(cell, limit_s=limit) for cell in turns}
+        for cell in missing:
+            record, base_ms = found[cell].record, found[base].record.median_ms
+            if cell != base and base_ms and record.median_ms:
+                record = record.replace(ratio=base_ms / record.median_ms)
+            yield cell, dataclasses.replace(found[cell], record=record)
+
     def _claim(self, cell: Cell, number: int | None = None) -> bool:
         """Write that a cell, or a pass of it, begins; False where another run has it or it is answered."""
         if self._store is None:
@@ -431,8 +495,10 @@ class CellEngine:
             record = result.record.replace(pass_number=number, passes=self.passes)
             yield cell, self._write(cell, record, result.samples_ms)
 
-    def _write(self, cell: Cell, record: Record, samples_ms: Sequence[float] = ()) -> Record:
-        signed = self._signed(cell, record)
+    def _write(
+        self, cell: Cell, record: Record, samples_ms: Sequence[float] = (), sampling: str = ""
+    ) -> Record:
+        signed = self._signed(cell, record, sampling)
         self._cache.add(signed)
         if self._store:
             self._store.append(signed, samples_ms)
@@ -481,19 +547,27 @@ class CellEngine:
         limit = self._settings.warmup_s + self._settings.timeout_s + _OVERHEAD_S
         return limit + (_COMPILE_S if cell.regime == "compile" else 0)
 
-    def _signed(self, cell: Cell, record: Record) -> Record:
+    def _signed(self, cell: Cell, record: Record, sampling: str = "") -> Record:
         return record.replace(
             run_id=self._run_id,
             repro=command_for(cell, extra=self._flags),
             source_hash=source_hash(cell),
             **contents_of(cell),
-            sampling=self._settings.sampling,
+            sampling=sampling or self._settings.sampling,
         )
 
 
 def _lacks(rows: Sequence[Record], number: int) -> bool:
-    """Whether a cell needs a pass: not where it is there, nor where an earlier one failed."""
-    return not any(row.pass_number == number or not row.ok for row in rows)
+    """Whether a cell needs a pass: not where it is there, nor where an earlier one failed.
+
+    A row that was no part of a series of passes, and is sampled like one, is the first.
+    """
+    return not any((row.pass_number or 1) == number or not row.ok for row in rows)
+
+
+def _one_of(rows: Sequence[Record]) -> Record:
+    """What the rows of a cell say: all passes together, of rows that are none the last one."""
+    return pool(rows)[0] if any(row.pass_number for row in rows) else rows[-1]
 
 
 def _is_complete(rows: Sequence[Record], passes: int) -> bool:

@@ -7,7 +7,7 @@ every row (``evidence``), and a cell that was never measured is an error with th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bratune.cell import Cell
@@ -46,7 +46,11 @@ class ReplayRunner:
             raise TargetError(f"{source} hold {', '.join(keys)}; --gpu says which of them to replay")
         self._source = source
         self._rows: dict[str, Record] = {}
-        for row in pool(row for row in measured if row.gpu_key == (gpu or keys[0])):
+        measured = [row for row in measured if row.gpu_key == (gpu or keys[0])]
+        self._compared: dict[tuple[str, str], list[Record]] = {}
+        for row in measured:
+            self._compared.setdefault((row.cell_id, row.baseline), []).append(row)
+        for row in pool(measured):
             if _better(row, self._rows.get(row.cell_id)):
                 self._rows[row.cell_id] = row
         self.machine = next(iter(self._rows.values())).machine
@@ -65,6 +69,16 @@ class ReplayRunner:
             return Result(Record.of(cell, self.machine, outcome="error", evidence="replayed", reason=reason))
         asked = Record.of(cell, self.machine)  # the same cell, whatever the row made of its description
         return Result(row.replace(evidence="replayed", cell=asked.cell))
+
+    def in_turn(self, cells: Sequence[Cell], base: Cell) -> dict[Cell, list[Record]]:
+        """See `bratune.run.engine.Comparison.in_turn`."""
+        return {
+            cell: [
+                row.replace(evidence="replayed")
+                for row in self._compared.get((cell.cell_id, base.cell_id), ())
+            ]
+            for cell in cells
+        }
 
     def interrupt(self) -> None:
         """A replayed cell takes no time."""

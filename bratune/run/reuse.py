@@ -122,14 +122,20 @@ class Cache:
         rows = self.find_all(cell)
         return rows[-1] if rows else None
 
-    def find_all(self, cell: Cell) -> list[Record]:
-        """Every row that answers a cell, the oldest first; of one that is measured in passes, all of them."""
+    def find_all(self, cell: Cell, *, sampling: str = "") -> list[Record]:
+        """Every row that answers a cell, the oldest first; of one that is measured in passes, all of them.
+
+        Args:
+            cell: What is asked.
+            sampling: How the rows are sampled; by default as the settings say.
+        """
         stored = self._index.rows(cell.cell_id) if self._index is not None else ()
         rows = [row for row in stored if self._answers(row)]
         rows += [row for row in self._rows.get(cell.cell_id, []) if row not in rows]
         if not rows:
             return []
         asked = _circumstances(self._machine, cell, self._settings)
+        asked["sampling"] = sampling or asked["sampling"]
         return [row for row in rows if _circumstances_of(row) == asked]
 
     def why(self, cell: Cell) -> Why:

@@ -19,8 +19,10 @@ from bratune.store.lines import read_records
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["alike", "passes_of", "pool", "pooled", "ratios_of"]
+__all__ = ["IN_TURN_WITH", "alike", "passes_of", "pool", "pooled", "ratios_of"]
 
+# In how a row was sampled: it belongs to a comparison of its own, and its ratio is to that cell.
+IN_TURN_WITH = ", in turn with "
 # What must be the same of rows that are passes of one cell.
 _ALIKE = (
     "cell_id",
@@ -68,10 +70,13 @@ def alike(row: Record) -> tuple[Any, ...]:
 
 
 def pool(rows: Iterable[Record]) -> list[Record]:
-    """One row per cell, in the order in which cells appear; "started" lines are left out."""
+    """One row per cell, in the order in which cells appear.
+
+    "started" lines are left out, and rows of comparisons of their own (`IN_TURN_WITH`).
+    """
     cells: dict[tuple[Any, ...], list[Record]] = {}
     for row in rows:
-        if row.outcome != "started":
+        if row.outcome != "started" and IN_TURN_WITH not in row.sampling:
             cells.setdefault(alike(row), []).append(row)
     timed = {key: [row for row in found if row.ok] for key, found in cells.items()}
     times = priors(passes_of(found) for found in timed.values() if found)

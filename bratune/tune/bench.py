@@ -19,7 +19,7 @@ from bratune.tune.request import Request
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
 from bratune.tune.table import Entry
-from bratune.variant import get_task, stages
+from bratune.variant import Stage, get_task, stages
 from bratune.work import request as work_request
 from bratune.work.cells import BASELINE, Scene, scenes
 
@@ -145,10 +145,9 @@ class Bench:
         stage = self.space.stage(entry.stage, entry.n_win, entry.topk)
         return self.scene.block_cell(stage, entry.backend, entry.config)
 
-    def model_cell(self, setting: Setting) -> Cell:
-        """The cell of the whole model with a setting."""
+    def _stages(self, setting: Setting) -> tuple[Stage, ...]:
         space = self.space
-        found = stages(
+        return stages(
             space.variant,
             space.height,
             space.width,
@@ -158,6 +157,17 @@ class Bench:
             dtype=space.dtype,
             direction=space.direction,
         )
+
+    def published_cell(self, setting: Setting) -> Cell | None:
+        """The official composition with the S and top-k of a setting; None where a model has none."""
+        if self.space.variant.layout != "biformer":
+            return None
+        cell = self.scene.model_cell((), form="published", stages=self._stages(setting))
+        return cell.replace(regime=setting.regime)
+
+    def model_cell(self, setting: Setting) -> Cell:
+        """The cell of the whole model with a setting."""
+        space, found = self.space, self._stages(setting)
         configs = {
             str(i + 1): json.loads(setting.configs[i]) for i in space.routed if setting.configs[i] != "{}"
         }

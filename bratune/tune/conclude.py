@@ -1,20 +1,24 @@
-"""Conclude: pick, compare with the default, and write down what came out.
+"""Conclude: pick, compare with the default and the published form, and write down what came out.
 
-The plan is the pick only where the comparison shows that it is faster (or, for ``lightest``, smaller) and its
-divergence keeps the limit; else it is the default, with the reason.
+The plan is the pick, or one that the search cannot tell from it, only where the closing comparison shows that
+it is faster (or, for ``lightest``, smaller) and its divergence keeps the limit; else it is the default, with
+the reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from bratune.cell import Cell
 from bratune.errors import UsageError
+from bratune.measure.verdict import Verdict
 from bratune.record import Record, utc_now
+from bratune.tune.closing import Closing, compare
 from bratune.tune.evidence import Evidence, prior_only
-from bratune.tune.guard import Fresh, challenge
 from bratune.tune.lost_accuracy import ALLOWED_LOSS
-from bratune.tune.pick import Verified, acceptable, pick
+from bratune.tune.pick import Pick, Verified, acceptable, pick
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
 from bratune.tune.setting import Setting
 from bratune.tune.table import Entry
@@ -24,12 +28,19 @@ from bratune.variant import stages
 __all__ = ["conclude", "front_rows"]
 
 
-def conclude(tuner: Tuner, fresh: Fresh, *, command: str = "", complete: bool = True) -> Plan:
+# Candidates of the closing comparison: each takes its share of every pass.
+CANDIDATES = 3
+# Two processes that time the same model differ by a tenth, and so may two settings that are equally fast.
+SEARCH_NOISE = 0.1
+# Passes that are made of a comparison even where the budget is spent: two say little of their own scatter.
+LEAST_PASSES = 3
+
+
+def conclude(tuner: Tuner, *, command: str = "", complete: bool = True) -> Plan:
     """The plan of a finished or interrupted search.
 
     Args:
         tuner: After `Tuner.search`.
-        fresh: Makes engines for the comparison; see `bratune.tune.guard`.
         command: What makes this plan again.
         complete: The search ran to its end.
 
@@ -48,7 +59,7 @@ def conclude(tuner: Tuner, fresh: Fresh, *, command: str = "", complete: bool = 
     if limits is None and rule in ("safe", "balanced", "fast"):
         rule = "fastest"  # the model is the reference's, or its floors hold: only cost is left to choose by
     found = pick(rule, tuner.verified(), limits=limits, confidence=tuner.request.confidence)
-    chosen, outcome, reason = _decide(tuner, fresh, default, found.chosen, found.reason, rule)
+    chosen, outcome, reason = _decide(tuner, default, found, rule, complete=complete)
     setting = chosen.setting
     request = tuner.request
     parts = stages(
@@ -102,41 +113,100 @@ def _why_not_tried(tuner: Tuner) -> str:
 
 
 def _decide(
-    tuner: Tuner, fresh: Fresh, default: Verified, chosen: Verified, reason: str, rule: str
+    tuner: Tuner, default: Verified, found: Pick, rule: str, *, complete: bool
 ) -> tuple[Verified, EndToEnd, str]:
-    if chosen.setting.key == default.setting.key:
-        rival = _rival(tuner, default, rule)
-        if rival is None:
-            outcome = EndToEnd(
-                default_ms=default.ms,
-                verdict="default kept",
-                reason="the default is the pick, and no other may be as fast: nothing to compare",
-            )
-            return default, outcome, reason
-        chosen, reason = rival, "as fast as the default within the noise of the search"
-    bench, rounds = tuner.bench, tuner.request.how_much.rounds
-    tuner.say(f"comparing {chosen.setting} with the default in {rounds} fresh processes")
-    outcome = challenge(bench.model_cell(default.setting), bench.model_cell(chosen.setting), fresh, rounds)
-    tuner.say(outcome.reason)
-    if outcome.verdict == "faster" or rule.startswith("trial:"):
-        return chosen, outcome, reason
-    lighter = (chosen.memory_mb or 0.0) < (default.memory_mb or 0.0)
-    if rule == "lightest" and lighter and outcome.speedup_ci:
-        return chosen, outcome, f"{reason}; slower or not faster than the default"
-    kept = f"the default is kept: {chosen.setting} was compared with it ({reason}), but {outcome.reason}"
-    return default, dataclasses.replace(outcome, tuned_ms=outcome.default_ms), kept
+    """What becomes the plan, how it compares end to end, and why."""
+    candidates = _candidates(tuner, default, found.chosen, rule)
+    bench = tuner.bench
+    base, cells = bench.model_cell(default.setting), [bench.model_cell(v.setting) for v in candidates]
+    official = bench.published_cell(tuner.reference)
+    closing = _compare(tuner, base, dict(zip(cells, candidates, strict=True)), official)
+    best = closing.fastest()
+    chosen, reason = default, found.reason
+    if best is not None:
+        chosen = candidates[cells.index(best)]
+    elif candidates and _stands_anyway(found.chosen, default, closing.verdicts.get(cells[0]), rule):
+        chosen, reason = found.chosen, f"{found.reason}; it is not shown to be faster than the default"
+    if chosen is not default and chosen is not found.chosen:
+        reason = f"fastest of {len(candidates)} that the search could not tell apart ({found.reason})"
+    if chosen is default and candidates:
+        told = "; ".join(f"{v.setting} is {closing.words(c)}" for c, v in zip(cells, candidates, strict=True))
+        reason = f"the default is kept, nothing is shown to be faster: {told}"
+    elif chosen is default:
+        reason = found.reason if complete else f"of what was measured, the default is fastest; {_open(tuner)}"
+    return chosen, _end_to_end(closing, base, bench.model_cell(chosen.setting), official), reason
 
 
-def _rival(tuner: Tuner, default: Verified, rule: str) -> Verified | None:
-    """What would be picked were it not for the default, where the search cannot tell which is faster."""
+def _compare(tuner: Tuner, base: Cell, candidates: Mapping[Cell, Verified], official: Cell | None) -> Closing:
+    names = [str(v.setting) for v in candidates.values()] + (["the published form"] if official else [])
+    if not names:
+        return Closing({})
+    passes = tuner.request.how_much.passes
+    tuner.say(f"comparing with the default, in turn in {passes} fresh processes: {', '.join(names)}")
+    pace = tuner.pace
+    closing = compare(
+        tuner.engine,
+        base,
+        list(candidates),
+        official,
+        passes,
+        enough=lambda made: made >= LEAST_PASSES and pace.left() <= 0,
+    )
+    for cell, candidate in candidates.items():
+        tuner.say(f"{candidate.setting}: {closing.words(cell)}")
+    return closing
+
+
+def _end_to_end(closing: Closing, base: Cell, chosen: Cell, official: Cell | None) -> EndToEnd:
+    times, own = closing.times, chosen != base
+    verdict = closing.verdicts.get(chosen)
+    return EndToEnd(
+        published=times.get(official) if official else None,
+        default=times.get(base),
+        tuned=times.get(chosen),
+        passes=closing.passes,
+        verdict=verdict.verdict if verdict and own else None,
+        speedup_vs_default=closing.speedup(chosen) if own else None,
+        speedup_vs_published=closing.speedup_over(chosen, official) if official else None,
+        reason=closing.words(chosen) if own else "the plan is the default",
+    )
+
+
+def _candidates(tuner: Tuner, default: Verified, chosen: Verified, rule: str) -> list[Verified]:
+    """Who may replace the default: the pick, and what the search cannot tell from the fastest.
+
+    ``published``, which everything is compared with anyway, is there only as the pick.
+    """
+    found = [] if chosen.setting.key == default.setting.key else [chosen]
     if rule not in ("fastest", *ALLOWED_LOSS):
-        return None
+        return found
     limits = tuner.fidelity.limits if tuner.fidelity is not None and tuner.second == "loss" else None
     feasible = [v for v in tuner.verified() if v.feasible]
     if limits is not None and rule in limits:
         feasible = acceptable(feasible, limits[rule], tuner.request.confidence)
-    others = [v for v in feasible if v.setting.key != default.setting.key and v.ci[0] <= default.ci[1]]
-    return min(others, key=lambda v: (v.ms, v.trial), default=None)
+    published = tuner.named().get("published", default.setting)
+    out = {default.setting.key, published.key, chosen.setting.key}
+    limit = (1 + SEARCH_NOISE) * min(chosen.ms, default.ms)
+    others = [v for v in feasible if v.setting.key not in out and v.ms <= limit]
+    return [*found, *sorted(others, key=lambda v: (v.ms, v.trial))][:CANDIDATES]
+
+
+def _stands_anyway(chosen: Verified, default: Verified, verdict: Verdict | None, rule: str) -> bool:
+    """Whether a pick that is not shown to be faster becomes the plan all the same."""
+    if chosen.setting.key == default.setting.key:
+        return False
+    lighter = (chosen.memory_mb or 0.0) < (default.memory_mb or 0.0)
+    return (
+        rule.startswith("trial:")
+        or not default.feasible
+        or (rule == "lightest" and lighter and verdict is not None)
+    )
+
+
+def _open(tuner: Tuner) -> str:
+    """What an unfinished search has not looked at."""
+    cells, settings = (len(ledger.trials("WAITING")) for ledger in (tuner.cells, tuner.settings))
+    return f"the search is unfinished: {cells} stage options and {settings} settings were not measured"
 
 
 def evidence_of(tuner: Tuner, chosen: Verified) -> Evidence:
@@ -217,7 +287,7 @@ def front_rows(tuner: Tuner, plan: Plan) -> list[dict[str, Any]]:
                 "setting": str(v.setting),
                 "name": names.get(v.setting.key, ""),
                 "ms": v.ms,
-                "ci_ms": list(v.ci),
+                "ci_ms": list(v.ci) if v.ci else None,
                 "predicted_ms": v.predicted_ms,
                 "images_per_s": 1e3 * tuner.request.batch / v.ms,
                 "peak_alloc_mb": v.memory_mb,

@@ -171,7 +171,6 @@ class Modelled:
             default=self.default.setting,
             stages=stage_plans(best.setting, parts, {}),
             end_to_end=EndToEnd(
-                verdict="not compared",
                 reason=f"nothing was measured: {self.board.name} is not here, and the setting is modelled",
             ),
             evidence=prior_only(unchanged=same, omega=request.omega),

@@ -27,7 +27,7 @@ class Verified:
     Attributes:
         trial: Its number in the study.
         ms: Median latency of the model.
-        ci: 95 % interval of the median, in milliseconds.
+        ci: 95 % interval of the median, in milliseconds; None where too little was measured.
         memory_mb: Peak allocated memory; None when unknown.
         loss: Divergence from the reference; None when fidelity was not measured. It orders settings and
             decides nothing where ``counts`` are known.
@@ -39,7 +39,7 @@ class Verified:
     trial: int
     setting: Setting
     ms: float
-    ci: tuple[float, float]
+    ci: tuple[float, float] | None = None
     memory_mb: float | None = None
     loss: float | None = None
     counts: Counts | None = None

@@ -19,10 +19,11 @@ from bratune.errors import PlanError, ProblemError, UsageError
 from bratune.files import write_text
 from bratune.kernels.tuned import SCHEMA, architecture, machine_key, user_plans
 from bratune.machine import Machine
+from bratune.measure.verdict import Estimate
 from bratune.problem import Problem
 from bratune.text import one_line
 from bratune.tune.evidence import Evidence
-from bratune.tune.plan_schema import PLAN_SCHEMA, hidden_texts, violations
+from bratune.tune.plan_schema import EARLIER_VERDICTS, PLAN_SCHEMA, hidden_texts, violations
 from bratune.tune.setting import Setting
 from bratune.variant import VARIANTS
 
@@ -32,7 +33,6 @@ KNOBS = {
     "model": ("n_win", "topks", "padding"),
     "cost": ("backend", "config", "regime", "layout"),
 }
-VERDICTS = ("faster", "default kept", "not compared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,38 +82,83 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEnd:
-    """The whole model with the default and with the plan, measured side by side in fresh processes.
+    """The whole model with the default, with the plan and as published, in turn in fresh processes.
+
+    What was not compared is None. A plan that is the default itself claims nothing: it has no verdict and no
+    speed-up over the default.
 
     Attributes:
-        default_ms: Median latency of the default; None when not compared.
-        tuned_ms: Median latency of the plan.
-        speedup: Median of the paired ratios default / plan.
-        speedup_ci: Its distribution-free 95 % interval.
-        rounds: Fresh processes that measured both.
-        verdict: ``faster``, ``default kept`` or ``not compared``.
-        reason: Why, in one sentence.
+        published: Time of the official composition in milliseconds, with its 95 % interval.
+        default: Time of the default.
+        tuned: Time of the plan.
+        passes: Fresh processes.
+        verdict: One of `bratune.measure.verdict.VERDICTS`, of the plan against the default.
+        speedup_vs_default: Median over passes of the ratio within rounds, with its interval.
+        speedup_vs_published: The same against the official composition.
+        reason: What was compared and what came out, in one sentence.
     """
 
-    default_ms: float | None = None
-    tuned_ms: float | None = None
-    speedup: float | None = None
-    speedup_ci: tuple[float, float] | None = None
-    rounds: int = 0
-    verdict: str = "not compared"
+    published: Estimate | None = None
+    default: Estimate | None = None
+    tuned: Estimate | None = None
+    passes: int = 0
+    verdict: str | None = None
+    speedup_vs_default: Estimate | None = None
+    speedup_vs_published: Estimate | None = None
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        data = dataclasses.asdict(self)
-        data["speedup_ci"] = list(self.speedup_ci) if self.speedup_ci else None
-        return data
+        return {
+            **{name: _plain(getattr(self, name), _TIME) for name in _TIMES},
+            "verdict": self.verdict,
+            **{name: _plain(getattr(self, name), _RATIO) for name in _SPEEDUPS},
+            "passes": self.passes,
+            "reason": self.reason,
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EndToEnd:
-        """The inverse of `to_dict`."""
-        fields = dict(data)
-        fields["speedup_ci"] = tuple(fields["speedup_ci"]) if fields.get("speedup_ci") else None
-        return cls(**fields)
+        """The inverse of `to_dict`; what plans of schema 1 say is read too."""
+        if data["verdict"] in EARLIER_VERDICTS:
+            return cls._earlier(data)
+        passes = data.get("passes", 0)
+        values = {name: _estimate(data.get(name), _TIME, passes) for name in _TIMES}
+        values |= {name: _estimate(data.get(name), _RATIO, passes) for name in _SPEEDUPS}
+        return cls(**values, passes=passes, verdict=data["verdict"], reason=data.get("reason", ""))
+
+    @classmethod
+    def _earlier(cls, data: Mapping[str, Any]) -> EndToEnd:
+        """From schema 1, where the default's own plan said what became of its rival."""
+        passes, faster = data.get("rounds", 0), data["verdict"] == "faster"
+        times = [data.get(name) for name in ("default_ms", "tuned_ms")]
+        default, tuned = (None if ms is None else Estimate(ms, None, None, passes) for ms in times)
+        gain, (lo, hi) = data.get("speedup"), data.get("speedup_ci") or (None, None)
+        return cls(
+            default=default,
+            tuned=tuned,
+            passes=passes,
+            verdict="FASTER" if faster else None,
+            speedup_vs_default=Estimate(gain, lo, hi, passes) if faster and gain else None,
+            reason=data.get("reason", ""),
+        )
+
+
+# The fields of `EndToEnd` that are times and ratios, and the names of a number and its interval in each.
+_TIMES, _TIME = ("published", "default", "tuned"), ("median_ms", "ci_lo_ms", "ci_hi_ms")
+_SPEEDUPS, _RATIO = ("speedup_vs_default", "speedup_vs_published"), ("value", "lo", "hi")
+
+
+def _plain(found: Estimate | None, names: Sequence[str]) -> dict[str, float | None] | None:
+    return None if found is None else dict(zip(names, (found.value, found.lo, found.hi), strict=True))
+
+
+def _estimate(data: Mapping[str, Any] | None, names: Sequence[str], passes: int) -> Estimate | None:
+    if data is None:
+        return None
+    first, *interval = names
+    lo, hi = (data.get(name) for name in interval)
+    return Estimate(data[first], lo, hi, passes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,11 +404,16 @@ def install(plan: Plan, folder: str | os.PathLike[str] | None = None) -> Path:
     """Put a plan where ``backend="auto"`` finds it, by default in the user's cache; returns its path.
 
     Raises:
-        PlanError: the plan was modelled, and only what was measured decides.
+        PlanError: the plan was modelled, and only what was measured decides; or its search is unfinished.
     """
     if plan.measured == "modelled":
         raise PlanError(
             f"the plan for {plan.machine.gpu_name} was modelled: only a measured one is put there"
+        )
+    if not plan.complete:
+        raise PlanError(
+            "the plan is of an unfinished search, and the next one may choose otherwise; "
+            f"`{plan.command or 'bratune tune'}` goes on"
         )
     return plan.save((user_plans() if folder is None else Path(folder)) / plan.file_name)
 

@@ -11,10 +11,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from bratune.measure.verdict import VERDICTS
 from bratune.text import NAME, is_plain, one_line
 
-__all__ = ["PLAN_SCHEMA", "hidden_texts", "violations"]
+__all__ = ["EARLIER_VERDICTS", "PLAN_SCHEMA", "hidden_texts", "violations"]
 
+# What `end_to_end` of schema 1 said in the place of a verdict.
+EARLIER_VERDICTS = ("faster", "default kept", "not compared")
 # Beyond this a number is nothing that was measured, and arithmetic on it overflows.
 _LARGEST = 1e300
 
@@ -39,6 +42,13 @@ def _object(required: Mapping[str, Any], optional: Mapping[str, Any] | None = No
     return {"type": "object", "required": list(required), "properties": {**required, **(optional or {})}}
 
 
+def _number(*names: str) -> dict[str, Any]:
+    """A number with its interval, or nothing."""
+    found = _object({names[0]: {"type": "number", "minimum": 0}}, dict.fromkeys(names[1:], _MS))
+    return {**found, "type": ["object", "null"]}
+
+
+_TIME, _RATIO = _number("median_ms", "ci_lo_ms", "ci_hi_ms"), _number("value", "lo", "hi")
 _SETTING = _object(
     {
         "n_win": _array(_COUNT),
@@ -106,8 +116,12 @@ PLAN_SCHEMA: dict[str, Any] = {
                 )
             ),
             "end_to_end": _object(
-                {"verdict": {"enum": ["faster", "default kept", "not compared"]}},
+                {"verdict": {"enum": [*VERDICTS, None, *EARLIER_VERDICTS]}},
                 {
+                    **dict.fromkeys(("published", "default", "tuned"), _TIME),
+                    **dict.fromkeys(("speedup_vs_default", "speedup_vs_published"), _RATIO),
+                    "passes": _INT,
+                    # schema 1
                     "default_ms": _MS,
                     "tuned_ms": _MS,
                     "speedup": _MS,
@@ -154,9 +168,8 @@ def violations(value: Any, schema: Mapping[str, Any], where: str = "") -> list[s
     place = where or "the file"
     if "enum" in schema:
         allowed = schema["enum"]
-        return (
-            [] if value in allowed else [f"{place} must be one of {', '.join(allowed)}, not {_short(value)}"]
-        )
+        names = ", ".join("nothing" if one is None else one for one in allowed)
+        return [] if value in allowed else [f"{place} must be one of {names}, not {_short(value)}"]
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_is(value, kind) for kind in kinds):

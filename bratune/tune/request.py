@@ -28,16 +28,16 @@ class Effort:
 
     Attributes:
         verify: Settings measured end to end, at most.
-        rounds: Processes of the closing comparison; six are the fewest that give a 95 % interval.
+        passes: Fresh processes of the closing comparison.
         configs: Settings of a backend that are tried for the options that matter.
     """
 
     verify: int
-    rounds: int
+    passes: int
     configs: int
 
 
-EFFORTS = {"quick": Effort(8, 6, 1), "standard": Effort(20, 7, 4), "full": Effort(60, 10, 16)}
+EFFORTS = {"quick": Effort(8, 6, 1), "standard": Effort(20, 6, 4), "full": Effort(60, 10, 16)}
 
 
 @dataclass(frozen=True, kw_only=True)

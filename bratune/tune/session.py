@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bratune.engine import Engine
+from bratune.engine import ComparingEngine
 from bratune.errors import StoreError
 from bratune.tune.bench import Offers
 from bratune.tune.conclude import conclude, front_rows
 from bratune.tune.fidelity_source import FidelitySource
-from bratune.tune.guard import Fresh
 from bratune.tune.plan import Plan, install
 from bratune.tune.progress import Say
 from bratune.tune.request import Request
@@ -48,8 +47,7 @@ def default_storage(folder: Path) -> str:
 
 
 def run(
-    engine: Engine,
-    fresh: Fresh,
+    engine: ComparingEngine,
     request: Request,
     folder: Path,
     *,
@@ -65,7 +63,6 @@ def run(
 
     Args:
         engine: See `bratune.tune.tuner.Tuner`.
-        fresh: Makes engines for the closing comparison; see `bratune.tune.guard`.
         request: What is tuned.
         folder: Where the files go; the same folder again resumes.
         url: Storage; by default `default_storage`.
@@ -74,7 +71,7 @@ def run(
         fidelity: See `bratune.tune.tuner.Tuner`.
         say: Told what happens.
         command: What makes this plan again.
-        put_in_cache: Put the plan where ``backend="auto"`` finds it.
+        put_in_cache: Put the plan where ``backend="auto"`` finds it; not that of an unfinished search.
 
     Raises:
         StoreError: the folder cannot be written; raised before anything is measured.
@@ -94,8 +91,8 @@ def run(
     )
     tuner.search()
     complete = not any(ledger.trials("WAITING") for ledger in (tuner.cells, tuner.settings))
-    plan = conclude(tuner, fresh, command=command, complete=complete)
+    plan = conclude(tuner, command=command, complete=complete)
     rows = front_rows(tuner, plan)
     path = plan.save(folder / "plan.json")
     (folder / "front.json").write_text(json.dumps(rows, indent=1) + "\n")
-    return Result(plan, rows, path, install(plan) if put_in_cache else None)
+    return Result(plan, rows, path, install(plan) if put_in_cache and complete else None)

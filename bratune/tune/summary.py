@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bratune.measure.verdict import Estimate
 from bratune.tune.layer_recall import recall_lines
 from bratune.tune.plan import Plan
 
@@ -17,14 +18,14 @@ def front_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) -> st
     body = [head]
     for row in rows:
         mark = (">" if row["picked"] else "") + ("*" if row["front"] else "")
-        low, high = row["ci_ms"]
+        low, high = row["ci_ms"] or (None, None)
         body.append(
             [
                 mark + ("" if row["feasible"] else "x"),
                 str(row["trial"]),
                 row["setting"],
                 f"{row['ms']:.3f}",
-                f"{(high - low) / 2:.3f}",
+                "" if low is None else f"{(high - low) / 2:.3f}",
                 "" if row["predicted_ms"] is None else f"{row['predicted_ms']:.3f}",
                 "" if row["peak_alloc_mb"] is None else f"{row['peak_alloc_mb']:.0f}",
                 "" if row["divergence"] is None else f"{row['divergence']:.4f}",
@@ -46,17 +47,7 @@ def front_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) -> st
 
 def plan_text(plan: Plan) -> str:
     """The plan in a few lines: what, why, how much faster, on what evidence."""
-    end = plan.end_to_end
-    lines = [f"plan: {plan}", f"why: {plan.reason}"]
-    if end.speedup is not None and end.speedup_ci is not None:
-        low, high = end.speedup_ci
-        lines.append(
-            f"against the default ({plan.default}): {end.verdict}, {end.speedup:.3f}x "
-            f"[{low:.3f}, {high:.3f}], {end.rounds} interleaved processes, "
-            f"{plan.measured} on {plan.machine.gpu_name}"
-        )
-    else:
-        lines.append(f"against the default ({plan.default}): {end.verdict}: {end.reason}")
+    lines = [f"plan: {plan}", f"why: {plan.reason}", *_end_to_end_lines(plan)]
     lines.append(f"accuracy: {plan.evidence}")
     lines += recall_lines(plan.diagnostics)
     error = plan.table_error
@@ -67,6 +58,36 @@ def plan_text(plan: Plan) -> str:
         lines.append(text)
     if not plan.complete:
         lines.append(
-            "incomplete: the budget was spent before everything was measured; the same command goes on"
+            "unfinished: the search ended before everything was measured, so the plan is not put where "
+            'backend="auto" finds it; the same command goes on'
         )
     return "\n".join(lines)
+
+
+def _end_to_end_lines(plan: Plan) -> list[str]:
+    """How the plan compares with the default and with the official composition."""
+    end = plan.end_to_end
+    where = f"{plan.measured} on {plan.machine.gpu_name}"
+    lines = []
+    if plan.setting == plan.default:
+        lines.append(f"against the default: it is the default ({where})")
+    elif end.speedup_vs_default is None:
+        lines.append(f"against the default ({plan.default}): not compared: {end.reason}")
+    else:
+        text = f"{end.verdict}, {_times(end.speedup_vs_default)}"
+        lines.append(f"against the default ({plan.default}): {text}, {_how(plan)}, {where}")
+    if end.speedup_vs_published is not None and end.published is not None:
+        lines.append(f"against the published form: {_times(end.speedup_vs_published)}, {_how(plan)}")
+    return lines
+
+
+def _how(plan: Plan) -> str:
+    return f"in turn in {plan.end_to_end.passes} fresh processes"
+
+
+def _times(found: Estimate) -> str:
+    """A speed-up with its interval, in parentheses where it is not shown."""
+    if found.lo is None or found.hi is None:
+        return f"({found.value:.3f}x)"
+    text = f"{found.value:.3f}x [{found.lo:.3f}, {found.hi:.3f}]"
+    return f"({text})" if found.lo <= 1 <= found.hi else text

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bratune.cell import Cell
@@ -136,6 +136,26 @@ class SyntheticWorld:
             self.measured.append(cell)
             yield self._record(cell)
 
+    def in_turn(
+        self,
+        cells: Sequence[Cell],
+        base: Cell,
+        passes: int,
+        *,
+        enough: Callable[[int], bool] = lambda made: False,
+    ) -> dict[Cell, list[Record]]:
+        """See `bratune.engine.ComparingEngine.in_turn`."""
+        rows: dict[Cell, list[Record]] = {cell: [] for cell in cells}
+        for number in range(1, passes + 1):
+            if enough(number - 1):
+                break
+            found = dict(zip(cells, self.run(cells), strict=True))
+            base_ms = found[base].median_ms
+            for cell, row in found.items():
+                ratio = base_ms / row.median_ms if cell != base and base_ms and row.median_ms else None
+                rows[cell].append(row.replace(pass_number=number, passes=passes, ratio=ratio))
+        return rows
+
     def _record(self, cell: Cell) -> Record:
         if cell.part == "model":
             space, setting = _setting_of(cell)
@@ -183,7 +203,8 @@ def _setting_of(cell: Cell) -> tuple[Space, Setting]:
     for stage, config in cell.settings.items():
         configs[int(stage) - 1] = json.dumps(config)
     sides = [max(int(s), 1) for s in cell.n_win.split(",")]
-    names = cell.backend.split(",") if "," in cell.backend else cell.backend
+    backend = cell.backend or "gather"  # what the published form runs
+    names = backend.split(",") if "," in backend else backend
     setting = space.setting(sides, [int(k) for k in cell.topk.split(",")], names, configs)
     return space, setting
 

@@ -194,6 +194,19 @@ class Table:
             chosen.append(min(options, key=lambda e: (e.ms, e)))
         return self._candidate(chosen)
 
+    def swaps(self, setting: Setting) -> list[Setting]:
+        """The setting with another backend in one stage, the fastest one there; the most promising first."""
+        own, found = {entry.stage: entry for entry in self.find(setting) or ()}, []
+        for i, entry in own.items():
+            same = [
+                e for e in self.entries.values() if (e.stage, e.n_win, e.topk) == (i, entry.n_win, entry.topk)
+            ]
+            others = [e for e in same if e.backend != entry.backend]
+            if others:
+                best = min(others, key=lambda e: (e.ms, e))
+                found.append((best.ms - entry.ms, self._candidate([*(own | {i: best}).values()]).setting))
+        return [swap for _, swap in sorted(found, key=lambda pair: pair[0])]
+
     def _point(self, entry: Entry) -> Point[Entry]:
         second = (entry.memory_mb or 0.0) if self.objective == "memory" else entry.loss
         return Point((entry.ms, second), entry)

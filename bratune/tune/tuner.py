@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bratune.cell import Cell
-from bratune.engine import Engine
+from bratune.engine import ComparingEngine
 from bratune.errors import UsageError
 from bratune.kernels.tuned import machine_key
 from bratune.record import Record
@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 __all__ = ["Tuner"]
 
 # Shares of the budget after which a phase must be over.
-CELLS_UNTIL, LOSSES_UNTIL = 0.5, 0.6
-# Largest share kept free for the closing comparison.
-MOST_RESERVED = 0.25
+CELLS_UNTIL, LOSSES_UNTIL = 0.3, 0.4
+# Largest share kept free for the closing comparison, and what a pass of it takes before anything is timed.
+MOST_RESERVED = 0.45
+PASS_START_S = 6.0
 POLL_S = 0.5
 # Proposals in a row that are known or not worth a training, after which the sampler has no more to say.
 MOST_IDLE = 60
@@ -66,7 +67,7 @@ class Tuner:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ComparingEngine,
         request: Request,
         url: str,
         *,
@@ -206,6 +207,11 @@ class Tuner:
         """Measure the best settings of the table end to end, then the next ones, while that helps."""
         effort = self.request.how_much
         limit = next((c.limit for c in self.request.limits if c.field == "peak_alloc_mb"), None)
+        if self.pace.left() < effort.verify * self.pace.typical("setting") + self._reserved_s():
+            # A swap of one stage is what the table knows best, and the measured default is next to it.
+            swaps = [("", s.replace(regime=self.reference.regime)) for s in self.table.swaps(self.reference)]
+            self.enqueue_settings(swaps)
+            self.drain_settings()
         depth, already = 1, len(self.verified())
         while self.time_left():
             room = effort.verify - len(self.verified())
@@ -298,10 +304,12 @@ class Tuner:
 
     def time_left(self) -> bool:
         """Whether another whole model can be measured before the closing comparison must start."""
-        reserve = 2.4 * self.request.how_much.rounds * self.pace.typical("setting")
-        if self.request.budget_s:
-            reserve = min(reserve, MOST_RESERVED * self.request.budget_s)
-        return self.pace.left() > reserve
+        return self.pace.left() > self._reserved_s()
+
+    def _reserved_s(self) -> float:
+        """What the closing comparison of the default, the pick, a rival and the published form may take."""
+        a_pass = PASS_START_S + 4 * self.pace.typical("setting")
+        return min(self.request.how_much.passes * a_pass, MOST_RESERVED * self.request.budget_s)
 
     def enqueue_settings(self, named: Any, *, most: int | None = None) -> int:
         """Queue settings that were not measured yet; ``named`` are pairs of a name (or "") and a setting."""
@@ -409,7 +417,7 @@ class Tuner:
             trial=trial.number,
             setting=setting,
             ms=ms,
-            ci=(ms if low is None else low, ms if high is None else high),
+            ci=None if low is None or high is None else (low, high),
             memory_mb=record.peak_alloc_mb,
             loss=trial.values[1] if self.second == "loss" else None,
             counts=self._counts(trial, setting),

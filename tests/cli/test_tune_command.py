@@ -11,6 +11,7 @@ from recorded import ASKED, NAMES, record
 
 from bratune.cli import run
 from bratune.cli.tune import command
+from bratune.errors import UsageError
 from bratune.tune.plan import load_plan
 from bratune.tune.synthetic import BACKENDS
 
@@ -91,3 +92,14 @@ def test_requests_that_cannot_be_met_are_one_sentence(
 
 def test_fixture_backends_are_known_to_the_world() -> None:
     assert set(NAMES) <= set(BACKENDS)
+
+
+def test_a_busy_machine_is_named_in_the_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise UsageError("enough")
+
+    monkeypatch.setattr("bratune.measure.health.at_a_glance", lambda machine: f"busy: {machine.kind}")
+    monkeypatch.setattr("bratune.tune.session.run", stop)
+    result = CliRunner().invoke(command, ["--device", "cpu", "-o", str(tmp_path)])
+    assert result.stderr.splitlines()[0] == "busy: cpu"
+    assert isinstance(result.exception, UsageError)

@@ -16,12 +16,12 @@ from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.record import Record
-from bratune.run.engine import CellEngine
+from bratune.run.engine import CellEngine, LocalEngine
 from bratune.run.isolated import IsolatedEngine, IsolatedRunner
 from bratune.run.measure_cell import Result
 from bratune.run.passes import disturbance
 from bratune.run.replay import ReplayRunner
-from bratune.store import Store, read_records
+from bratune.store import Store, pool, read_records
 from bratune.testing import faults
 
 CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="CPU", threads=2)
@@ -167,6 +167,63 @@ def test_a_replay_answers_with_all_passes_together(tmp_path: Path) -> None:
         (r.median_ms, r.passes, r.ratio) for r in pooled
     ]
     assert {row.evidence for row in rows} == {"replayed"}
+
+
+# --- comparisons ---------------------------------------------------------------------------------
+
+
+def test_a_comparison_takes_turns_in_fresh_processes_and_goes_on_where_it_ended(tmp_path: Path) -> None:
+    gather, dense = GROUPS[:2]
+    path, runner = tmp_path / "r.jsonl", FakeGroups()
+    first = engine(runner, path).in_turn([dense, gather], dense, 6, enough=lambda made: made == 2)
+    turns = ["fresh", "1:0:dense+gather", "fresh", "2:0:dense+gather"]
+    assert runner.log == turns
+    assert [(row.ratio, row.pass_number, row.baseline) for row in first[gather]] == [
+        (2.0, 1, dense.cell_id),
+        (2.0, 2, dense.cell_id),
+    ]
+    begun = [row.outcome for row in read_records([path])]
+    assert begun == ["started", "started", "measured", "measured"] * 2
+    again = FakeGroups()
+    more = engine(again, path).in_turn([dense, gather], dense, 3)
+    assert again.log == ["fresh", "3:0:dense+gather"]
+    assert [len(more[cell]) for cell in (dense, gather)] == [3, 3]
+    one = FakeGroups()
+    engine(one, path).in_turn([dense, gather, GROUPS[2]], dense, 3)
+    assert one.log == [text for n in (1, 2, 3) for text in ("fresh", f"{n}:0:dense+gather")]
+
+
+def test_a_comparison_is_answered_by_nothing_else_and_answers_nothing_else(tmp_path: Path) -> None:
+    gather, dense = GROUPS[:2]
+    path, runner = tmp_path / "r.jsonl", FakeGroups()
+    before = list(engine(runner, path, passes=2).run([gather, dense]))
+    runner.log.clear()
+    compared = engine(runner, path).in_turn([gather, dense], dense, 2)
+    assert len(runner.log) == 4
+    runner.log.clear()
+    assert list(engine(runner, path, passes=2).run([gather, dense])) == before
+    assert len(engine(runner, path).in_turn([gather, dense], gather, 2)[dense]) == 2  # another base
+    assert runner.log == ["fresh", "1:0:gather+dense", "fresh", "2:0:gather+dense"]
+    rows = list(read_records([path]))
+    assert [row.passes for row in pool(rows)] == [2, 2]  # and no table shows ratios to another base
+    with CellEngine(ReplayRunner.of([path]), SETTINGS) as replay:
+        told = replay.in_turn([gather, dense], dense, 6)
+    assert [row.replace(evidence="measured") for row in told[gather]] == compared[gather]
+    assert {row.evidence for row in told[gather]} == {"replayed"}
+
+
+def test_cells_of_this_process_have_one_pass_whatever_is_asked(tmp_path: Path) -> None:
+    with LocalEngine(machine.detect("cpu"), SETTINGS) as local:
+        rows = local.in_turn(GROUPS[:2], GROUPS[0], 6)
+    assert [len(rows[cell]) for cell in GROUPS[:2]] == [1, 1]
+    assert rows[GROUPS[1]][0].ratio is not None
+
+
+def test_a_comparison_in_real_workers_has_ratios_to_its_base() -> None:
+    with IsolatedEngine(machine.detect("cpu"), SETTINGS) as real:
+        rows = real.in_turn(GROUPS[:2], GROUPS[1], 2)
+    assert [row.ratio for row in rows[GROUPS[1]]] == [None, None]
+    assert all(row.ratio is not None and row.ratio_lo is not None for row in rows[GROUPS[0]])
 
 
 # --- real workers ------------------------------------------------------------------------------

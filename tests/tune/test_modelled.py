@@ -149,9 +149,9 @@ def test_the_plan_says_modelled_and_claims_nothing(tmp_path: Path) -> None:
     plan = load_plan(answer.plan("bratune tune").save(tmp_path / "plan.json"))
     assert plan.measured == "modelled"
     assert plan.setting == answer.best.setting
-    assert plan.end_to_end.verdict == "not compared"
-    assert plan.end_to_end.speedup is None
-    assert plan.end_to_end.tuned_ms is None
+    assert plan.end_to_end.verdict is None
+    assert plan.end_to_end.speedup_vs_default is None
+    assert plan.end_to_end.tuned is None
     assert all(stage.tuned_ms is None and stage.n is None for stage in plan.stages)
     assert plan.evidence.level == "E0"
     assert len(plan.diagnostics["modelled"]) == len(answer.ranked)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 from sample_plans import H200, make_plan
 
 from bratune.errors import PlanError
+from bratune.export.fields import header
 from bratune.machine import Machine
-from bratune.tune.plan import Plan, install, load_plan
+from bratune.tune.plan import EndToEnd, Plan, install, load_plan
 from bratune.tune.plan_schema import PLAN_SCHEMA, violations
+from bratune.tune.summary import plan_text
 
 
 def test_plan_reads_back_what_was_saved(tmp_path: Path) -> None:
@@ -126,3 +130,58 @@ def test_model_of_a_plan_from_elsewhere_says_so_once(tmp_path: Path, monkeypatch
         (7, 4, "gather"),
         (7, 16, "gather"),
     ]
+
+
+def earlier(verdict: str) -> dict[str, Any]:
+    """What schema 1 said of a comparison."""
+    values = {"default_ms": 119.0, "tuned_ms": 119.0, "speedup": 0.913, "speedup_ci": [0.737, 1.076]}
+    return {**values, "rounds": 6, "verdict": verdict, "reason": "as it was"}
+
+
+def test_comparison_reads_back_with_null_for_what_was_not_compared() -> None:
+    end = make_plan().end_to_end
+    data = json.loads(json.dumps(end.to_dict()))
+    assert EndToEnd.from_dict(data) == end
+    assert data["published"] == {"median_ms": 20.0, "ci_lo_ms": 19.0, "ci_hi_ms": 21.0}
+    assert data["speedup_vs_default"] == {"value": 1.11, "lo": 1.08, "hi": 1.13}
+    nothing = EndToEnd().to_dict()
+    names = ("published", "default", "tuned", "verdict", "speedup_vs_default", "speedup_vs_published")
+    assert [nothing[name] for name in names] == [None] * 6
+    assert list(nothing)[:6] == list(names)
+    assert EndToEnd.from_dict(nothing) == EndToEnd()
+
+
+@pytest.mark.parametrize("verdict", ["faster", "default kept", "not compared"])
+def test_plans_of_schema_1_are_read_and_claim_a_speedup_only_where_they_were_faster(verdict: str) -> None:
+    data = make_plan().to_dict() | {"schema": 1, "end_to_end": earlier(verdict)}
+    end = Plan.from_dict(data).end_to_end
+    assert end.default is not None
+    assert (end.default.value, end.passes, end.reason) == (119.0, 6, "as it was")
+    assert (end.verdict is None) is (verdict != "faster")
+    assert (end.speedup_vs_default is None) is (verdict != "faster")
+    if end.speedup_vs_default is not None:
+        found = end.speedup_vs_default
+        assert (found.value, found.lo, found.hi) == (0.913, 0.737, 1.076)
+
+
+def test_the_defaults_own_plan_claims_nothing_anywhere() -> None:
+    path = Path(__file__).parents[2] / "results" / "cpu-xeon-biformer-tiny-224.plan.json"
+    stored = load_plan(path)
+    own = dataclasses.replace(make_plan(), setting=make_plan().default, end_to_end=stored.end_to_end)
+    for plan in (stored, own):
+        for text in (plan_text(plan), header(plan)):
+            claims = [
+                line for line in text.splitlines() if "against the default" in line or "Measured" in line
+            ]
+            assert claims
+            assert not [line for line in claims if re.search(r"\d\.\d+x", line)]
+    assert "the default itself" in header(own)
+    assert "FASTER, 1.110x [1.080, 1.130] against the default" in header(make_plan())
+
+
+def test_the_plan_of_an_unfinished_search_is_not_installed(tmp_path: Path) -> None:
+    plan = dataclasses.replace(make_plan(), complete=False)
+    with pytest.raises(PlanError, match="unfinished search"):
+        install(plan, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert install(make_plan(), tmp_path).is_file()

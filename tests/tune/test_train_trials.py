@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def test_tuned_setting_was_trained_and_says_how_well(
     asked, said = request(), list[str]()
     worker = tuner(tmp_path, asked, trainings(digits, asked, say=said.append), say=said.append)
     worker.search()
-    plan = conclude(worker, lambda: contextlib.nullcontext(worker.engine))
+    plan = conclude(worker)
     assert plan.evidence.level == "E1"
     assert "(2 seeds of 4 steps)" in plan.evidence.text
     assert worker.trainings is not None
@@ -98,7 +97,7 @@ def test_tuned_setting_was_trained_and_says_how_well(
 
     again = tuner(tmp_path, asked, trainings(digits, asked, refuse))
     again.search()  # every training is in the study
-    assert conclude(again, lambda: contextlib.nullcontext(again.engine)).evidence == plan.evidence
+    assert conclude(again).evidence == plan.evidence
 
 
 def test_reference_differs_from_itself_by_nothing(tmp_path: Path, digits: tuple[Pictures, Pictures]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator
@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from bratune.cell import Cell
-from bratune.errors import UsageError
+from bratune.errors import PlanError, UsageError
 from bratune.record import Record
-from bratune.tune.conclude import conclude, front_rows
+from bratune.tune.conclude import _candidates, conclude, front_rows
 from bratune.tune.encoding import Encoding
 from bratune.tune.fidelity_source import FidelitySource
-from bratune.tune.finalists import Final
-from bratune.tune.guard import judged
-from bratune.tune.plan import Plan, load_plan
+from bratune.tune.plan import Plan, install, load_plan
 from bratune.tune.request import Request
-from bratune.tune.synthetic import BACKENDS, SyntheticFidelity, SyntheticWorld, offers
+from bratune.tune.setting import Setting
+from bratune.tune.summary import front_table, plan_text
+from bratune.tune.synthetic import BACKENDS, MACHINE, SyntheticFidelity, SyntheticWorld, offers
 from bratune.tune.tuner import Tuner
 
 
@@ -55,8 +55,7 @@ def tune(folder: Path, world: Any, asked: Request, **more: Any) -> Plan:
 
 
 def end(worker: Tuner, **more: Any) -> Plan:
-    """Conclude, the comparison on the engine of the search."""
-    return conclude(worker, lambda: contextlib.nullcontext(worker.engine), **more)
+    return conclude(worker, **more)
 
 
 WITH_WEIGHTS = {"checkpoint": "w.pth", "images": "d"}
@@ -75,9 +74,17 @@ def test_without_data_the_fastest_setting_above_the_floors_is_found(tmp_path: Pa
         for names in [(*names, "")]
     ]
     assert world.model_ms(space, plan.setting) <= 1.1 * min(truths)
-    assert plan.end_to_end.verdict == "faster"
-    assert plan.end_to_end.speedup_ci is not None
-    assert plan.end_to_end.speedup_ci[0] > 1
+    found = plan.end_to_end
+    assert found.verdict == "FASTER"
+    assert found.speedup_vs_default is not None
+    assert found.speedup_vs_default.lo is not None
+    assert found.speedup_vs_default.lo > 1
+    truth = world.model_ms(space, plan.default) / world.model_ms(space, plan.setting)
+    assert found.speedup_vs_default.value == pytest.approx(truth, rel=0.03)
+    official = space.setting(plan.default.n_win, plan.default.topks, "gather")
+    assert found.speedup_vs_published is not None
+    truth = world.model_ms(space, official) / world.model_ms(space, plan.setting)
+    assert found.speedup_vs_published.value == pytest.approx(truth, rel=0.03)
     assert plan.evidence.level == "E0"
     assert plan.measured == "modelled"
 
@@ -86,8 +93,9 @@ def test_without_data_the_fastest_setting_above_the_floors_is_found(tmp_path: Pa
 def test_default_is_kept_when_nothing_is_to_be_gained(tmp_path: Path, seed: int) -> None:
     world = SyntheticWorld(seed=seed, equal=True, noise=0.03)
     plan = tune(tmp_path, world, request())
-    assert plan.end_to_end.verdict == "default kept"
     assert plan.setting == plan.default
+    assert plan.end_to_end.verdict is None
+    assert plan.end_to_end.speedup_vs_default is None
 
 
 def test_weights_alone_change_only_the_cost(tmp_path: Path) -> None:
@@ -166,30 +174,30 @@ class Killed(BaseException):
     """A signal in the middle of a measurement."""
 
 
-class Fragile:
-    """An engine that is interrupted at one measurement."""
+class Fragile(SyntheticWorld):
+    """A world that is interrupted at one measurement."""
 
-    def __init__(self, world: SyntheticWorld, at: int) -> None:
-        self.world, self.left = world, at
-        self.machine = world.machine
+    left = 10**9
 
     def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
         for cell in cells:
             self.left -= 1
             if self.left == 0:
                 raise Killed
-            yield from self.world.run([cell])
+            yield from super().run([cell])
 
 
 @pytest.mark.parametrize("at", [1, 5, 20, 30])
 def test_interrupted_run_goes_on_and_ends_like_an_undisturbed_one(tmp_path: Path, at: int) -> None:
     whole = tune(tmp_path / "whole", SyntheticWorld(seed=4, noise=0.0), request())
     world = SyntheticWorld(seed=4, noise=0.0)
+    torn = Fragile(seed=4, noise=0.0)
+    torn.left = at
     with pytest.raises(Killed):
-        tune(tmp_path / "torn", Fragile(world, at), request())
+        tune(tmp_path / "torn", torn, request())
     resumed = tune(tmp_path / "torn", world, request())
     assert resumed.setting == whole.setting
-    searched = [c.cell_id for c in world.measured if c.part == "block"]
+    searched = [c.cell_id for c in (*torn.measured, *world.measured) if c.part == "block"]
     assert len(searched) == len(set(searched))  # nothing was measured twice
 
 
@@ -198,7 +206,8 @@ def test_same_request_again_measures_only_the_comparison(tmp_path: Path) -> None
     world = SyntheticWorld(seed=1)
     tune(tmp_path, world, request())
     assert {c.part for c in world.measured} == {"model"}
-    assert len(world.measured) == 12  # six rounds of two
+    assert len(world.measured) % 6 == 0  # passes of the pick, its rivals, the default and the published form
+    assert {c.form for c in world.measured} == {"plain", "published"}
 
 
 def test_stage_options_are_shared_by_requests_with_other_limits(tmp_path: Path) -> None:
@@ -217,7 +226,7 @@ def test_search_without_a_table_measures_whole_models_only(tmp_path: Path, sampl
     plan = end(worker)
     assert {c.part for c in world.measured} == {"model"}
     assert 3 <= len(worker.verified()) <= 12
-    assert plan.end_to_end.verdict == "faster"
+    assert plan.end_to_end.verdict == "FASTER"
     keys = [v.setting.key for v in worker.verified()]
     assert len(keys) == len(set(keys))
 
@@ -232,6 +241,60 @@ def test_budget_stops_the_search_and_keeps_what_is_there(tmp_path: Path) -> None
     assert any("stay queued for the next run" in line for line in said)
     assert not plan.complete
     assert worker.cells.trials("WAITING")
+    assert "unfinished" in plan_text(plan)
+    with pytest.raises(PlanError, match="unfinished search"):
+        install(dataclasses.replace(plan, measured="measured"), tmp_path)
+
+
+def test_unfinished_search_says_what_it_does_not_know_and_never_compares_with_gather(tmp_path: Path) -> None:
+    said: list[str] = []
+    worker = tuner(tmp_path, SyntheticWorld(seed=1), request(), say=said.append)
+    worker.enqueue_settings(worker.named().items())
+    for _ in worker.named():  # the default and gather everywhere, and no other
+        worker.drain_settings()
+    worker.cells.enqueue(worker.options.cell_items(worker.bench.options(0)))
+    default = worker.find(worker.reference)
+    assert default is not None
+    assert _candidates(worker, default, default, "fastest") == []
+    plan = end(worker, complete=False)
+    waiting = len(worker.cells.trials("WAITING"))
+    assert plan.setting == plan.default
+    assert (
+        f"the search is unfinished: {waiting} stage options and 0 settings were not measured" in plan.reason
+    )
+    assert any("in turn in 6 fresh processes: the published form" in line for line in said)
+    assert plan.end_to_end.verdict is None
+    assert plan.end_to_end.speedup_vs_published is not None
+
+
+def test_unknown_interval_is_left_out_of_the_front(tmp_path: Path) -> None:
+    class Curt(SyntheticWorld):
+        def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
+            for row in super().run(cells):
+                yield row.replace(ci_lo_ms=None, ci_hi_ms=None)
+
+    worker = tuner(tmp_path, Curt(seed=1), request())
+    worker.enqueue_settings(worker.named().items())
+    worker.drain_settings()
+    rows = front_rows(worker, end(worker))
+    assert [row["ci_ms"] for row in rows] == [None] * len(rows)
+    assert "0.000" not in front_table(rows)
+
+
+def test_small_budget_verifies_swaps_of_one_stage_first(tmp_path: Path) -> None:
+    worker = tuner(tmp_path, SyntheticWorld(seed=1, noise=0.0), request(budget_s=1000.0))
+    worker.enqueue_settings(worker.named().items())
+    worker.drain_settings()
+    worker.measure_table()
+    own, before = worker.reference, len(worker.settings.trials())
+    swaps = worker.table.swaps(own)
+    changes = [sum(a != b for a, b in zip(s.backends, own.backends, strict=True)) for s in swaps]
+    assert changes == [1] * len(swaps)
+    assert len(swaps) == len(worker.space.routed)
+    worker.pace.note("setting", 500.0)  # the rest of the budget is two of them
+    worker.verify()
+    tried = [Setting.from_dict(t.user_attrs["setting"]) for t in worker.settings.trials()]
+    assert tried[before:][: len(swaps)] == swaps
 
 
 def test_plan_of_a_run_reads_back(tmp_path: Path) -> None:
@@ -243,12 +306,12 @@ def test_plan_of_a_run_reads_back(tmp_path: Path) -> None:
 
 def test_study_of_another_machine_is_refused(tmp_path: Path) -> None:
     tune(tmp_path, SyntheticWorld(), request(), study="shared")
-    other = SyntheticWorld()
-    machine = type(other.machine)(**{**other.machine.to_dict(), "sm_count": 66})
-    moved = Fragile(other, 10**9)
-    moved.machine = machine
+
+    class Moved(SyntheticWorld):
+        machine = dataclasses.replace(MACHINE, sm_count=66)
+
     with pytest.raises(UsageError, match="was measured on sm90-132sm-80gib and this is sm90-66sm-80gib"):
-        tuner(tmp_path, moved, request(), study="shared")
+        tuner(tmp_path, Moved(), request(), study="shared")
 
 
 def _help(folder: str) -> None:
@@ -269,7 +332,7 @@ def test_workers_that_join_share_the_work(tmp_path: Path) -> None:
     assert [h.exitcode for h in helpers] == [0, 0]
     done = [t.user_attrs["key"] for t in worker.cells.trials("COMPLETE")]
     assert len(done) == len(set(done))
-    assert plan.end_to_end.verdict == "faster"
+    assert plan.end_to_end.verdict == "FASTER"
 
 
 @pytest.mark.parametrize(
@@ -286,37 +349,6 @@ def test_encoding_gives_back_the_setting(model: str, size: tuple[int, int]) -> N
         whole = space.setting(setting.n_win, setting.topks, "dense")
         params = encoding.params(whole)
         assert encoding.suggest(optuna.trial.FixedTrial(params)) == whole, name
-
-
-@pytest.mark.parametrize(
-    ("verdict", "expected"),
-    [
-        ("faster", "faster"),
-        ("same", "default kept"),
-        ("ambiguous", "default kept"),
-        ("slower", "default kept"),
-    ],
-)
-def test_only_a_confirmed_gain_replaces_the_default(verdict: str, expected: str) -> None:
-    cell = Cell(part="model", problem=request().space.stage(0, 7, 1).problem)  # type: ignore[arg-type]
-    final = Final(
-        candidate=cell,
-        default=cell,
-        candidate_ms=(1.0,) * 6,
-        default_ms=(1.1,) * 6,
-        speedup=1.1,
-        ci_lo=1.05,
-        ci_hi=1.2,
-        confidence=0.95,
-        verdict=verdict,
-    )
-    assert judged(final).verdict == expected
-
-
-def test_comparison_without_a_time_decides_nothing() -> None:
-    cell = Cell(part="model", problem=request().space.stage(0, 7, 1).problem)  # type: ignore[arg-type]
-    found = judged(Final(candidate=cell, default=cell, reason="the candidate is oom"))
-    assert (found.verdict, found.reason) == ("not compared", "the candidate is oom")
 
 
 @pytest.mark.parametrize(
