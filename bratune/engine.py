@@ -60,6 +60,6 @@ class ComparingEngine(Engine, Protocol):
 
         Returns:
             For each cell its rows, each a pass; ``ratio`` is how many times faster it was than the base
-            within rounds. Fewer than asked where something failed, or `enough` said so.
+            within rounds, 1 of the base itself. Fewer than asked where something failed, or `enough` said so.
         """
         ...

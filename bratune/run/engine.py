@@ -429,7 +429,10 @@ class CellEngine:
                 pairs = zip(missing, begun, strict=True)
                 self._store.extend([self._signed(cell, row.replace(**which), how) for cell, row in pairs])
             for cell, result in self._turns(missing, base, number):
-                record = result.record.replace(speedup=result.record.ratio, **which)
+                record = result.record
+                if cell == base and record.ok:
+                    record = record.replace(ratio=1.0, ratio_lo=1.0, ratio_hi=1.0)
+                record = record.replace(speedup=record.ratio, **which)
                 rows[cell].append(self._write(cell, record, result.samples_ms, how))
         return rows
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 from bratune.cell import Cell
 from bratune.engine import ComparingEngine
-from bratune.measure.verdict import Estimate, Passes, Verdict, estimate, judge_ratios, priors
+from bratune.measure.verdict import Estimate, Verdict, estimate, judge_ratios, priors
 from bratune.record import Record
-from bratune.store.pooled import passes_of, ratios_of
+from bratune.run.summary import paired
+from bratune.store.pooled import passes_of
 
 __all__ = ["Closing", "compare"]
 
@@ -27,14 +28,14 @@ class Closing:
     Attributes:
         times: In milliseconds, of every cell that has one.
         verdicts: Of every candidate that has a ratio to the default.
-        ratios: The same ratios, pass by pass, and that of the published form.
+        rows: The passes of every cell.
         passes: Of the cell that has the most.
         failed: Why a cell has no time.
     """
 
     times: Mapping[Cell, Estimate]
     verdicts: Mapping[Cell, Verdict] = field(default_factory=dict)
-    ratios: Mapping[Cell, Mapping[int, Record]] = field(default_factory=dict)
+    rows: Mapping[Cell, Sequence[Record]] = field(default_factory=dict)
     passes: int = 0
     failed: Mapping[Cell, str] = field(default_factory=dict)
 
@@ -47,19 +48,9 @@ class Closing:
         return Estimate(found.speedup, lo, hi, found.passes[0])
 
     def speedup_over(self, cell: Cell, other: Cell) -> Estimate | None:
-        """How many times faster a cell is than another one, from the passes that measured both.
-
-        Args:
-            cell: A candidate, or the default.
-            other: Another one than the default.
-        """
-        own, theirs = self.ratios.get(cell), self.ratios.get(other, {})
-        found = []
-        for number, row in theirs.items():
-            mine = own.get(number) if own is not None else None
-            if own is None or mine is not None:
-                found.append(_over(mine, row))
-        return estimate(Passes.of(found)) if found else None
+        """How many times faster a cell is than another one, from the passes that measured both."""
+        found = paired(self.rows.get(cell, ()), self.rows.get(other, ()))
+        return None if found is None else estimate(found)
 
     def fastest(self) -> Cell | None:
         """The fastest of the candidates that are faster than the default; None where none is shown to be."""
@@ -103,35 +94,14 @@ def compare(
     """
     cells = list(dict.fromkeys([default, *candidates, *([published] if published else ())]))
     rows = engine.in_turn(cells, default, passes, enough=enough)
-    good = {cell: [row for row in rows[cell] if row.ok and row.median_ms is not None] for cell in cells}
-    timed = {cell: passes_of(found) for cell, found in good.items() if found}
+    timed = {cell: passes_of(found) for cell in cells if (found := [row for row in rows[cell] if row.ok])}
     known = priors(timed.values())
-    judged = {cell: found for cell in candidates if (found := ratios_of(good[cell])) is not None}
+    judged = {cell: one for cell in candidates if (one := paired(rows[cell], rows[default])) is not None}
     verdicts = judge_ratios(list(judged.values())).verdicts
     return Closing(
         times={cell: estimate(found, known[found.kind]) for cell, found in timed.items()},
         verdicts=dict(zip(judged, verdicts, strict=True)),
-        ratios={
-            cell: {row.pass_number or 1: row for row in good[cell] if row.ratio is not None}
-            for cell in cells
-            if cell != default
-        },
+        rows=rows,
         passes=max((len(found.values) for found in timed.values()), default=0),
         failed={cell: f"{row.outcome}: {row.reason}" for cell in cells for row in rows[cell] if not row.ok},
     )
-
-
-def _over(mine: Record | None, theirs: Record) -> tuple[float, float, float]:
-    """The ratio of two ratios to the default in one pass (the default's own is 1), with its interval.
-
-    The errors are added as if they were independent, which does not make the interval too narrow: what they
-    have in common is the default's.
-    """
-    own = (1.0, 1.0, 1.0) if mine is None else _interval(mine)
-    other = _interval(theirs)
-    return own[0] / other[0], own[1] / other[2], own[2] / other[1]
-
-
-def _interval(row: Record) -> tuple[float, float, float]:
-    assert row.ratio is not None
-    return row.ratio, row.ratio_lo or row.ratio, row.ratio_hi or row.ratio

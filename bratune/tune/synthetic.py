@@ -152,7 +152,7 @@ class SyntheticWorld:
             found = dict(zip(cells, self.run(cells), strict=True))
             base_ms = found[base].median_ms
             for cell, row in found.items():
-                ratio = base_ms / row.median_ms if cell != base and base_ms and row.median_ms else None
+                ratio = base_ms / row.median_ms if base_ms and row.median_ms else None
                 rows[cell].append(row.replace(pass_number=number, passes=passes, ratio=ratio))
         return rows
 

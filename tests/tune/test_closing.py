@@ -46,7 +46,7 @@ class Told:
             cell,
             CPU,
             median_ms=drift / value,
-            ratio=None if cell == DEFAULT else value,
+            ratio=value,
             pass_number=number,
             cpu_wait_pct=self.wait_pct,
         )

@@ -14,7 +14,7 @@ from bratune.errors import UsageError
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.biformer import build
 from bratune.studies.data_sets import canvas_digits
-from bratune.tune.conclude import conclude, front_rows
+from bratune.tune.conclude import conclude, evidence_of, front_rows
 from bratune.tune.pictures import Pictures
 from bratune.tune.request import Request
 from bratune.tune.short_training import Recipe, paired_gain
@@ -97,7 +97,9 @@ def test_tuned_setting_was_trained_and_says_how_well(
 
     again = tuner(tmp_path, asked, trainings(digits, asked, refuse))
     again.search()  # every training is in the study
-    assert conclude(again).evidence == plan.evidence
+    found = again.find(plan.setting)
+    assert found is not None
+    assert evidence_of(again, found) == plan.evidence
 
 
 def test_reference_differs_from_itself_by_nothing(tmp_path: Path, digits: tuple[Pictures, Pictures]) -> None:
