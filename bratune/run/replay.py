@@ -53,7 +53,7 @@ class ReplayRunner:
         for row in pool(measured):
             if _better(row, self._rows.get(row.cell_id)):
                 self._rows[row.cell_id] = row
-        self.machine = next(iter(self._rows.values())).machine
+        self.machine = measured[0].machine
 
     @classmethod
     def of(cls, paths: Iterable[str | os.PathLike[str]], *, gpu: str = "") -> ReplayRunner:

@@ -4,6 +4,7 @@
     $ python -m bratune.studies coverage run -o out --busy       # the same beside one busy process
     $ python -m bratune.studies coverage run -o out --delay 0    # what the next is compared with
     $ python -m bratune.studies coverage run -o out --delay 10   # a backend that really is 10 % slower
+    $ python -m bratune.studies coverage tune -o out             # how much slower plans are than the best
     $ python -m bratune.studies coverage show -o out
 
 Every run is a `bratune profile` in processes and a folder of its own; the same command goes on
@@ -36,6 +37,7 @@ from bratune.measure.verdict import Passes, estimate, priors
 from bratune.problem import Problem
 from bratune.record import Record
 from bratune.report.compare import RecordSet, compare
+from bratune.studies import regret
 
 __all__ = ["Coverage", "Delayed", "Found", "Pairs", "coverage", "found", "pairs"]
 
@@ -215,6 +217,9 @@ def main() -> None:
     """Whether intervals hold what they promise."""
 
 
+main.add_command(regret.tune_command)
+
+
 @main.command("run")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
 @click.option("--runs", default=8, show_default=True, type=click.IntRange(1), help="Fresh runs.")
@@ -277,4 +282,13 @@ def show_command(output: Path) -> None:
         seen = found(before, _sets(output, f"delay{delay:g}"))
         figures[f"delay {delay:g} %"] = asdict(seen)
         click.echo(f"a true +{delay:g} %: SLOWER in {seen.slower} of {seen.n} cells")
+    if rows := regret.stored_regrets(output):
+        figures["tune"] = seen_plans = regret.summary(rows)
+        for row in rows:
+            against = f"{row.speedup:.3f}x the default {row.verdict}".rstrip()
+            click.echo(f"tune seed {row.seed}: regret {100 * row.regret:.1f} %, {against}: {row.plan}")
+        click.echo(
+            f"tune: regret of {seen_plans['within']} of {seen_plans['n']} plans at most "
+            f"{100 * regret.LIMIT:g} %, {seen_plans['slower']} slower than the default; best: {rows[0].best}"
+        )
     (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
