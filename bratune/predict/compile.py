@@ -133,10 +133,17 @@ def compile_for(target: str | Target, launch: Callable[[], object]) -> tuple[Lau
 
 
 @contextlib.contextmanager
-def record_launches(target: str | Target) -> Iterator[list[Launch]]:
+def record_launches(
+    target: str | Target, then: Callable[[Launch, tuple[tuple[str, Any], ...]], None] | None = None
+) -> Iterator[list[Launch]]:
     """Compile every launch of a ``with`` block for a target; see `compile_for`.
 
     Not for several threads at once: Triton has one active driver.
+
+    Args:
+        target: A name of `TARGETS`, or the target itself.
+        then: Called in the place of each launch, with the names and values of the arguments that the machine
+            code takes.
     """
     goal = get_target(target) if isinstance(target, str) else target
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -165,6 +172,9 @@ def record_launches(target: str | Target) -> Iterator[list[Launch]]:
                 asm=compiled.asm,
             )
         )
+        if then is not None:
+            kinds = compiled.src.signature
+            then(launches[-1], tuple((n, x) for n, x in arguments.items() if kinds[n] != "constexpr"))
         return compiled
 
     previous = driver._active  # `active` would look for a GPU first
