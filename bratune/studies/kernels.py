@@ -13,6 +13,8 @@ Four parts, each on stdout; every attention call is also a row of ``records.json
    depthwise convolution in strips against PyTorch's. These are no cells and only printed, first, in a quarter
    of the budget at most.
 
+Without a GPU, ``--execute`` runs the compiled kernels on the CPU instead (`bratune.studies.execute_kernels`).
+
 What is wanted most comes first and every row is on disk as soon as it is known, so that ``--budget 480``
 makes the most of ten minutes. Everything runs in worker processes: a kernel that loses the device costs its
 row. Rows that the folder holds are not measured again: the same command goes on.
@@ -33,7 +35,7 @@ import click
 from bratune import gpus
 from bratune import machine as machines
 from bratune.cell import Cell
-from bratune.errors import BratuneError, TargetError
+from bratune.errors import BratuneError, MeasureError, TargetError, UsageError
 from bratune.machine import Machine
 from bratune.measure.meter import meter_for
 from bratune.measure.settings import EFFORTS, MeterSettings
@@ -238,8 +240,12 @@ def _correlation(trials: Iterable[Trial], rows: Iterable[Record], machine: Machi
 
 
 @click.command("kernels")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for records.jsonl.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for records.jsonl."
+    "--execute",
+    "executes",
+    is_flag=True,
+    help="No GPU: execute the compiled kernels at the published sizes on the CPU and check them.",
 )
 @click.option(
     "--effort",
@@ -250,12 +256,22 @@ def _correlation(trials: Iterable[Trial], rows: Iterable[Record], machine: Machi
 )
 @click.option("--only", default="", help="Regular expression: groups that match it, e.g. '224.*s1'.")
 @click.option("--budget", type=float, default=None, help="Seconds after which no row is started.")
-def main(output: Path, effort: str, only: str, budget: float | None) -> None:
+def main(output: Path | None, executes: bool, effort: str, only: str, budget: float | None) -> None:
     """Measure the fused kernels beside their rivals on a GPU, question by question; print and store.
 
     Raises:
+        MeasureError: an executed kernel is wrong.
         TargetError: the machine has no GPU, or it cannot copy.
+        UsageError: there is no folder to measure into.
     """
+    if executes:
+        from bratune.studies.execute_kernels import execute
+
+        if not execute(output, only, budget):
+            raise MeasureError("a compiled kernel is wrong: see the lines that say so")
+        return
+    if output is None:
+        raise UsageError("measuring needs a folder for its records: -o FOLDER")
     machine = machines.detect("cuda")
     started = time.monotonic()
     settings = MeterSettings.for_effort(effort)

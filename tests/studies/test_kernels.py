@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bratune.cli import run
 from bratune.kernels.fused.call import as_text, call_for
+from bratune.kernels.fused.families import backward_families, forward_families
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.record import Record
+from bratune.studies import execute_kernels
 from bratune.studies import kernels as proof
 from bratune.studies.__main__ import studies
 
@@ -136,3 +139,43 @@ def test_a_device_that_is_lost_before_the_first_cell_is_one_sentence(
     monkeypatch.setattr("bratune.machine.detect", lambda device: H200)
     assert run(["kernels", "-o", str(tmp_path)], group=studies) == 5
     assert "this device cannot copy: " in capsys.readouterr().err
+
+
+def test_every_family_of_every_published_stage_is_executed() -> None:
+    found = list(execute_kernels.cases())
+    assert {case.problem.dtype for case in found} == {"float16", "bfloat16"}
+    names = {case.name.rpartition(" ")[0] for case in found}
+    assert len(names) == 9
+    for name in names:
+        mine = [case for case in found if case.name.startswith(name)]
+        assert {case.forward for case in mine} == set(forward_families(mine[0].problem))
+        assert {case.backward for case in mine} == set(backward_families(mine[0].problem))
+
+
+def test_executed_cases_are_kept_and_what_is_wrong_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def run_case(case: execute_kernels.ExecutedCase) -> dict[str, Any]:
+        asked.append(case.name)
+        error = 1e-4 if case.problem.dtype == "float16" else 1e-2
+        return {"findings": [], "errors": {"out": error}, "instructions": 1, "seconds": 0.1}
+
+    monkeypatch.setattr(execute_kernels, "run_case", run_case)
+    command = ["kernels", "--execute", "-o", str(tmp_path), "--only", "224x224 s2 float16"]
+    assert run(command, group=studies) == 0
+    assert "224x224 s2 float16 gather, gather: right, errors out 1.0e-04" in capsys.readouterr().out
+    first = len(asked)
+    assert first == 2
+    assert run(command, group=studies) == 0
+    assert len(asked) == first  # the file answers
+    assert run([*command[:-1], "224x224 s2"], group=studies) == 1
+    told = capsys.readouterr()
+    assert "224x224 s2 bfloat16 gather, gather: WRONG" in told.out
+    assert "a compiled kernel is wrong" in told.err
+
+
+def test_measuring_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["kernels"], group=studies) == 2
+    assert "-o FOLDER" in capsys.readouterr().err

@@ -298,9 +298,12 @@ def test_matrix_products_use_the_layout_of_the_hardware(dtype: str, depth: int) 
         """Lane by lane: one number, or two that follow each other along an axis."""
         if dtype == "tf32":
             return x[rows, cols].astype(np.float32).view(np.uint32)
-        pairs: Any = np.stack([x[rows, cols], x[rows + (along == 0), cols + (along == 1)]], -1).astype(np.float32)
+        pairs: Any = np.stack([x[rows, cols], x[rows + (along == 0), cols + (along == 1)]], -1).astype(
+            np.float32
+        )
         if dtype == "bf16":
-            return np.ascontiguousarray((pairs.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint32)[:, 0]
+            upper = (pairs.view(np.uint32) >> 16).astype(np.uint16)
+            return np.ascontiguousarray(upper).view(np.uint32)[:, 0]
         return pairs.astype(np.float16).view(np.uint32)[:, 0]
 
     step, half = (1, 4) if dtype == "tf32" else (2, 8)
