@@ -76,9 +76,9 @@ def run_case(case: ExecutedCase) -> dict[str, Any]:
         out = TritonBackend().forward(q, k, v, routes.contiguous(), p, config)
         mine = (out, *torch.autograd.grad(out, (q, k, v), grad))
     seconds = time.monotonic() - started
-    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    true = ReferenceBackend().forward(*exact, routes, p)
-    true_all = (true, *torch.autograd.grad(true, exact, grad.double()))
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    true = ReferenceBackend().forward(q, k, v, routes, p)
+    true_all = (true, *torch.autograd.grad(true, (q, k, v), grad.double()))
     errors = {
         name: float((x.detach().double() - y.detach()).norm() / y.detach().norm())
         for name, x, y in zip(("out", "dq", "dk", "dv"), mine, true_all, strict=True)
