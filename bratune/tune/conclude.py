@@ -22,7 +22,7 @@ from bratune.tune.pick import Pick, Verified, acceptable, pick
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
 from bratune.tune.setting import Setting
 from bratune.tune.table import Entry
-from bratune.tune.tuner import Tuner
+from bratune.tune.tuner import GATHER, Tuner
 from bratune.variant import stages
 
 __all__ = ["conclude", "front_rows"]
@@ -175,7 +175,7 @@ def _end_to_end(closing: Closing, base: Cell, chosen: Cell, official: Cell | Non
 def _candidates(tuner: Tuner, default: Verified, chosen: Verified, rule: str) -> list[Verified]:
     """Who may replace the default: the pick, and what the search cannot tell from the fastest.
 
-    ``published``, which everything is compared with anyway, is there only as the pick.
+    Gather-then-dense everywhere, which the published form stands for anyway, is there only as the pick.
     """
     found = [] if chosen.setting.key == default.setting.key else [chosen]
     if rule not in ("fastest", *ALLOWED_LOSS):
@@ -184,8 +184,8 @@ def _candidates(tuner: Tuner, default: Verified, chosen: Verified, rule: str) ->
     feasible = [v for v in tuner.verified() if v.feasible]
     if limits is not None and rule in limits:
         feasible = acceptable(feasible, limits[rule], tuner.request.confidence)
-    published = tuner.named().get("published", default.setting)
-    out = {default.setting.key, published.key, chosen.setting.key}
+    gather = tuner.named().get(GATHER, default.setting)
+    out = {default.setting.key, gather.key, chosen.setting.key}
     limit = (1 + SEARCH_NOISE) * min(chosen.ms, default.ms)
     others = [v for v in feasible if v.setting.key not in out and v.ms <= limit]
     return [*found, *sorted(others, key=lambda v: (v.ms, v.trial))][:CANDIDATES]

@@ -36,13 +36,15 @@ from bratune.tune.train_trials import TrainTrials
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
-__all__ = ["Tuner"]
+__all__ = ["GATHER", "Tuner"]
 
 # Shares of the budget after which a phase must be over.
 CELLS_UNTIL, LOSSES_UNTIL = 0.3, 0.4
 # Largest share kept free for the closing comparison, and what a pass of it takes before anything is timed.
 MOST_RESERVED = 0.45
 PASS_START_S = 6.0
+# The name of the default with gather-then-dense in every routed stage.
+GATHER = "gather everywhere"
 POLL_S = 0.5
 # Proposals in a row that are known or not worth a training, after which the sampler has no more to say.
 MOST_IDLE = 60
@@ -165,12 +167,12 @@ class Tuner:
         found = {"default": self.reference}
         for name, setting in self.request.first_settings().items():
             found[name] = self.bench.with_default_backends(setting)
-        if "gather" in self.encoding.backends:  # what the official code runs
+        if "gather" in self.encoding.backends:  # the attention of the official code
             paper = found.get("paper", self.reference)
-            published = self.space.setting(paper.n_win, paper.topks, "gather", regime=self.request.regimes[0])
+            gather = self.space.setting(paper.n_win, paper.topks, "gather", regime=self.request.regimes[0])
             offered = (self.bench.offered(i, paper.n_win[i], paper.topks[i]) for i in self.space.routed)
             if all("gather" in [name for name, _ in some] for some in offered):
-                found["published"] = published
+                found[GATHER] = gather
         return found
 
     def measure_table(self) -> None:
@@ -417,7 +419,7 @@ class Tuner:
             trial=trial.number,
             setting=setting,
             ms=ms,
-            ci=None if low is None or high is None else (low, high),
+            ci=None if low is None or high is None or low == high else (low, high),  # one sample has none
             memory_mb=record.peak_alloc_mb,
             loss=trial.values[1] if self.second == "loss" else None,
             counts=self._counts(trial, setting),

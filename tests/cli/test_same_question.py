@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bratune import gpus
+from bratune.cell import Cell
 from bratune.cli import profile as profile_verb
 from bratune.cli import run
 from bratune.cli import tune as tune_verb
 from bratune.defaults import defaults_for
-from bratune.machine import Machine
+from bratune.machine import Machine, detect
+from bratune.measure.settings import MeterSettings
 from bratune.predict.model import ModelEngine, absent_machine
 from bratune.record import Record
 from bratune.report.demo import modelled_records
+from bratune.run.measure_cell import Result
+from bratune.store import read_records
+from bratune.store.pooled import IN_TURN_WITH
 from bratune.tune.bench import Bench
 from bratune.tune.table import Entry
 from bratune.work.cells import joined_backends, scenes
@@ -187,3 +194,65 @@ def test_predicted_rows_join_measured_ones_in_the_report() -> None:
     ]
     found = with_bounds([measured, *bounds])
     assert [r.cell_id for r in found if r.evidence == "bound"].count(cell.cell_id) == 1
+
+
+class Counting:
+    """In the place of workers: every cell takes a time that follows from what it is."""
+
+    evidence = "measured"
+
+    def __init__(self, machine: Machine, settings: MeterSettings, **_: object) -> None:
+        self.machine, self.settings = machine, settings
+
+    def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
+        median = 1.0 + int(cell.cell_id, 16) % 100 / 100
+        row = Record.of(cell, self.machine, median_ms=median, ci_lo_ms=0.99 * median, ci_hi_ms=1.01 * median)
+        return Result(row, (median,))
+
+    def run_group(
+        self, cells: Sequence[Cell], *, limit_s: float, base: Cell | None = None, **_: object
+    ) -> Iterator[tuple[Cell, Result]]:
+        for cell in cells:
+            result = self.run(cell, limit_s=limit_s)
+            ratio = None if base in (None, cell) else 1.1
+            yield cell, Result(result.record.replace(ratio=ratio, ratio_lo=ratio, ratio_hi=ratio), (1.0,))
+
+    def fresh(self) -> None: ...
+
+    def interrupt(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("verbs", [("profile", "tune"), ("tune", "profile")])
+def test_profile_and_tune_in_one_folder_measure_nothing_twice(
+    verbs: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("bratune.run.isolated.IsolatedRunner", Counting)
+    words = ["--device", "cpu", "--effort", "quick", "-o", str(tmp_path)]
+    words += [word for name in ("gather", "gather-sdpa", "dense") for word in ("--backend", name)]
+    runs: list[dict[str, set[int]]] = []
+    for verb in verbs:
+        known = len(list(read_records([tmp_path]))) if runs else 0
+        assert run([verb, *words, *(["--no-install"] if verb == "tune" else [])]) == 0, capsys.readouterr()
+        found: dict[str, set[int]] = {}
+        for row in list(read_records([tmp_path]))[known:]:
+            if row.outcome != "started" and IN_TURN_WITH not in row.sampling:
+                number = row.pass_number or 1
+                assert number not in found.setdefault(row.cell_id, set())
+                found[row.cell_id].add(number)
+        runs.append(found)
+    first, second = runs
+    assert not [cell for cell, passes in second.items() if passes & first.get(cell, set())]
+    bench = tuned(words, detect("cpu"))
+    asked = {bench.block_cell(e).cell_id for i in bench.space.routed for e in bench.options(i)}
+    shared = asked & (first if verbs[0] == "profile" else second).keys()  # blocks by the best backends
+    assert len(shared) >= len(bench.space.routed)
+    if verbs[0] == "profile":
+        assert all(first[cell] == {1, 2} for cell in shared)
+        assert not shared & second.keys()
+    else:
+        assert all((first[cell], second[cell]) == ({1}, {2}) for cell in shared)
