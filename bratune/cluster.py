@@ -1,9 +1,11 @@
 """Cluster: the same cells on a Ray cluster, one per GPU at a time.
 
-Ray schedules, watches nodes and runs a cell again elsewhere when its node is lost; rows come back to the
-store of the driver as they finish. On a node, a cell runs as it would at home: in a worker that may die
-(`bratune.run.isolated`), after the same check against the reference. Every node needs the version of
-bratune that the driver has.
+Ray schedules, watches nodes and runs a task again elsewhere when its node is lost; rows come back to the
+store of the driver as tasks finish. A task is one pass of a group, which a node measures in turn in a new
+process; of an engine without passes it is one cell. On a node, a cell runs as it would at home: in a worker
+that may die (`bratune.run.isolated`), after the same check against the reference. Every node needs the
+version of bratune that the driver has. Passes of a group may run on several nodes: what these differ by is in
+the scatter between passes, and in no ratio.
 
 Kinds of accelerator are Ray's: a node with an A100 has the resource ``accelerator_type:A100``.
 """
@@ -13,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 import platform
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import bratune
 from bratune import gpus
@@ -28,7 +31,7 @@ from bratune.errors import MissingPackageError, TargetError
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.record import Record
-from bratune.run.engine import ParallelEngine, Runner
+from bratune.run.engine import GroupRunner, ParallelEngine, Runner
 from bratune.run.measure_cell import Result
 from bratune.run.reuse import NOT_FINISHED
 
@@ -144,6 +147,13 @@ def machine_of(site: Site) -> Machine:
     return ClusterRunner(site, MeterSettings.for_effort("quick")).machine
 
 
+class _Failure(NamedTuple):
+    """Why a task gave nothing, as its rows say it."""
+
+    outcome: str
+    reason: str
+
+
 class ClusterRunner:
     """Measures cells on the nodes of a site; any number of threads may call it.
 
@@ -166,7 +176,7 @@ class ClusterRunner:
         self._make = make_runner or _isolated
         # A worker of Ray keeps its runner from cell to cell (max_calls=0): torch is loaded once.
         task = ray.remote(**site.options(), max_retries=_RETRIES, max_calls=0)
-        self._measure = task(_measure)
+        self._measure, self._measure_group = task(_measure), task(_measure_group)
         self._in_flight: set[Any] = set()
         self._handed_out = itertools.count(1)
         self._last_back = 0
@@ -195,28 +205,55 @@ class ClusterRunner:
 
     def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
         """See `bratune.run.engine.Runner.run`; the limit counts on the node, from the cell's start."""
+        found = self._task(self._measure, limit_s, cell.to_dict(), limit_s, give_up_ms)
+        if isinstance(found, _Failure):
+            return self._failed(cell, found)
+        return Result(Record.from_dict(found["record"]), tuple(found["samples_ms"]))
+
+    def run_group(
+        self,
+        cells: Sequence[Cell],
+        *,
+        limit_s: float,
+        left_s: float = math.inf,
+        base: Cell | None = None,
+        seed: int = 0,
+    ) -> Iterator[tuple[Cell, Result]]:
+        """See `bratune.run.engine.GroupRunner.run_group`: one task, in a new process of one node."""
+        group = [cell.to_dict() for cell in cells]
+        number = None if base is None else cells.index(base)
+        most = min(len(cells) * limit_s, left_s)
+        found = self._task(self._measure_group, most, group, number, limit_s, left_s, seed)
+        if isinstance(found, _Failure):
+            yield from ((cell, self._failed(cell, found)) for cell in cells)
+            return
+        for place, record, samples in found:
+            yield cells[place], Result(Record.from_dict(record), tuple(samples))
+
+    def fresh(self) -> None:
+        """Every pass of a group begins in a new process of its node anyway."""
+
+    def _task(self, task: Any, limit_s: float, *work: Any) -> Any:
+        """What a task gives that a node does, or why it gave nothing."""
         exceptions = self._ray.exceptions
         settings = self._settings.to_dict()
         same = {name: getattr(self.machine, name) for name in _SAME}
         number = next(self._handed_out)
-        reference = self._measure.remote(
-            self._token, self._make, settings, cell.to_dict(), limit_s, give_up_ms, same, number
-        )
+        reference = task.remote(self._token, self._make, settings, same, number, *work)
         self._in_flight.add(reference)
         try:
             found = self._wait_for(reference, number, limit_s)
             self._last_back = max(self._last_back, number)
         except exceptions.GetTimeoutError as error:
             self._cancel(reference)
-            return self._failed(cell, "timeout", f"{NOT_FINISHED}{error}")
+            return _Failure("timeout", f"{NOT_FINISHED}{error}")
         except exceptions.RayTaskError as error:  # raised on the node, which is alive and well
-            return self._failed(cell, "error", f"on a node: {_cause(error)}")
+            return _Failure("error", f"on a node: {_cause(error)}")
         except exceptions.RayError as error:
-            reason = f"lost with its node, {_RETRIES + 1} times: {_first_line(error)}"
-            return self._failed(cell, "crashed", reason)
+            return _Failure("crashed", f"lost with its node, {_RETRIES + 1} times: {_first_line(error)}")
         finally:
             self._in_flight.discard(reference)
-        return Result(Record.from_dict(found["record"]), tuple(found["samples_ms"]))
+        return found
 
     def _wait_for(self, reference: Any, number: int, limit_s: float) -> Any:
         """What a cell gives; one that waits for a free GPU is waited for, one that hangs is not.
@@ -246,8 +283,8 @@ class ClusterRunner:
     def _where(self) -> str:
         return self.site.accelerator or "CPU"
 
-    def _failed(self, cell: Cell, outcome: str, reason: str) -> Result:
-        return Result(Record.of(cell, self.machine, outcome=outcome, reason=reason))
+    def _failed(self, cell: Cell, failure: _Failure) -> Result:
+        return Result(Record.of(cell, self.machine, outcome=failure.outcome, reason=failure.reason))
 
     def _cancel(self, reference: Any) -> None:
         with contextlib.suppress(Exception):  # it may have ended meanwhile
@@ -267,7 +304,7 @@ class ClusterEngine(ParallelEngine):
 
     Args:
         site: Which nodes.
-        settings: How cells are sampled.
+        settings: How cells are sampled, in each pass.
         make_runner: See `ClusterRunner`.
         options: Those of `bratune.run.engine.CellEngine`.
     """
@@ -287,27 +324,63 @@ def _measure(
     token: str,
     make: MakeRunner,
     settings: Mapping[str, Any],
+    same: Mapping[str, str],
+    number: int,
     cell: Mapping[str, Any],
     limit_s: float,
     give_up_ms: float | None,
-    same: Mapping[str, str],
-    number: int,
 ) -> dict[str, Any]:
     """Measure one cell; runs on a node, and says when it began.
 
     Raises:
         TargetError: the node has other versions than the one that the run began on.
     """
+    runner = _begin(token, make, settings, same, number)
+    result = runner.run(Cell.from_dict(cell), limit_s=limit_s, give_up_ms=give_up_ms)
+    return {"record": result.record.to_dict(), "samples_ms": list(result.samples_ms)}
+
+
+def _measure_group(
+    token: str,
+    make: MakeRunner,
+    settings: Mapping[str, Any],
+    same: Mapping[str, str],
+    number: int,
+    group: Sequence[Mapping[str, Any]],
+    base: int | None,
+    limit_s: float,
+    left_s: float,
+    seed: int,
+) -> list[tuple[int, dict[str, Any], list[float]]]:
+    """Measure one pass of a group in a new process: place in the group, row and samples of each cell.
+
+    Raises:
+        TargetError: see `_measure`; or the node's runner cannot take turns.
+    """
+    runner = _begin(token, make, settings, same, number)
+    if not isinstance(runner, GroupRunner):
+        raise TargetError(f"{type(runner).__name__} measures cell after cell; passes need a GroupRunner")
+    runner.fresh()
+    cells = [Cell.from_dict(cell) for cell in group]
+    results = runner.run_group(
+        cells, limit_s=limit_s, left_s=left_s, base=None if base is None else cells[base], seed=seed
+    )
+    return [(cells.index(cell), r.record.to_dict(), list(r.samples_ms)) for cell, r in results]
+
+
+def _begin(
+    token: str, make: MakeRunner, settings: Mapping[str, Any], same: Mapping[str, str], number: int
+) -> Runner:
+    """The runner of this node, which has the versions of the others; from now on its time counts."""
     runner = _runner_here(token, make, settings)
-    _say_begun(token, number)  # loading torch is not the cell's time
+    _say_begun(token, number)  # loading torch is not the task's time
     for name, wanted in same.items():
         here = getattr(runner.machine, name)
         if here != wanted:
             raise TargetError(
                 f"{platform.node()} has {name} {here or '(nothing)'} and the others {wanted or '(nothing)'}"
             )
-    result = runner.run(Cell.from_dict(cell), limit_s=limit_s, give_up_ms=give_up_ms)
-    return {"record": result.record.to_dict(), "samples_ms": list(result.samples_ms)}
+    return runner
 
 
 def _say_begun(token: str, number: int) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bratune.run.target import Target
     from bratune.work.request import Request
 
+ONE_PROCESS = "all is measured in this one process, from which nothing is called faster or slower"
 FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
 
 
@@ -293,16 +294,15 @@ def _engine(job: _Job, asked: dict[str, Any], progress: Progress) -> CellEngine:
         "on_start": progress.start,
     }
     if job.replayed:
-        return CellEngine(job.replayed, job.settings, **given)
-    if job.site or not asked["isolate"]:
-        if asked["passes"]:
-            click.echo("passes need workers of this machine: every cell is measured in one process", err=True)
-        if not job.site:
-            return LocalEngine(job.target.machine, job.settings, **given)
+        return CellEngine(job.replayed, job.settings, passes=job.replayed.passes, **given)
+    passes = asked["passes"] or job.settings.passes
+    if job.site:
         from bratune.cluster import ClusterEngine
 
-        return ClusterEngine(job.site, job.settings, **given)
-    passes = asked["passes"] or job.settings.passes
+        return ClusterEngine(job.site, job.settings.per_pass(), passes=passes, **given)
+    if not asked["isolate"]:
+        click.echo(f"--no-isolate: {ONE_PROCESS}; passes are fresh processes, so there is one", err=True)
+        return LocalEngine(job.target.machine, job.settings, **given)
     return IsolatedEngine(job.target.machine, job.settings.per_pass(), passes=passes, **given)
 
 

@@ -14,6 +14,7 @@ is the cell pooled over its passes (`bratune.store.pooled`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import threading
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 from bratune.cell import Cell
 from bratune.machine import Machine
@@ -49,6 +50,8 @@ __all__ = [
     "group_of",
     "is_baseline",
 ]
+
+T = TypeVar("T")
 
 # Making inputs and checking them against the reference come on top of sampling; compiling can take minutes.
 _OVERHEAD_S, _COMPILE_S = 180.0, 600.0
@@ -592,31 +595,54 @@ class ParallelEngine(CellEngine):
         self.slots = slots
 
     def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
-        """One finished record per cell, as each is known, baselines first; see `bratune.engine.Engine`."""
+        """One finished record per cell, as each is known, baselines first; see `bratune.engine.Engine`.
+
+        In passes, pooled over them and in the order of the cells: a pass of a group is what one device does.
+        """
+        if self.passes > 1:
+            yield from self._run_passes(list(dict.fromkeys(cells)))
+            return
         waves: tuple[list[Cell], list[Cell]] = [], []
         for cell in cells:
             waves[0 if set(cell.backend.split(",")) == {baseline_of(cell)} else 1].append(cell)
         for wave in waves:
-            yield from self._together(wave)
+            for found in self._side_by_side(functools.partial(self._one, cell) for cell in wave):
+                yield from found
 
-    def _together(self, cells: Sequence[Cell]) -> Iterator[Record]:
-        """Rows of cells that run side by side, each written down where it is known.
+    def _all_passes(self, groups: list[list[Cell]], rows: dict[Cell, list[Record]]) -> bool:
+        """See `CellEngine._all_passes`: passes of groups side by side, the first of every group first."""
 
-        No more cells are under way than can run, so that what a sweep of a hundred thousand holds in memory
+        def one(number: int, group: list[Cell]) -> bool:
+            missing = [cell for cell in group if _lacks(rows[cell], number)]
+            if self._left_s() <= 0 or self._cancelled.is_set():
+                return False
+            ours = [cell for cell in missing if self._claim(cell, number)]
+            for cell, record in self._pass(group, ours, number) if ours else ():
+                rows[cell].append(record)
+            return len(ours) < len(missing)
+
+        turns = [(number, group) for number in range(1, self.passes + 1) for group in groups]
+        taken = list(self._side_by_side(functools.partial(one, *turn) for turn in turns))
+        return any(taken) and self._left_s() > 0
+
+    def _side_by_side(self, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+        """What jobs return that run side by side, each writing down its rows where they are known.
+
+        No more are under way than can run, so that what a sweep of a hundred thousand cells holds in memory
         does not grow with it.
         """
-        waiting, running = iter(cells), set[Future[list[Record]]]()
+        waiting, running = iter(jobs), set[Future[T]]()
         with ThreadPoolExecutor(self.slots) as pool:
             try:
-                running = {pool.submit(self._one, cell) for cell in itertools.islice(waiting, self.slots)}
+                running = {pool.submit(job) for job in itertools.islice(waiting, self.slots)}
                 while running:
                     done, running = wait(running, self._patience_s(), return_when=FIRST_COMPLETED)
                     if not done:  # the budget is spent, and cells still wait for a device
                         self._runner.interrupt()
-                    for cell in itertools.islice(waiting, len(done)):
-                        running.add(pool.submit(self._one, cell))
+                    for job in itertools.islice(waiting, len(done)):
+                        running.add(pool.submit(job))
                     for turn in done:
-                        yield from turn.result()
+                        yield turn.result()
             finally:
                 if running:
                     self.cancel()

@@ -6,8 +6,10 @@ every row (``evidence``), and a cell that was never measured is an error with th
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bratune.cell import Cell
@@ -17,6 +19,7 @@ from bratune.record import Record
 from bratune.run.engine import CellEngine
 from bratune.run.measure_cell import Result
 from bratune.store import pool, read_records
+from bratune.store.pooled import alike
 
 __all__ = ["ReplayEngine", "ReplayRunner"]
 
@@ -45,15 +48,25 @@ class ReplayRunner:
         if not gpu and len(keys) > 1:
             raise TargetError(f"{source} hold {', '.join(keys)}; --gpu says which of them to replay")
         self._source = source
+        own = [row for row in measured if row.gpu_key == (gpu or keys[0])]
         self._rows: dict[str, Record] = {}
-        measured = [row for row in measured if row.gpu_key == (gpu or keys[0])]
         self._compared: dict[tuple[str, str], list[Record]] = {}
-        for row in measured:
+        for row in own:
             self._compared.setdefault((row.cell_id, row.baseline), []).append(row)
-        for row in pool(measured):
+        for row in pool(own):
             if _better(row, self._rows.get(row.cell_id)):
                 self._rows[row.cell_id] = row
-        self.machine = measured[0].machine
+        chosen = {alike(row) for row in self._rows.values()}
+        self._passes: dict[str, list[Record]] = defaultdict(list)
+        for row in own:
+            if alike(row) in chosen:
+                self._passes[row.cell_id].append(row)
+        self.machine = own[0].machine
+
+    @property
+    def passes(self) -> int:
+        """The most passes that a cell has."""
+        return max(map(len, self._passes.values()), default=1)
 
     @classmethod
     def of(cls, paths: Iterable[str | os.PathLike[str]], *, gpu: str = "") -> ReplayRunner:
@@ -64,9 +77,13 @@ class ReplayRunner:
     def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
         """See `bratune.run.engine.Runner.run`; takes no time."""
         row = self._rows.get(cell.cell_id)
-        if row is None:
-            reason = f"not replayed: {self._source} holds no row of this cell on {self.machine.gpu_key}"
-            return Result(Record.of(cell, self.machine, outcome="error", evidence="replayed", reason=reason))
+        return self._missing(cell) if row is None else self._replayed(cell, row)
+
+    def _missing(self, cell: Cell) -> Result:
+        reason = f"not replayed: {self._source} holds no row of this cell on {self.machine.gpu_key}"
+        return Result(Record.of(cell, self.machine, outcome="error", evidence="replayed", reason=reason))
+
+    def _replayed(self, cell: Cell, row: Record) -> Result:
         asked = Record.of(cell, self.machine)  # the same cell, whatever the row made of its description
         return Result(row.replace(evidence="replayed", cell=asked.cell))
 
@@ -79,6 +96,26 @@ class ReplayRunner:
             ]
             for cell in cells
         }
+
+    def run_group(
+        self,
+        cells: Sequence[Cell],
+        *,
+        limit_s: float,
+        left_s: float = math.inf,
+        base: Cell | None = None,
+        seed: int = 0,
+    ) -> Iterator[tuple[Cell, Result]]:
+        """See `bratune.run.engine.GroupRunner.run_group`: rows of pass ``seed``, of cells that have it."""
+        for cell in cells:
+            rows = self._passes.get(cell.cell_id, [])
+            if not rows:
+                yield cell, self._missing(cell)
+            elif len(rows) >= seed:
+                yield cell, self._replayed(cell, rows[seed - 1])
+
+    def fresh(self) -> None:
+        """There is no process."""
 
     def interrupt(self) -> None:
         """A replayed cell takes no time."""

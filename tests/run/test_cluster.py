@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,10 @@ class Fake:
         seconds: float,
         version: str = bratune.__version__,
         special: dict[int, str] | None = None,
+        dies_in: int = 0,
     ) -> None:
         self.folder, self.seconds, self.special = Path(folder), seconds, special or {}
+        self.dies_in = dies_in
         self.machine = Machine(kind="cuda", device="cuda:0", gpu_key="a100", gpu_name="A100", bratune=version)
 
     def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
@@ -62,6 +64,20 @@ class Fake:
         time.sleep(self.seconds)
         (self.folder / f"{cell.seed}-finished-{time.time_ns()}").touch()
         return Result(Record.of(cell, self.machine, median_ms=1.0 + cell.seed), (1.0, 2.0))
+
+    def fresh(self) -> None:
+        (self.folder / f"0-fresh-{time.time_ns()}").touch()
+
+    def run_group(
+        self, group: Sequence[Cell], *, base: Cell | None = None, seed: int = 0, **_: float
+    ) -> Iterator[tuple[Cell, Result]]:
+        (self.folder / f"{seed}-turn-{'+'.join(str(cell.seed) for cell in group)}-{os.getpid()}").touch()
+        if seed == self.dies_in and not (self.folder / "0-died-0").exists():
+            (self.folder / "0-died-0").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        for cell in reversed(group):  # as they come
+            row = Record.of(cell, self.machine, median_ms=float(seed))
+            yield cell, Result(row if cell == base else row.replace(ratio=2.0), (1.0,))
 
     def interrupt(self) -> None: ...
 
@@ -150,6 +166,43 @@ def test_rows_of_all_nodes_reach_the_store_of_the_driver(nodes: Any, tmp_path: P
         assert len(list(engine.run(cells(5)))) == 5
         assert engine.reused == 4
     assert finished(tmp_path) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_pass_of_a_group_is_one_task_in_a_new_process_of_a_node(nodes: Any, tmp_path: Path) -> None:
+    folder, group = (
+        str(tmp_path),
+        [cell.replace(backend=name) for cell in cells(2) for name in ("gather", "dense")],
+    )
+    with ClusterEngine(
+        Site("A100", 2),
+        QUICK,
+        make_runner=lambda _: Fake(folder, 0.0),
+        passes=3,
+        store=Store(tmp_path / "r.jsonl"),
+    ) as engine:
+        rows = list(engine.run(group))
+    assert [(row.backend, row.seed, row.passes, row.ratio) for row in rows] == [
+        ("gather", 0, 3, None),
+        ("dense", 0, 3, 2.0),
+        ("gather", 1, 3, None),
+        ("dense", 1, 3, 2.0),
+    ]
+    turns = sorted(path.name.rpartition("-")[0] for path in tmp_path.glob("*-turn-*"))
+    assert turns == [f"{number}-turn-{seed}+{seed}" for number in (1, 2, 3) for seed in (0, 1)]
+    assert len(list(tmp_path.glob("*-fresh-*"))) == 6
+    assert [(row.pass_number, row.ok) for row in engine.pass_rows] == [(n, True) for n in (1, 2, 3)] * 4
+
+
+@pytest.mark.slow
+def test_a_pass_that_is_lost_with_its_node_is_measured_again(nodes: Any, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    with ClusterEngine(
+        Site("A100", 2), QUICK, make_runner=lambda _: Fake(folder, 0.0, dies_in=2), passes=2
+    ) as engine:
+        rows = list(engine.run([cell.replace(backend="gather") for cell in cells(1)]))
+    assert (tmp_path / "0-died-0").exists()
+    assert [(row.outcome, row.passes) for row in rows] == [("measured", 2)]
 
 
 @pytest.mark.slow

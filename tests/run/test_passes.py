@@ -16,7 +16,7 @@ from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.record import Record
-from bratune.run.engine import CellEngine, LocalEngine
+from bratune.run.engine import CellEngine, LocalEngine, ParallelEngine
 from bratune.run.isolated import IsolatedEngine, IsolatedRunner
 from bratune.run.measure_cell import Result
 from bratune.run.passes import disturbance
@@ -224,6 +224,47 @@ def test_a_comparison_in_real_workers_has_ratios_to_its_base() -> None:
         rows = real.in_turn(GROUPS[:2], GROUPS[1], 2)
     assert [row.ratio for row in rows[GROUPS[1]]] == [1.0, 1.0]
     assert all(row.ratio is not None and row.ratio_lo is not None for row in rows[GROUPS[0]])
+
+
+def test_a_replay_in_passes_has_the_row_of_each_for_verdicts(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    stored = engine(FakeGroups(), path, passes=3)
+    pooled = list(stored.run(GROUPS[:2]))
+    runner = ReplayRunner.of([path])
+    assert runner.passes == 3
+    with CellEngine(runner, SETTINGS, passes=runner.passes) as replay:
+        rows = list(replay.run([*GROUPS[:2], cell("sparse")]))
+    assert [(r.median_ms, r.ratio, r.passes) for r in rows[:2]] == [
+        (r.median_ms, r.ratio, r.passes) for r in pooled
+    ]
+    assert [(r.backend, r.pass_number, r.median_ms) for r in replay.pass_rows if r.ok] == [
+        (r.backend, r.pass_number, r.median_ms) for r in stored.pass_rows
+    ]
+    assert (rows[2].outcome, rows[2].evidence) == ("error", "replayed")
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_several_devices_each_take_passes_of_groups(tmp_path: Path, slots: int) -> None:
+    path = tmp_path / "r.jsonl"
+    runner = FakeGroups()
+    several = ParallelEngine(runner, SETTINGS, slots=slots, store=Store(path), passes=2)
+    rows = list(several.run(GROUPS))
+    assert sorted(runner.log) == [f"{n}:{seed}:gather+dense" for n in (1, 2) for seed in (0, 1)]
+    assert [(row.backend, row.seed, row.passes) for row in rows] == [
+        (one.backend, one.seed, 2) for one in GROUPS
+    ]
+    assert [row.ratio for row in rows] == [None, pytest.approx(2.0)] * 2
+    again = FakeGroups()
+    same = ParallelEngine(again, SETTINGS, slots=slots, store=Store(path), passes=2)
+    assert len(list(same.run(GROUPS))) == 4
+    assert (again.log, same.reused) == ([], 4)
+
+
+def test_several_devices_stop_with_the_budget(tmp_path: Path) -> None:
+    runner = FakeGroups()
+    now = iter(float(n) for n in range(1000))
+    several = ParallelEngine(runner, SETTINGS, slots=2, passes=50, budget_s=100.0, clock=lambda: next(now))
+    assert all(1 <= (row.passes or 0) < 50 for row in several.run(GROUPS))
 
 
 # --- real workers ------------------------------------------------------------------------------
