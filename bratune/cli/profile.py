@@ -121,7 +121,8 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
         if asked["budget"]:
             parts = [part._replace(rows=sorted(part.rows, key=lambda row: row.stage or 0)) for part in parts]
         _show(job.target, parts, asked)
-        _say_what_is_missing([row for part in parts for row in part.rows])
+        every = [row for part in parts for row in part.rows]
+        _say_what_is_missing(every, job.passes(asked) if asked["budget"] else 1)
         click.echo(f"results: {job.path}   again: {options.command_line()}", err=True)
     failed = any(row.outcome in FAILED for rows, _ in found for row in itertools.chain(*rows))
     return 4 if asked["strict"] and failed else 0
@@ -139,6 +140,14 @@ class _Job:
     stages: tuple[int, ...]
     path: Path
     site: Site | None = None
+
+    def passes(self, asked: dict[str, Any]) -> int:
+        """Fresh processes per cell."""
+        if self.replayed:
+            return self.replayed.passes
+        if not asked["isolate"]:
+            return 1
+        return asked["passes"] or self.settings.passes
 
     @property
     def planned(self) -> Sequence[Planned]:
@@ -294,8 +303,8 @@ def _engine(job: _Job, asked: dict[str, Any], progress: Progress) -> CellEngine:
         "on_start": progress.start,
     }
     if job.replayed:
-        return CellEngine(job.replayed, job.settings, passes=job.replayed.passes, **given)
-    passes = asked["passes"] or job.settings.passes
+        return CellEngine(job.replayed, job.settings, passes=job.passes(asked), **given)
+    passes = job.passes(asked)
     if job.site:
         from bratune.cluster import ClusterEngine
 
@@ -330,14 +339,17 @@ def _say_what_was_reused(job: _Job, engine: CellEngine) -> None:
         )
 
 
-def _say_what_is_missing(rows: Sequence[Record]) -> None:
+def _say_what_is_missing(rows: Sequence[Record], passes: int) -> None:
     """An answer that the budget cut short is marked as such."""
     from bratune.run.reuse import NO_TURN
 
     missing = sum(row.reason.startswith(NO_TURN) for row in rows)
-    if missing:
+    short = sum(row.ok and row.evidence == "measured" and (row.passes or 1) < passes for row in rows)
+    if missing or short:
+        fewer = f" and {short} have fewer than {passes} passes" if short else ""
         click.echo(
-            f"incomplete: the budget ended before {missing} of {len(rows)} cells; the same command goes on",
+            f"incomplete: the budget ended before {missing} of {len(rows)} cells{fewer}; "
+            "the same command goes on",
             err=True,
         )
 

@@ -208,7 +208,7 @@ def group_of(cell: Cell) -> str:
 
 
 def groups_of(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Cells that take turns: what answers one question, and a model of ours with its peers.
+    """Cells that take turns: what answers one question, a block with its parts, a model with its peers.
 
     Peers join the first model of ours that runs on the same images in the same way.
     """
@@ -218,13 +218,18 @@ def groups_of(cells: Iterable[Cell]) -> list[list[Cell]]:
         if cell.form == "timm":
             peers.append(cell)
         else:
-            groups.setdefault(group_of(cell), []).append(cell)
+            groups.setdefault(_turns_of(cell), []).append(cell)
     for peer in peers:
         own = next((g for g in groups.values() if g[0].part == "model" and _way(g[0]) == _way(peer)), None)
         if own is None:
             own = groups.setdefault(f"peers {_way(peer)}", [])
         own.append(peer)
     return list(groups.values())
+
+
+def _turns_of(cell: Cell) -> str:
+    """The group of a cell; the parts of a block add up to it only where the machine is the same for all."""
+    return group_of(cell if cell.part in ("attention", "model") else cell.replace(part="block"))
 
 
 def _way(cell: Cell) -> tuple[object, ...]:
@@ -266,7 +271,6 @@ class CellEngine:
         reused: Cells that were answered by stored rows so far.
         slots: Cells that are measured at a time.
         passes: Fresh processes per cell.
-        pass_rows: Rows of single passes behind what `run` gave so far; what verdicts rest on.
     """
 
     slots = 1
@@ -302,13 +306,18 @@ class CellEngine:
         self._deadline = None if budget_s is None else clock() + budget_s
         self._baselines = Baselines()
         self._cancelled = threading.Event()
-        self.pass_rows: list[Record] = []
+        self._behind: dict[Cell, list[Record]] = {}
         self.reused = 0
 
     @property
     def machine(self) -> Machine:
         """The machine that the records speak of."""
         return self._runner.machine
+
+    @property
+    def pass_rows(self) -> list[Record]:
+        """Rows of single passes behind what `run` gave so far; what verdicts rest on."""
+        return [row for rows in self._behind.values() for row in rows]
 
     def __enter__(self) -> Self:
         return self
@@ -366,7 +375,9 @@ class CellEngine:
         """Every cell pooled over its passes, once all of them are there."""
         groups = groups_of(cells)
         rows = {cell: self._cache.find_all(cell) for cell in cells}
-        self.reused += sum(_is_complete(found, self.passes) for found in rows.values())
+        self.reused += sum(
+            _is_complete(found, self.passes) for cell, found in rows.items() if cell not in self._behind
+        )
         while self._all_passes(groups, rows) and not self._cancelled.wait(_LOOK_S):
             rows |= {cell: self._cache.find_all(cell) for cell in cells}
         if self._cancelled.is_set():
@@ -375,21 +386,22 @@ class CellEngine:
             if not rows[cell]:
                 rows[cell].append(self._out_of_budget(cell, NOT_STARTED).record)
                 self._write(cell, rows[cell][-1])
-        behind = [row for cell in cells for row in rows[cell]]
-        self.pass_rows += behind
-        pooled = {record.cell_id: record for record in pool(behind)}
+        self._behind |= rows
+        pooled = {record.cell_id: record for record in pool(row for cell in cells for row in rows[cell])}
         for cell in cells:
             yield self._baselines.compared(cell, pooled[cell.cell_id])
 
     def _all_passes(self, groups: list[list[Cell]], rows: dict[Cell, list[Record]]) -> bool:
         """Measure what passes are missing; whether another run of the same store has some of them in hand."""
-        taken = False
+        taken, took_s = False, [0.0] * len(groups)
         for number in range(1, self.passes + 1):
             begun = False
-            for group in groups:
+            for place, group in enumerate(groups):
                 missing = [cell for cell in group if _lacks(rows[cell], number)]
                 if self._left_s() <= 0:
                     return False
+                if self._left_s() < took_s[place]:  # half a pass of a group would be lost
+                    continue
                 ours = [cell for cell in missing if self._claim(cell, number)]
                 taken = taken or len(ours) < len(missing)
                 if not ours:
@@ -397,8 +409,10 @@ class CellEngine:
                 if not begun:
                     self._runner_of_passes.fresh()
                     begun = True
+                start = self._clock()
                 for cell, record in self._pass(group, ours, number):
                     rows[cell].append(record)
+                took_s[place] = self._clock() - start
                 if self._cancelled.is_set():
                     return False
         return taken
@@ -483,7 +497,8 @@ class CellEngine:
         self, group: Sequence[Cell], missing: Sequence[Cell], number: int
     ) -> Iterator[tuple[Cell, Record]]:
         """One pass of a group, each row on disk as soon as it is known."""
-        base = next((cell for cell in group if is_baseline(cell)), None)
+        rivals = len({cell.part for cell in group}) == 1  # a block is no rival of its parts
+        base = next((cell for cell in group if is_baseline(cell)), None) if rivals else None
         # One that lost the others' pass is measured beside the baseline again, whose row is there already.
         turns = [*missing] if base is None or base in missing else [base, *missing]
         for cell in missing:

@@ -295,7 +295,8 @@ def rounds_job(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
             settings,
             seed=payload["seed"],
             keep=() if base is None else (base,),
-            worse=CLEARLY_WORSE,
+            # The parts of a block are no rivals: none is hopeless because another one is faster.
+            worse=CLEARLY_WORSE if len({checked.cell.part for checked, _ in players}) == 1 else None,
             on_turn=note,
         )
         rows = []

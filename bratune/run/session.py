@@ -1,7 +1,8 @@
 """Session: a request from its first cell to its last.
 
-Attention by every backend comes first, then the other parts of a block; the fastest backend of each stage is
-then put into a whole block, and the fastest of all stages together into the whole model, beside the baseline.
+Attention by every backend comes first; the fastest backend of each stage is then put into a whole block,
+beside its parts, and the fastest of all stages together into the whole model, beside the baseline. Where a
+budget may end it early, the whole models come before all else: they are the answer.
 """
 
 from __future__ import annotations
@@ -63,14 +64,14 @@ def run(
         request: What is asked.
         engine: Turns cells into rows.
         stages: Only these stages (1 is the first); all without any.
-        answer_first: For a run that may be cut off: the backends of the stages where most can be gained,
-            then the whole model, then the parts of blocks, which explain and do not decide.
+        answer_first: For a run that may be cut off: the whole model, then the backends of the stages where
+            most can be gained, then the parts of blocks, which explain and do not decide.
     """
     if request.mixers:
         yield from engine.run(_mixer_cells(request, stages))
         return
     if getattr(engine, "slots", 1) > 1 or getattr(engine, "passes", 1) > 1:
-        yield from _together(request, engine, stages)
+        yield from _together(request, engine, stages, answer_first=answer_first)
         return
     for scene in scenes(request):
         rows: list[Record] = []
@@ -95,36 +96,52 @@ def _of_mixer(cell: Cell) -> str:
     return f"{where}{cell.part} of {cell.backend}, batch {cell.problem.batch}, {cell.problem.direction}"
 
 
-def _together(request: Request, engine: Engine, stages: tuple[int, ...]) -> Iterator[Record]:
+def _together(
+    request: Request, engine: Engine, stages: tuple[int, ...], *, answer_first: bool
+) -> Iterator[Record]:
     """Rows of all scenes at once, for an engine that measures many cells at a time, or each several times.
 
-    First everything that is known before, the backends of the stages where most can be gained ahead of the
-    parts of blocks; then the blocks and models that depend on what was fastest.
+    First everything that is known before, so that the passes of it are spread over the run; then the blocks
+    and models that depend on what was fastest, the blocks in turn with their parts.
     """
     found = scenes(request)
     rows: list[list[Record]] = [[] for _ in found]
     baselines = [Baselines() for _ in found]
+    given: set[Cell] = set()
 
     def measure(cells_of: Callable[[int, Scene], list[Cell]]) -> Iterator[Record]:
         owners = {cell: number for number, scene in enumerate(found) for cell in cells_of(number, scene)}
         for record in engine.run(owners):
             cell = record.to_cell()
+            if cell in given:  # it only takes turns with others once more
+                continue
+            given.add(cell)
             number = owners[cell]
             rows[number].append(baselines[number].compared(cell, record))
             yield rows[number][-1]
 
-    def known_before(number: int, scene: Scene) -> list[Cell]:
+    def models(number: int, scene: Scene) -> list[Cell]:
+        return _model_cells(scene, []) if request.whole_model else []
+
+    def attention(number: int, scene: Scene) -> list[Cell]:
         order = sorted(_chosen(scene, stages), key=_possible_gain, reverse=True)
-        attention = [cell for stage in order for cell in scene.attention_cells(stage)]
-        return attention + [cell for stage in order for cell in scene.part_cells(stage)]
+        return [cell for stage in order for cell in scene.attention_cells(stage)]
+
+    def known_before(number: int, scene: Scene) -> list[Cell]:
+        return attention(number, scene) + models(number, scene)
 
     def known_after(number: int, scene: Scene) -> list[Cell]:
-        cells = [_best_block(scene, rows[number], stage) for stage in _chosen(scene, stages)]
-        cells += _model_cells(scene, rows[number]) if request.whole_model else []
-        return [cell for cell in cells if cell is not None]
+        whole = _model_cells(scene, rows[number]) if request.whole_model else []
+        cells = [cell for cell in whole if cell not in given]
+        if cells and getattr(engine, "passes", 1) > 1:  # in turn with the others, whose rows are there
+            cells = whole
+        for stage in sorted(_chosen(scene, stages), key=_possible_gain, reverse=True):
+            block = _best_block(scene, rows[number], stage)
+            cells += [*scene.part_cells(stage), *([] if block is None else [block])]
+        return cells
 
-    yield from measure(known_before)
-    yield from measure(known_after)
+    for phase in (models, attention, known_after) if answer_first else (known_before, known_after):
+        yield from measure(phase)
 
 
 def _scene_rows(
@@ -133,10 +150,13 @@ def _scene_rows(
     """Rows of one scene; ``rows`` holds those that were yielded so far."""
     chosen = _chosen(scene, stages)
     if answer_first:
+        given = _model_cells(scene, []) if scene.request.whole_model else []
+        yield from engine.run(given)
         chosen.sort(key=_possible_gain, reverse=True)
         for stage in chosen:
             yield from engine.run(scene.attention_cells(stage))
-        yield from _model_rows(scene, engine, rows)
+        later = _model_cells(scene, rows) if scene.request.whole_model else []
+        yield from engine.run([cell for cell in later if cell not in given])
         for stage in chosen:
             yield from _block_rows(scene, engine, rows, stage)
         return

@@ -204,25 +204,41 @@ def _and_wait(device: str, call: Call) -> Call:
 
 
 def _in_its_place(cell: Cell, device: str, states: list[tuple[Step, State]]) -> tuple[Call, Call]:
-    """A part, and the rest of the block that hands it its inputs: `Work.call` and `Work.before`."""
+    """A part, and the rest of the block that hands it its inputs: `Work.call` and `Work.before`.
+
+    The steps that follow go on from what the part has just made; then those that precede it begin with a new
+    map, when nothing of the old one is left: the allocator then hands out memory that is in the caches, as it
+    does in the network. With the old map still alive, parts took 6 to 10 % longer than within their block.
+    """
     places = [i for i, (step, _) in enumerate(states) if step.part == cell.part]
     live = {i: states[i][1] for i in places}
+    after = places[-1] + 1
+    made = dict(states[after][1]) if after < len(states) else {}
 
     def run() -> list[State]:
         with _context(cell, device, gradients=False):
-            return [states[i][0].run(state) for i, state in live.items()]
+            found = [states[i][0].run(state) for i, state in live.items()]
+        made.clear()
+        made.update(live[places[-1]] | found[-1])
+        if cell.part == "routing":  # the routes that the cell asks for, not those just found
+            made["routes"] = states[after][1]["routes"]
+        return found
 
     def rest() -> None:
         with _context(cell, device, gradients=False):
-            for step, state in states[places[-1] + 1 :]:
-                step.run(state)
+            state = dict(made)
+            made.clear()
+            live.clear()
+            for step, _ in states[after:]:
+                state |= step.run(state)
+            del state
             # The block before it has just written the input.
             state = {name: t.clone() for name, t in states[0][1].items()}
             for i, (step, _) in enumerate(states[: places[-1]]):
-                if i in live:
+                if i in places:
                     live[i] = dict(state)
                 state |= step.run(state)
-                if step.part == "routing":  # those that the cell asks for, not those just found
+                if step.part == "routing":
                     state["routes"] = states[i + 1][1]["routes"]
             live[places[-1]] = state
         _wait(device)

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,13 +17,15 @@ from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.record import Record
-from bratune.run.engine import CellEngine, LocalEngine, ParallelEngine
+from bratune.run import session
+from bratune.run.engine import CellEngine, LocalEngine, ParallelEngine, groups_of
 from bratune.run.isolated import IsolatedEngine, IsolatedRunner
 from bratune.run.measure_cell import Result
 from bratune.run.passes import disturbance
 from bratune.run.replay import ReplayRunner
 from bratune.store import Store, pool, read_records
 from bratune.testing import faults
+from bratune.work.request import make_request
 
 CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="CPU", threads=2)
 SETTINGS = MeterSettings(min_time_s=0.0, max_noise_pct=100.0, min_samples=6, max_samples=6, warmup_s=0.0)
@@ -34,6 +37,10 @@ def cell(backend: str, seed: int = 0) -> Cell:
 
 
 GROUPS = [cell(name, seed) for seed in (0, 1) for name in ("gather", "dense")]
+
+
+def group_part(cells: Sequence[Cell]) -> str:
+    return cells[0].part if len({one.part for one in cells}) == 1 else "block"
 
 
 class FakeGroups:
@@ -48,6 +55,7 @@ class FakeGroups:
         self.failing = failing or {}
         self.die_at = die_at
         self.log: list[str] = []
+        self.parts: dict[int, str] = {}
         self.number = 0
 
     def fresh(self) -> None:
@@ -62,6 +70,7 @@ class FakeGroups:
         base: Cell | None = None,
         seed: int = 0,
     ) -> Iterator[tuple[Cell, Result]]:
+        self.parts[len(self.log)] = f" {group_part(cells)}"
         self.log.append(f"{seed}:{cells[0].seed}:" + "+".join(one.backend for one in cells))
         if (seed, cells[0].seed) == self.die_at:
             raise KeyboardInterrupt
@@ -241,6 +250,65 @@ def test_a_replay_in_passes_has_the_row_of_each_for_verdicts(tmp_path: Path) -> 
         (r.backend, r.pass_number, r.median_ms) for r in stored.pass_rows
     ]
     assert (rows[2].outcome, rows[2].evidence) == ("error", "replayed")
+
+
+def test_a_pass_that_would_not_end_in_time_is_not_begun(tmp_path: Path) -> None:
+    now = [0.0]
+
+    class Slow(FakeGroups):
+        def run_group(self, cells: Sequence[Cell], **options: Any) -> Iterator[tuple[Cell, Result]]:
+            now[0] += 10.0 if cells[0].seed == 0 else 2.0
+            return super().run_group(cells, **options)
+
+    runner = Slow()
+    rows = list(
+        engine(runner, tmp_path / "r.jsonl", passes=2, budget_s=20.0, clock=lambda: now[0]).run(GROUPS)
+    )
+    # 8 s are left after the first passes: not enough for the group that took 10 s, but for the other one.
+    assert [line for line in runner.log if line != "fresh"] == [
+        "1:0:gather+dense",
+        "1:1:gather+dense",
+        "2:1:gather+dense",
+    ]
+    assert [row.passes for row in rows] == [1, 1, 2, 2]
+
+
+def test_a_block_takes_turns_with_its_parts() -> None:
+    own = {"model": "biformer_tiny", "stage": 1, "n_win": "2", "topk": "1", "image": (32, 32)}
+    parts = [cell("").replace(part=name, **own) for name in ("qkv", "mlp")]
+    block = cell("dense").replace(part="block", **own)
+    attention = cell("dense").replace(**own)
+    other = block.replace(stage=2)
+    assert groups_of([attention, *parts, block, other]) == [[attention], [*parts, block], [other]]
+    by_gather = block.replace(backend="gather")
+    with CellEngine(FakeGroups(), SETTINGS, passes=2) as passes:
+        rows = list(passes.run([*parts, by_gather]))
+    assert [row.ratio for row in rows] == [None] * 3  # none is compared with another
+
+
+def order_of(*, answer_first: bool) -> list[str]:
+    """What takes turns, group by group, in a session of two passes."""
+    runner = FakeGroups()
+    asked = make_request(CPU, backends=("gather", "dense"), forms=("published", "gather", "auto"))
+    with CellEngine(runner, SETTINGS, passes=2) as passes:
+        rows = list(session.run(asked, passes, answer_first=answer_first))
+    assert len({row.cell_id for row in rows}) == len(rows)
+    assert passes.reused == 0
+    return [line.split(":")[0] + runner.parts[i] for i, line in enumerate(runner.log) if line != "fresh"]
+
+
+def test_under_a_budget_the_whole_models_have_all_their_passes_before_anything_else() -> None:
+    found = order_of(answer_first=True)
+    assert found[:2] == ["1 model", "2 model"]
+    assert found[2:10] == ["1 attention"] * 4 + ["2 attention"] * 4
+    assert {line[2:] for line in found[10:]} == {"model", "block"}
+
+
+def test_with_time_the_passes_of_the_answer_are_spread_over_the_run() -> None:
+    found = order_of(answer_first=False)
+    assert found[:10] == (["1 attention"] * 4 + ["1 model"]) + (["2 attention"] * 4 + ["2 model"])
+    assert found[10] == "1 model"  # the fastest of every stage, in turn with the others once more
+    assert found[11:15] == ["1 block"] * 4
 
 
 @pytest.mark.parametrize("slots", [1, 3])
