@@ -216,7 +216,8 @@ class _Fusing(TorchFunctionMode):
 def _shape(name: str, args: tuple[Any, ...]) -> tuple[int, ...]:
     """See `Operation.shape`."""
     if "convolution" in name:
-        weight, groups = args[1], args[8]
+        shift = int("backward" in name)  # the gradient of the output comes first
+        weight, groups = args[1 + shift], args[8 + shift]
         out, inner, *window = weight.shape
         return groups, inner, out // groups, math.prod(window)
     left, right = [a for a in args if isinstance(a, Tensor) and a.dim() >= 2][-2:]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bratune.errors import BratuneError, UnknownNameError
+from bratune.errors import BratuneError, UnknownNameError, UnsupportedError
 
 if TYPE_CHECKING:
     from bratune.kernels.accounting import Operation
@@ -28,6 +28,7 @@ __all__ = [
     "count_peer",
     "load_of",
     "loads",
+    "mixer_loads",
     "peer_loads",
     "product_kind",
     "timm_models",
@@ -227,3 +228,70 @@ def peer_loads(
 ) -> Mapping[str, Load]:
     """The loads of a model of timm; see `count_peer`."""
     return loads(count_peer(name, image, batch, item_bytes=item_bytes, gradients=gradients))
+
+
+@functools.lru_cache(maxsize=256)
+def mixer_loads(
+    name: str,
+    part: str,
+    stage: int,
+    image: tuple[int, int],
+    n_win: int,
+    batch: int,
+    item_bytes: int = 2,
+) -> Mapping[str, Load]:
+    """The loads of a mixer: of its network, of two blocks of a stage, or of their attentions alone.
+
+    Args:
+        name: See `bratune.kernels.mixers.registry`.
+        part: ``model``, ``block`` or ``mixer``.
+        stage: Of a block or mixer.
+        image: Height and width in pixels.
+        n_win: Regions per side of bi-level routing.
+        batch: Images.
+        item_bytes: Bytes of a number.
+
+    Raises:
+        UnsupportedError: it cannot be run on meta tensors, so that nobody counted its operations.
+    """
+    import torch
+
+    from bratune.kernels.accounting import count
+    from bratune.kernels.mixers import registry
+    from bratune.kernels.mixers.network import MixerBlock, MixerNetwork, places
+
+    kind = registry.get(name)
+    with torch.device("meta"):
+        pair = [place for place in places(*image, n_win=n_win) if place.stage == stage][:2]
+        modules: list[Any] = (
+            [MixerNetwork(kind, *image, n_win=n_win)]
+            if part == "model"
+            else [torch.nn.Sequential(*(MixerBlock(kind, place) for place in pair))]
+        )
+        if part == "mixer":
+            modules = [block.attn for block in modules[0]]
+        shape = (3, *image) if part == "model" else (pair[0].height, pair[0].width, pair[0].dim)
+        x = torch.empty(batch, *shape)
+
+        def call() -> None:
+            for module in modules:
+                module.eval()(x)
+
+        try:
+            account = count(
+                call,
+                weights=torch.nn.ModuleList(modules),
+                item_bytes=item_bytes,
+                fused_attention=True,
+            )
+        except (
+            RuntimeError,
+            NotImplementedError,
+            AssertionError,
+            ValueError,
+            TypeError,
+            BratuneError,
+        ) as error:
+            text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnsupportedError(name, [f"its operations cannot be counted: {text}"]) from None
+    return loads(account.by_operation)

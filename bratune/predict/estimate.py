@@ -12,13 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from bratune.cell import Cell
-from bratune.errors import UnsupportedError
+from bratune.errors import ProblemError, UnsupportedError
 from bratune.gpus import GPU
+from bratune.kernels.mixers.registry import ROUTED
 from bratune.predict import parts, work
 from bratune.predict.coefficients import UNCALIBRATED, Coefficients
 from bratune.predict.compiled import BACKEND as COMPILED_BACKEND
 from bratune.predict.compiled import CompiledTime, compiled_time
-from bratune.predict.counted import Load, peer_loads
+from bratune.predict.counted import Load, mixer_loads, peer_loads
 from bratune.predict.parts import Group
 from bratune.predict.public import PublicRates, public_rates
 from bratune.predict.roofline import Rates, op_time, public_time, rates
@@ -121,8 +122,10 @@ def estimate(cell: Cell, board: GPU, c: Coefficients = UNCALIBRATED, *, compiled
 
 
 def is_peer(cell: Cell) -> bool:
-    """Whether a cell is a whole model of timm, and none of ours."""
-    return cell.part == "model" and (cell.form == "timm" or cell.model not in VARIANTS)
+    """Whether a cell is a whole model of timm, or mixers: what is counted by running it on meta tensors."""
+    return cell.form == "mixer" or (
+        cell.part == "model" and (cell.form == "timm" or cell.model not in VARIANTS)
+    )
 
 
 def as_counted(cell: Cell) -> Cell:
@@ -131,12 +134,30 @@ def as_counted(cell: Cell) -> Cell:
     Raises:
         UnsupportedError: nobody listed what that form runs.
     """
+    if cell.form == "mixer":
+        return _routed_as_counted(cell)
     if cell.part != "model" or cell.form in ("plain", "timm"):
         return cell
     if cell.form == "published":
         return cell.replace(form="plain", backend=PUBLISHED_BACKEND)
     why = f"the operations that the form {cell.form!r} merges are not listed; plain and published are"
     raise UnsupportedError(cell.backend or cell.form, [why])
+
+
+def _routed_as_counted(cell: Cell) -> Cell:
+    """The network of bi-level routing by a backend as the model that it is; any other mixer as it is."""
+    base, _, backend = cell.backend.partition(":")
+    if base != ROUTED:
+        return cell
+    if cell.part != "model" or backend in ("", "auto"):
+        why = "its operations are listed for a whole model by a named backend, e.g. bi-level-routing:gather"
+        raise UnsupportedError(cell.backend, [why])
+    found = cell.replace(form="plain", backend=backend)
+    try:
+        parts.model_blocks(found)
+    except ProblemError as error:
+        raise UnsupportedError(cell.backend, [str(error)]) from None
+    return found
 
 
 @dataclass(kw_only=True)
@@ -224,16 +245,26 @@ def _total(
 
 
 def peer_loads_of(cell: Cell) -> Mapping[str, Load]:
-    """What the model of a peer's cell does, by kind; see `bratune.predict.counted.peer_loads`."""
+    """What the model of a peer's cell does, by kind; see `peer_loads` and `mixer_loads`."""
     p = cell.problem
+    if cell.form == "mixer":
+        if p.backward:
+            why = (
+                "a training step is not modelled: the backward pass of fused attention is not counted as one"
+            )
+            raise UnsupportedError(cell.backend, [why])
+        n_win = int(cell.n_win.split(",")[0])
+        where = (cell.part, cell.stage, cell.image, n_win)
+        return mixer_loads(cell.backend, *where, p.batch, p.item_bytes)
     return peer_loads(cell.model, cell.image, p.batch, p.item_bytes, p.backward)
 
 
 def _peer(cell: Cell, board: GPU, peak: Rates, c: Coefficients, public: PublicRates | None) -> Estimate:
-    """A model of timm, by its counted operations."""
+    """A model of timm, or mixers, by its counted operations."""
     if public is None:
         raise UnsupportedError(
-            cell.model, [f"nothing public says how fast its operations are on {board.name} in this dtype"]
+            cell.backend or cell.model,
+            [f"nothing public says how fast its operations are on {board.name} in this dtype"],
         )
     clock = _Clock(cell=cell, peak=peak, c=c, public=public)
     launches = 0
@@ -247,7 +278,7 @@ def _peer(cell: Cell, board: GPU, peak: Rates, c: Coefficients, public: PublicRa
         clock._note(bound, kind, us)
         clock.memory_bytes += load.moved
     device = sum(clock.shares.values())
-    return _total(clock, board, launches, (("model", device / 1e3),))
+    return _total(clock, board, launches, ((cell.part, device / 1e3),))
 
 
 def _compiled(group: Group, board: GPU) -> CompiledTime | None:

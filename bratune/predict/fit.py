@@ -106,7 +106,7 @@ def samples_of(records: Iterable[Record]) -> list[Sample]:
             continue
         try:
             cell = record.to_cell()
-            if cell.form == "mixer":  # counted as models of others are, whose rates are public
+            if cell.form == "mixer":  # counted as models of timm are, and no part of a model of ours
                 continue
             cpu = board.architecture == "CPU"
             base = estimate(cell, board, CPU_PRIOR if cpu else UNCALIBRATED, compiled=not cpu)

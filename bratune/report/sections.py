@@ -7,6 +7,7 @@ from typing import Any
 
 from bratune.record import Record
 from bratune.report.figures import (
+    attentions,
     energy,
     peers,
     plans,
@@ -21,7 +22,7 @@ from bratune.report.figures.section import Section, Source
 
 __all__ = ["sections"]
 
-QUESTIONS = (throughput, speedup, stages, roofline, plans, resolution, energy, peers)
+QUESTIONS = (throughput, speedup, stages, roofline, plans, resolution, energy, peers, attentions)
 
 
 def sections(

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bratune import gpus
 from bratune.cell import Cell
 from bratune.cli import run
 from bratune.cli.options import settings_of
 from bratune.cli.profile import command
 from bratune.errors import UnknownNameError, UsageError
+from bratune.kernels.accounting import count
 from bratune.kernels.mixers import registry
 from bratune.kernels.mixers.windows import GridAttention, WindowAttention
 from bratune.machine import Machine, detect
+from bratune.predict.model import predict_cell
 from bratune.record import Record
 from bratune.report.answer import answer
 from bratune.report.figures.facts import timed
@@ -332,3 +335,37 @@ def test_explain_prints_mixers_and_refuses_what_it_cannot(capsys: pytest.Capture
     assert [(row["mixer"], row["stage"]) for row in rows][:3] == [("full", 1), ("window", 1), ("full", 2)]
     assert run(["explain", "--mixer", "full", "--fit", "24GB", "--device", "cpu"]) == 2
     assert "--mixer and --fit exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("bi-level-routing")])
+def test_a_forward_pass_is_modelled_from_counted_operations(name: str) -> None:
+    board = gpus.resolve("a100")
+    for part, stage in (("mixer", 1), ("block", 3), ("model", 0)):
+        row = predict_cell(one(name, part, stage, image=(224, 224), dtype="float16"), board)
+        assert (row.evidence, row.outcome) == ("modelled", "modelled"), row.reason
+        assert row.ci_lo_ms is not None
+        assert row.median_ms is not None
+        assert 0 < row.ci_lo_ms < row.median_ms
+
+
+def test_what_is_not_counted_is_not_modelled_and_says_why() -> None:
+    board = gpus.resolve("a100")
+    asked: dict[str, Any] = {"image": (224, 224), "n_win": (7,), "dtype": "float16"}
+    step = predict_cell(one("window", "model", direction="fwd-bwd", **asked), board)
+    assert step.outcome == "unsupported"
+    assert "training step" in step.reason
+    auto = predict_cell(one("bi-level-routing", "model", **asked), board)
+    assert auto.outcome == "unsupported"
+    assert "named backend" in auto.reason
+    whole = predict_cell(one("bi-level-routing:gather", "model", **asked), board)
+    (scene,) = scenes(make_request(CPU, models=("biformer_stl",), image=(224, 224), dtype="float16"))
+    plain = predict_cell(scene.model_cell(("gather",)), board)
+    assert whole.median_ms == pytest.approx(plain.median_ms)
+
+
+def test_convolutions_are_counted_with_their_gradients() -> None:
+    with torch.device("meta"):
+        conv, x = torch.nn.Conv2d(8, 16, 3, groups=2), torch.empty(1, 8, 10, 10, requires_grad=True)
+        account = count(lambda: conv(x).sum().backward(), weights=conv, gradients=True)
+    shapes = {o.name: o.shape for o in account.by_operation if "convolution" in o.name}
+    assert shapes == {"convolution": (2, 4, 8, 9), "convolution_backward": (2, 4, 8, 9)}
