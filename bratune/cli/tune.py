@@ -346,7 +346,7 @@ def _machine(asked: dict[str, Any]) -> Machine:
 
 
 def _fidelity(request: Request, machine: Machine) -> FidelitySource | None:
-    from bratune.tune.open_fidelity import open_fidelity
+    from bratune.tune.fidelity_source import open_fidelity
 
     return open_fidelity(request, machine, say=lambda text: click.echo(text, err=True))
 
@@ -424,7 +424,7 @@ def _show(result: Result, style: str) -> None:
         click.echo(json.dumps({"plan": result.plan.to_dict(), "front": result.rows}, indent=1))
         return
     from bratune.report.tables import to_csv
-    from bratune.tune.summary import front_table, plan_text
+    from bratune.tune.show import front_table, plan_text
 
     if style == "csv":
         columns = list(result.rows[0])

@@ -55,7 +55,7 @@ def command(**asked: Any) -> int:
         return _study(asked)
     if not (asked["checkpoint"] and asked["images"] and asked["labels"]):
         raise UsageError("either --study accuracy, or --checkpoint with --images and --labels")
-    from bratune.tune.open_fidelity import calibrate_checkpoint, calibration_path
+    from bratune.tune.fidelity_source import calibrate_checkpoint, calibration_path
 
     found = calibrate_checkpoint(
         asked["model"],

@@ -25,13 +25,12 @@ from bratune.kernels.biformer import build
 from bratune.measure.ranks import spearman
 from bratune.record import utc_now
 from bratune.studies.data_sets import DATA_SETS, SIDE, get_data_set
-from bratune.tune.checkpoint_fidelity import BACKEND
+from bratune.tune.checkpoint_fidelity import BACKEND, reroute
 from bratune.tune.fidelity import agreement, divergence
-from bratune.tune.progress import Say
 from bratune.tune.recall import routed_regions
-from bratune.tune.rerouting import reroute
 from bratune.tune.setting import Setting
 from bratune.tune.short_training import Recipe, train_shared
+from bratune.tune.show import Say
 from bratune.tune.space import Space
 
 __all__ = [

@@ -27,7 +27,7 @@ from bratune.studies.accuracy import (
     small_space,
 )
 from bratune.tune.lost_accuracy import CONFIDENCE, Counts, most_lost_labelled
-from bratune.tune.progress import Say
+from bratune.tune.show import Say
 
 __all__ = ["figure_of", "findings_of", "main", "tables_of", "write_study"]
 

@@ -21,14 +21,13 @@ from typing import Any
 import click
 
 from bratune.tune.bench import Bench
-from bratune.tune.encoding import Encoding
-from bratune.tune.front import hypervolume
 from bratune.tune.ledger import derived_seed
 from bratune.tune.request import Request
+from bratune.tune.sampling import Encoding
 from bratune.tune.setting import Setting
 from bratune.tune.storage import make_sampler
 from bratune.tune.synthetic import BACKENDS, SyntheticFidelity, SyntheticWorld, offers
-from bratune.tune.table import Table
+from bratune.tune.table import Table, hypervolume
 
 __all__ = ["BUDGETS", "METHODS", "Contest", "run_study"]
 

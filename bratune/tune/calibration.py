@@ -21,8 +21,8 @@ from bratune.measure.ranks import bootstrap_interval, spearman
 from bratune.record import utc_now
 from bratune.tune.checkpoint_fidelity import CheckpointFidelity
 from bratune.tune.lost_accuracy import ALLOWED_LOSS, most_lost_labelled
-from bratune.tune.progress import Say
 from bratune.tune.setting import Setting
+from bratune.tune.show import Say
 from bratune.tune.space import Space
 
 __all__ = ["Calibration", "Point", "calibrate", "isotonic", "stratified_settings"]

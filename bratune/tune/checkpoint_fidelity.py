@@ -1,4 +1,7 @@
-"""Checkpoint fidelity: what another S or top-k does to the outputs of trained weights, without training."""
+"""Checkpoint fidelity: what another S or top-k does to the outputs of trained weights, without training.
+
+S and top-k own no parameters, so that any setting can be tried on given weights.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.biformer import build
 from bratune.kernels.checkpoint import load_weights, read_weights
 from bratune.measure.ranks import clopper_pearson
 from bratune.tune import evidence as labels_of
-from bratune.tune.evidence import Evidence
+from bratune.tune.evidence import Evidence, LayerRecall
 from bratune.tune.fidelity import (
     agreement,
     divergence,
@@ -25,15 +28,34 @@ from bratune.tune.fidelity import (
     paired_change,
 )
 from bratune.tune.fidelity_source import Fidelity
-from bratune.tune.layer_recall import LayerRecall
 from bratune.tune.lost_accuracy import ALLOWED_LOSS, CONFIDENCE, Counts
 from bratune.tune.pictures import Pictures
 from bratune.tune.recall import model_recall
-from bratune.tune.rerouting import reroute
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
 
-__all__ = ["CheckpointFidelity", "load_checkpoint", "outputs"]
+__all__ = ["CheckpointFidelity", "load_checkpoint", "outputs", "reroute"]
+
+
+def reroute(model: Backbone, n_win: Sequence[int], topks: Sequence[int]) -> None:
+    """Let the routed stages of a model use another S and top-k from now on.
+
+    Args:
+        model: Stages that are not routed are left alone.
+        n_win: Regions per side of each stage.
+        topks: Of each stage.
+    """
+    for stage, s, k in zip(model.stages, n_win, topks, strict=True):
+        for module in stage.modules():
+            if _is_routed(module):
+                module.n_win, module.topk = s, k  # type: ignore[assignment]  # nn.Module types them as tensors
+    if hasattr(model, "n_wins"):
+        model.n_wins = tuple(n_win)  # type: ignore[assignment]
+
+
+def _is_routed(module: nn.Module) -> bool:
+    return hasattr(module, "n_win") and hasattr(module, "topk") and hasattr(module, "region_of")
+
 
 # Computes attention without scores in memory and accepts any problem, gradients not needed.
 BACKEND = "gather-sdpa"

@@ -270,7 +270,7 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
 
 def front_rows(tuner: Tuner, plan: Plan) -> list[dict[str, Any]]:
     """Every verified setting as a row, by rising latency, with its evidence and its part in the story."""
-    from bratune.tune.front import Point, pareto
+    from bratune.tune.table import Point, pareto
 
     verified = sorted(tuner.verified(), key=lambda v: (v.ms, v.trial))
 

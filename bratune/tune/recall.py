@@ -19,7 +19,7 @@ from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAtt
 from bratune.kernels.layout import to_head_regions
 from bratune.kernels.nhwc import to_nhwc
 from bratune.kernels.routing import region_means
-from bratune.tune.layer_recall import LayerRecall
+from bratune.tune.evidence import LayerRecall
 
 __all__ = ["model_recall", "recall_curves", "routed_regions"]
 

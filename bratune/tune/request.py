@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bratune.errors import UsageError
-from bratune.tune.bounds import checkpoint_bounds, prior_bounds
-from bratune.tune.constraints import Constraint, parse_constraint
 from bratune.tune.lost_accuracy import CONFIDENCE
-from bratune.tune.pick import check_rule
+from bratune.tune.pick import Constraint, check_rule, parse_constraint
 from bratune.tune.setting import Setting
-from bratune.tune.space import Space
+from bratune.tune.space import Space, checkpoint_bounds, prior_bounds
 from bratune.variant import get_task
 
 __all__ = ["EFFORTS", "Effort", "Request"]
@@ -59,7 +57,7 @@ class Request:
         train_seeds: Short trainings that differ in nothing else.
         objective: Second objective beside latency: ``auto`` (fidelity where it is measured, else memory),
             ``fidelity`` or ``memory``.
-        constraints: Texts for `bratune.tune.constraints.parse_constraint`.
+        constraints: Texts for `bratune.tune.pick.parse_constraint`.
         pick: Rule for `bratune.tune.pick.pick`.
         confidence: One-sided, of what is said about lost accuracy.
         omega: Without data, share of the reference's keys per query that is enough.

@@ -17,8 +17,8 @@ from bratune.tune.bench import Offers
 from bratune.tune.conclude import conclude, front_rows
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.plan import Plan, install
-from bratune.tune.progress import Say
 from bratune.tune.request import Request
+from bratune.tune.show import Say
 from bratune.tune.tuner import Tuner
 
 __all__ = ["Result", "default_storage", "run"]

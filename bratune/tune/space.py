@@ -3,6 +3,10 @@
 What changes the *model* is S and top-k per stage; backend, its settings, regime and layout only change
 the *cost*. `Space` knows which values are legal for every stage's map and how much padding they cost;
 equal settings have equal keys, so that nothing is measured twice.
+
+Rankings of settings by trained accuracy differ so much between tasks that no score that never sees the
+task can serve two of them. Without data a setting is therefore only required not to see less than the
+authors' own: at least as many keys per query in every stage, and regions that are not larger.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from bratune.errors import ProblemError
 from bratune.tune.setting import FREE, Bounds, Setting
 from bratune.variant import Stage, Variant, get_variant, stages
 
-__all__ = ["TOPK_LEVELS", "Bounds", "Setting", "Space", "Window"]
+__all__ = ["TOPK_LEVELS", "Bounds", "Setting", "Space", "Window", "checkpoint_bounds", "prior_bounds"]
 
 # The usual steps; the number of regions (full attention) is added to them.
 TOPK_LEVELS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -309,3 +313,46 @@ class Space:
         data["bounds"] = self.bounds.to_dict()
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def prior_bounds(space: Space, reference: Setting, *, omega: float = 1.0) -> Bounds:
+    """Floors that keep a setting from seeing less than a reference does, at the smallest top-k each.
+
+    Args:
+        space: Model and resolution.
+        reference: Usually the authors' setting at this resolution.
+        omega: Share of the reference's keys per query that is enough.
+    """
+    keys, sides = [], []
+    for i, (s, k) in enumerate(zip(reference.n_win, reference.topks, strict=True)):
+        problem = space.stage(i, s, k).problem if i in space.routed else None
+        if problem is None:
+            keys.append(0)
+            sides.append(float(max(space.height, space.width)))
+            continue
+        height, width = space.variant.maps(space.height, space.width)[i]
+        stride = max(space.height / height, space.width / width)
+        # Padding can make a region's keys outnumber the map's real tokens; more than all is not a floor.
+        keys.append(math.ceil(omega * min(problem.keys_per_query, height * width)))
+        sides.append(max(problem.kv_region) * stride)
+    return Bounds(min_keys=tuple(keys), max_region_px=tuple(sides), floor_only=True)
+
+
+def checkpoint_bounds(
+    space: Space, reference: Setting, *, allow_model_changes: bool = False, allow_more_k: bool = False
+) -> Bounds:
+    """Limits for weights that were trained with a setting.
+
+    By default nothing that changes the model may change. More keys than in training are not offered
+    either unless asked for: they can cost a network that was trained sparse many points of accuracy, and can
+    gain it some (docs/tune.md).
+    """
+    if not allow_model_changes:
+        return Bounds(n_win=reference.n_win, topks=reference.topks)
+    if allow_more_k:
+        return Bounds()
+    keys = []
+    for i, (s, k) in enumerate(zip(reference.n_win, reference.topks, strict=True)):
+        problem = space.stage(i, s, k).problem if i in space.routed else None
+        keys.append(0 if problem is None else problem.keys_per_query)
+    return Bounds(max_keys=tuple(keys))

@@ -20,14 +20,12 @@ from torch import Tensor
 
 from bratune.kernels.backbone import Backbone
 from bratune.tune import evidence
-from bratune.tune.checkpoint_fidelity import outputs
-from bratune.tune.encoding import Encoding
+from bratune.tune.checkpoint_fidelity import outputs, reroute
 from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.ledger import Ledger, derived_seed
 from bratune.tune.pictures import Pictures
-from bratune.tune.progress import Say
 from bratune.tune.request import Request
-from bratune.tune.rerouting import reroute
+from bratune.tune.sampling import Encoding
 from bratune.tune.setting import Setting
 from bratune.tune.short_training import (
     Recipe,
@@ -38,6 +36,7 @@ from bratune.tune.short_training import (
     recipe_of,
     train_shared,
 )
+from bratune.tune.show import Say
 from bratune.tune.space import Space
 
 if TYPE_CHECKING:

@@ -19,17 +19,15 @@ from bratune.engine import ComparingEngine
 from bratune.errors import UsageError
 from bratune.kernels.tuned import machine_key
 from bratune.record import Record
-from bratune.tune.bench import Bench, Offers
-from bratune.tune.constraints import violations
-from bratune.tune.encoding import Encoding
+from bratune.tune.bench import Bench, Offers, StageOptions, failure, summary
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.ledger import Ledger
 from bratune.tune.lost_accuracy import Counts
-from bratune.tune.pick import Verified
-from bratune.tune.progress import Clock, Pace, Say
+from bratune.tune.pick import Verified, violations
 from bratune.tune.request import Request
+from bratune.tune.sampling import Encoding, black_box
 from bratune.tune.setting import Setting
-from bratune.tune.stage_options import StageOptions, failure, summary
+from bratune.tune.show import Clock, Pace, Say
 from bratune.tune.table import Table, TableError
 from bratune.tune.train_trials import TrainTrials
 
@@ -145,8 +143,6 @@ class Tuner:
             else:
                 self.verify()
         else:
-            from bratune.tune.black_box import black_box
-
             black_box(self)
         self.try_regimes()
         self.settings.keep(finished=True)
@@ -222,8 +218,6 @@ class Tuner:
                 break
             if already and error.n >= 5 and not error.trustworthy:
                 self.say(f"{error}: the sampler takes over from the table")
-                from bratune.tune.black_box import black_box
-
                 black_box(self)
                 break
             candidates = self.table.candidates(depth=depth, max_memory_mb=limit)

@@ -16,8 +16,8 @@ from bratune.studies import accuracy
 from bratune.studies.accuracy import PROXIES, SMOKE, Case, Trial, run_study
 from bratune.studies.accuracy_findings import findings_of, tables_of
 from bratune.studies.data_sets import DATA_SETS, get_data_set, texture_halves
+from bratune.tune.checkpoint_fidelity import reroute
 from bratune.tune.recall import routed_regions
-from bratune.tune.rerouting import reroute
 
 
 def drawn(name: str, part: str, seed: int) -> torch.Tensor:

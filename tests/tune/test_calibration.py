@@ -18,8 +18,7 @@ from bratune.studies.data_sets import canvas_digits, shifted
 from bratune.tune.calibration import Calibration, Point, isotonic, limits_of, read_calibration
 from bratune.tune.checkpoint_fidelity import CheckpointFidelity
 from bratune.tune.pictures import Pictures
-from bratune.tune.shared_run import SharedRun, draw, renorm
-from bratune.tune.short_training import Recipe, train_shared
+from bratune.tune.short_training import Recipe, SharedRun, draw, renorm, train_shared
 
 
 def point(divergence: float, drop: float) -> Point:
@@ -191,9 +190,9 @@ def test_weights_and_pictures_are_tuned_end_to_end(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image", reason="pictures are written with Pillow")
     from bratune.kernels.biformer import build
     from bratune.tune.conclude import conclude
-    from bratune.tune.open_fidelity import calibration_path, open_fidelity
+    from bratune.tune.fidelity_source import calibration_path, open_fidelity
     from bratune.tune.request import Request
-    from bratune.tune.summary import plan_text
+    from bratune.tune.show import plan_text
     from bratune.tune.synthetic import SyntheticWorld, offers
     from bratune.tune.tuner import Tuner
 

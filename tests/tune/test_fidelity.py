@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bratune.errors import ProblemError, UsageError
 from bratune.kernels.biformer import build
-from bratune.tune.checkpoint_fidelity import CheckpointFidelity, load_checkpoint, outputs
+from bratune.tune.checkpoint_fidelity import CheckpointFidelity, load_checkpoint, outputs, reroute
+from bratune.tune.evidence import recall_text
 from bratune.tune.fidelity import (
     agreement,
     divergence,
@@ -21,10 +22,8 @@ from bratune.tune.fidelity import (
     paired_change,
     total_variation,
 )
-from bratune.tune.layer_recall import recall_text
 from bratune.tune.pictures import Pictures, load_pictures
 from bratune.tune.recall import model_recall, recall_curves
-from bratune.tune.rerouting import reroute
 from bratune.tune.space import Space
 
 SMALL: dict[str, Any] = {"depth": (1, 1, 1, 1), "auto_pad": True, "num_classes": 10}

@@ -11,11 +11,10 @@ import pytest
 
 from bratune.errors import UnknownNameError, UsageError
 from bratune.measure import ranks as stats
-from bratune.tune.front import Point, combine, dominates, hypervolume, layers, pareto
 from bratune.tune.pick import Verified, pick
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
-from bratune.tune.table import Entry, Table
+from bratune.tune.table import Entry, Point, Table, combine, dominates, hypervolume, layers, pareto
 
 
 def random_options(rng: random.Random, count: int) -> list[Point[int]]:

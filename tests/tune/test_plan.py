@@ -18,7 +18,7 @@ from bratune.export.fields import header
 from bratune.machine import Machine
 from bratune.tune.plan import EndToEnd, Plan, install, load_plan
 from bratune.tune.plan_schema import PLAN_SCHEMA, violations
-from bratune.tune.summary import plan_text
+from bratune.tune.show import plan_text
 
 
 def test_plan_reads_back_what_was_saved(tmp_path: Path) -> None:

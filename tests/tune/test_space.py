@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bratune.errors import ProblemError
-from bratune.tune.bounds import checkpoint_bounds, prior_bounds
-from bratune.tune.space import Bounds, Setting, Space
+from bratune.tune.space import Bounds, Setting, Space, checkpoint_bounds, prior_bounds
 
 
 def space(

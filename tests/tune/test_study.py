@@ -24,8 +24,8 @@ from bratune.errors import MissingPackageError, StoreError, UnknownNameError, Us
 from bratune.record import Record
 from bratune.store.claims import Holder
 from bratune.tune import storage
-from bratune.tune.constraints import parse_constraint, violations
 from bratune.tune.ledger import Ledger, derived_seed
+from bratune.tune.pick import parse_constraint, violations
 from bratune.tune.storage import SAMPLERS, make_sampler, open_storage
 
 

@@ -15,12 +15,12 @@ from bratune.cell import Cell
 from bratune.errors import PlanError, UsageError
 from bratune.record import Record
 from bratune.tune.conclude import _candidates, conclude, front_rows
-from bratune.tune.encoding import Encoding
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.plan import Plan, install, load_plan
 from bratune.tune.request import Request
+from bratune.tune.sampling import Encoding
 from bratune.tune.setting import Setting
-from bratune.tune.summary import front_table, plan_text
+from bratune.tune.show import front_table, plan_text
 from bratune.tune.synthetic import BACKENDS, MACHINE, SyntheticFidelity, SyntheticWorld, offers
 from bratune.tune.tuner import Tuner
 

@@ -25,7 +25,7 @@ from bratune.report.figures.panel import (
     safe,
 )
 from bratune.report.figures.section import Section, Source
-from bratune.tune.layer_recall import recall_lines
+from bratune.tune.evidence import recall_lines
 from bratune.variant import VARIANTS
 
 __all__ = ["PlanPoint", "infos", "panels", "section", "tuned_points"]
