@@ -11,12 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["BiLevelRoutingAttention", "Plan", "__version__", "accelerate", "create_model", "load_plan"]
+__all__ = [
+    "BiLevelRoutingAttention",
+    "Plan",
+    "__version__",
+    "accelerate",
+    "create_model",
+    "load_plan",
+    "profile_model",
+    "tune_model",
+]
 
 if TYPE_CHECKING:
     from bratune.foreign import accelerate
     from bratune.kernels.layer import BiLevelRoutingAttention
+    from bratune.run.yours import profile_model
     from bratune.tune.create import create_model
+    from bratune.tune.model_plan import tune_model
     from bratune.tune.plan import Plan, load_plan
 
 _HOMES = {
@@ -25,6 +36,8 @@ _HOMES = {
     "accelerate": "bratune.foreign",
     "create_model": "bratune.tune.create",
     "load_plan": "bratune.tune.plan",
+    "profile_model": "bratune.run.yours",
+    "tune_model": "bratune.tune.model_plan",
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from bratune.errors import ProblemError, UnknownNameError
 from bratune.problem import Problem
 
-__all__ = ["FORMS", "L2_STATES", "PARTS", "REGIMES", "ROUTE_KINDS", "Cell", "form_fields"]
+__all__ = ["FORMS", "L2_STATES", "PARTS", "REGIMES", "ROUTE_KINDS", "RUNTIME_FORMS", "Cell", "form_fields"]
 
 # What a cell times. The first eight add up to `block`; `model` is the whole network; `mixer` is any attention
 # with its projections, see `bratune.work.mixers`.
@@ -34,10 +34,12 @@ PARTS = (
     "model",
     "mixer",
 )
+# Runtimes of other projects; they compute in the cell's data type or in the one that the name says.
+RUNTIME_FORMS = ("onnxruntime", "openvino", "openvino-bf16")
 # In which form a model runs: the official sequence of operations, this package's layers, what the runtime
-# makes of them for inference, what `Backbone.set_lean` makes of them for training; a model of timm; yours;
-# the layout of a model with a mixer in the place of its attention.
-FORMS = ("published", "plain", "runtime", "lean", "timm", "yours", "mixer")
+# makes of them for inference, what `Backbone.set_lean` makes of them for training; exported to another
+# runtime; a model of timm; yours; the layout of a model with a mixer in the place of its attention.
+FORMS = ("published", "plain", "runtime", "lean", *RUNTIME_FORMS, "timm", "yours", "mixer")
 REGIMES = ("eager", "graph", "compile")
 L2_STATES = ("cold", "warm")
 ROUTE_KINDS = ("recorded", "random", "local", "same")

@@ -12,7 +12,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from bratune.kernels.nhwc import to_nchw, to_nhwc
 from bratune.kernels.plain import hooks_of
 from bratune.kernels.registry import get
 
-__all__ = ["TOLERANCE", "Accelerated", "accelerate"]
+__all__ = ["TOLERANCE", "Accelerated", "AttentionCall", "accelerate", "attention_calls", "swap"]
 
 # On max|a - b| / max|b| in float64: far above what rounding makes of one function, far below another scale.
 TOLERANCE = 1e-6
@@ -78,7 +78,7 @@ def accelerate(
     example: Any,
     *,
     backend: str = "auto",
-    plan: Mapping[str, str] | None = None,
+    plan: Mapping[str, str] | LayerPlan | None = None,
     tolerance: float | None = None,
 ) -> Accelerated:
     """Replace the routed attention of any model by ours, in place, where both are proved to be the same.
@@ -90,7 +90,8 @@ def accelerate(
         model: Any module. It stays in training or evaluation; the example is run in evaluation.
         example: What the model is called with: a tensor, a tuple of arguments, or a mapping of keywords.
         backend: Which implementation attends, a name of `bratune.kernels.registry.names` or ``auto``.
-        plan: Backends by name of the layer, as `Accelerated.swapped` has them; `backend` for all others.
+        plan: Backends by name of the layer, as `Accelerated.swapped` has them, or what `bratune.tune_model`
+            found; `backend` for all others.
         tolerance: On the largest difference over the largest number, in float64; by default `TOLERANCE`.
 
     Returns:
@@ -99,12 +100,13 @@ def accelerate(
     Raises:
         UnknownNameError: the plan names a layer that is none of these, or no backend has this name.
     """
-    for asked in (backend, *(plan or {}).values()):
+    chosen = dict(plan.backends_by_layer if isinstance(plan, LayerPlan) else plan or {})
+    for asked in (backend, *chosen.values()):
         if asked != "auto":
             get(asked)
     result = Accelerated(model)
     candidates = dict(_candidates(model))
-    for name in plan or {}:
+    for name in chosen:
         if name not in candidates:
             raise UnknownNameError("routed layer", name, sorted(candidates))
     calls = _record(model, example, candidates)
@@ -112,8 +114,8 @@ def accelerate(
     for name, layer in candidates.items():
         found = proved.get(id(layer))
         if found is None:
-            chosen = (plan or {}).get(name, backend)
-            found = _proved(layer, calls[id(layer)], chosen, TOLERANCE if tolerance is None else tolerance)
+            limit = TOLERANCE if tolerance is None else tolerance
+            found = _proved(layer, calls[id(layer)], chosen.get(name, backend), limit)
             proved[id(layer)] = found
         if isinstance(found, str):
             result.left[name] = found
@@ -122,6 +124,88 @@ def accelerate(
         result._before[name] = layer
         _put(model, name, ours)
     return result
+
+
+@runtime_checkable
+class LayerPlan(Protocol):
+    """What names a backend for layers of a model; `bratune.tune.model_plan.ModelPlan` does."""
+
+    @property
+    def backends_by_layer(self) -> Mapping[str, str]:
+        """Backends by name of the layer."""
+        ...
+
+
+# --- measuring ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a routed layer hands to `bratune.kernels.api.routed_attention` in a run of its model."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    routes: Tensor
+    heads: int
+    region: tuple[int, int]
+    kv_region: tuple[int, int]
+    scale: float
+
+
+def swap(model: nn.Module, held: Mapping[str, str], backends: Mapping[str, str]) -> None:
+    """Replace layers that were proved already, in place.
+
+    Args:
+        model: Of the same kind as the one of the proof.
+        held: `Accelerated.swapped` of that proof, or of some of its layers; a layer of this package is held
+            as ``bratune``.
+        backends: By name of the layer.
+    """
+    made: dict[int, nn.Module] = {}
+    for name, how in held.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, RoutedLayer):
+            layer.set_backend(backends[name])
+            continue
+        if id(layer) not in made:
+            made[id(layer)] = _FORMS[how](layer, backends[name]).train(layer.training)
+        _put(model, name, made[id(layer)])
+
+
+def attention_calls(model: nn.Module, example: Any) -> dict[str, list[AttentionCall]]:
+    """The attention calls of every routed layer of this package in a run of the example, in evaluation.
+
+    A layer with several names has the first; one that composes its attention itself (soft routing) has none.
+    """
+    found: dict[str, list[AttentionCall]] = {}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, RoutedLayer)}
+
+    def listen(name: str, layer: RoutedLayer) -> Callable[..., Tensor]:
+        def attend(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            routes: Tensor,
+            region: tuple[int, int],
+            kv_region: tuple[int, int],
+        ) -> Tensor:
+            found[name].append(
+                AttentionCall(q, k, v, routes, layer.num_heads, region, kv_region, layer.scale)
+            )
+            return type(layer)._attend(layer, q, k, v, routes, region, kv_region)
+
+        return attend
+
+    for name, layer in layers.items():
+        found[name] = []
+        object.__setattr__(layer, "_attend", listen(name, layer))
+    try:
+        _run(model, example)
+    finally:
+        for layer in layers.values():
+            object.__delattr__(layer, "_attend")
+    return found
 
 
 # --- finding ------------------------------------------------------------------------------------------
@@ -168,8 +252,18 @@ def _record(
             held.append((args, kwargs))
 
     layers = {id(layer): layer for layer in candidates.values()}.values()
-    modes = [(module, module.training) for module in model.modules()]
     handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    try:
+        _run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _run(model: nn.Module, example: Any) -> None:
+    """Call a model once, in evaluation and without gradients."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         with torch.no_grad():
@@ -178,11 +272,8 @@ def _record(
             else:
                 model(*(example if isinstance(example, tuple | list) else (example,)))
     finally:
-        for handle in handles:
-            handle.remove()
         for module, training in modes:
             module.training = training
-    return calls
 
 
 # --- proving ------------------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ __all__ = [
     "config_file",
     "dump_config",
     "engine_options",
+    "factory_of",
     "host_option",
+    "input_option",
     "measuring_options",
     "meter_changes",
     "output_options",
@@ -182,6 +184,14 @@ class Name(ParamType):
         return text
 
 
+class Model(Name):
+    """A model by its name, or ``package.module:factory`` of somebody else's, which is left as it is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name; raises `UnknownNameError`."""
+        return str(value).strip() if ":" in str(value) else super().convert(value, param, ctx)
+
+
 class Dtype(Name):
     """A dtype by its short or its long name, as its long name."""
 
@@ -253,7 +263,7 @@ target_options = _stack(
 )
 
 _question = _stack(
-    click.option("--model", type=Name("model", _models), multiple=True, help="Model; repeatable."),
+    click.option("--model", type=Model("model", _models), multiple=True, help="Model; repeatable."),
     click.option("--task", type=Name("task", _tasks), help="Task; sets resolution and S."),
     click.option(
         "--res", "--img-size", "res", type=Resolution(), help="Pixels: 512, or 800x1333 (height x width)."
@@ -426,6 +436,12 @@ host_option = click.option(
     "(`bratune doctor` measures it).",
 )
 
+input_option = click.option(
+    "--input",
+    metavar="SHAPE",
+    help="With --model package.module:factory, any model of yours: the shape of its input, e.g. 1x3x640x640.",
+)
+
 cluster_option = click.option(
     "--cluster",
     metavar="ADDRESS",
@@ -544,6 +560,40 @@ def settings_of(asked: Mapping[str, Any]) -> list[dict[str, Any]]:
         for n_win in dict.fromkeys(n_wins or [()])
         for topks in dict.fromkeys(asked["topks"] or [None])
     ]
+
+
+def factory_of(asked: Mapping[str, Any]) -> str:
+    """The function of ``--model package.module:factory``; empty where a model of this package is asked for.
+
+    Raises:
+        UsageError: it is one of several models, has no ``--input``, or stands beside what its layers decide.
+    """
+    found = [name for name in asked["model"] if ":" in name]
+    if not found:
+        if asked["input"]:
+            raise UsageError("--input is the shape of a model of yours: --model package.module:factory")
+        return ""
+    if len(asked["model"]) > 1 or not asked["input"]:
+        raise UsageError(f"--model {found[0]} is measured alone, with --input, e.g. 1x3x640x640")
+    own = (
+        "task",
+        "res",
+        "n_win",
+        "topks",
+        "batch_size",
+        "images",
+        "checkpoint",
+        "stage",
+        "forms",
+        "peers",
+        "suite",
+    )
+    for name in own:
+        if asked.get(name) and (name != "batch_size" or asked[name] != 1):  # 1 is what tune takes unasked
+            raise UsageError(
+                f"--{name.replace('_', '-')} says nothing about {found[0]}: its function and --input do"
+            )
+    return str(found[0])
 
 
 def request_values(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bratune.run.session import Planned
     from bratune.run.target import Target
     from bratune.work.request import Request
+    from bratune.work.yours import YoursRequest
 
 ONE_PROCESS = "all is measured in this one process, from which nothing is called faster or slower"
 FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
@@ -50,6 +51,7 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
     help="Weights of the model, so that recorded routes are its own.  [default: seeded random weights]",
 )
 @options.trust_option
+@options.input_option
 @click.option("--suite", metavar="NAME", help="A list of measurements, see `bratune list suites`.")
 @click.option(
     "--whole-model/--no-whole-model",
@@ -94,6 +96,7 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     bratune profile --task segmentation --res 512 --dtype fp16 -b 1 -b 8
     bratune profile --task segmentation --n-win 8,16 --topks 1,4,16,-2 --topks 4,8,16,-2
     bratune profile --gpu a100 --res 512
+    bratune profile --model my.network:make --input 1x3x640x640
     """  # noqa: D301
     if asked["dump_config"]:
         click.echo(options.dump_config(ctx))
@@ -134,7 +137,7 @@ class _Job:
 
     target: Target
     replayed: ReplayRunner | None
-    request: Request
+    request: Request | YoursRequest
     settings: MeterSettings
     flags: Sequence[str]
     stages: tuple[int, ...]
@@ -195,6 +198,8 @@ def _job(asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunn
     """The options as a job on one target."""
     from bratune.work.request import make_request
 
+    if factory := options.factory_of(asked):
+        return _job_of_yours(factory, asked, target, path, replayed)
     values = options.request_values(asked)
     whole = not asked["stage"] if asked["whole_model"] is None else asked["whole_model"]
     values |= {"regimes": asked["regime"], "l2": asked["l2"], "whole_model": whole}
@@ -210,6 +215,35 @@ def _job(asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunn
         raise UsageError(f"--host is about a GPU that is not here; {target.machine.gpu_name} is measured")
     settings, flags = _settings(asked, target.machine)
     return _Job(target, replayed, request, settings, flags, tuple(asked["stage"]), path)
+
+
+def _job_of_yours(
+    factory: str, asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunner | None
+) -> _Job:
+    """A model of somebody else as a job; its routed layers are found and proved first."""
+    from bratune.run.yours import ask
+
+    target.require_present()
+    if asked["cluster"] or asked["amp"] or len(asked["regime"]) > 1 or asked["l2"] == "both":
+        raise UsageError(f"{factory} is measured here, in one regime and cache state, and without --amp")
+    request = ask(
+        factory,
+        asked["input"],
+        target.machine,
+        dtype=asked["dtype"],
+        direction=asked["direction"],
+        backends=asked["backend"],
+        skip=asked["skip"],
+        regime=(asked["regime"] or ("eager",))[0],
+        l2=asked["l2"],
+        seed=asked["seed"],
+    )
+    for number, site in enumerate(request.sites, 1):
+        click.echo(f"layer {number}: {site.name} ({site.how})", err=True)
+    for name, why in request.left.items():
+        click.echo(f"left {name}: {why}", err=True)
+    settings, flags = _settings(asked, target.machine)
+    return _Job(target, replayed, request, settings, flags, (), path)
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -422,7 +456,7 @@ def _minutes(seconds: float) -> str:
 class _Part(NamedTuple):
     """What was measured of one S and top-k: rows, and the passes behind them."""
 
-    request: Request
+    request: Request | YoursRequest
     rows: Sequence[Record]
     passes: Sequence[Record]
 

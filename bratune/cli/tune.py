@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bratune.cli import options, tune_modelled
+from bratune.cli import options, tune_modelled, tune_yours
 from bratune.errors import UsageError
 from bratune.record import new_run_id
 
@@ -53,6 +53,7 @@ FORMATS = ("table", "json", "csv", "md")
 )
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights: tune for them.")
 @options.trust_option
+@options.input_option
 @click.option("--trained-res", type=options.Resolution(), help="Image size they were trained at.")
 @click.option(
     "--images", type=click.Path(path_type=Path), metavar="DIR", help="Pictures to judge fidelity on."
@@ -168,10 +169,13 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     bratune tune --model biformer_small --res 512 --task segmentation --gpu a100,h100,rtx4090
     bratune tune --model biformer_tiny --checkpoint best.pth --images photos --allow-model-changes
     bratune tune --join postgresql://me@host/studies --study NAME --device cuda:3
+    bratune tune --model my.network:make --input 1x3x640x640
     """  # noqa: D301
     if asked["dump_config"]:
         click.echo(options.dump_config(ctx))
         return 0
+    if factory := options.factory_of(asked):
+        return tune_yours.run(factory, asked)
     from bratune.tune import session
 
     if boards := tune_modelled.absent_boards(asked):

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bratune.cell import RUNTIME_FORMS
 from bratune.measure.verdict import BUSY_PCT, MARGIN, Verdict
 from bratune.record import Record
 from bratune.run.summary import fastest, group, is_base, judged
 
 __all__ = ["answer", "base_of", "model_verdicts", "name_of"]
 
+# Forms that are not ours: models and runtimes of others.
+_RIVALS = ("timm", *RUNTIME_FORMS)
 # A pair of rows, by what they are in words.
 Pair = tuple[str, str]
 
@@ -24,7 +27,9 @@ def name_of(row: Record) -> str:
         return f"{row.model} (timm)"
     if row.form == "mixer":
         return row.backend
-    if row.form not in ("", "plain"):
+    if row.form == "yours" and not row.backend:
+        return "as it is"
+    if row.form not in ("", "plain", "yours"):
         return row.form
     names = set(row.backend.split(","))
     if row.backend == "auto":
@@ -35,27 +40,29 @@ def name_of(row: Record) -> str:
 def base_of(models: Sequence[Record]) -> Record | None:
     """What the whole models of a scene are compared with: the published form, or ``gather`` everywhere.
 
-    Of mixers it is the network of windows.
+    Of a model of somebody else it is the model as it is, of mixers the network of windows.
     """
     timed = {name_of(row): row for row in reversed(models) if row.ok}
     mixed = next((row for row in models if row.form == "mixer" and row.ok and is_base(row)), None)
-    return timed.get("published") or timed.get("gather everywhere") or mixed
+    known = (timed.get(name) for name in ("as it is", "published", "gather everywhere"))
+    return next((row for row in known if row is not None), mixed)
 
 
 def model_verdicts(rows: Sequence[Record], passes: Sequence[Record]) -> dict[Pair, Verdict]:
     """Every verdict that is given on the whole models of one scene, by the names of both; judged together.
 
-    Every form and peer against the base, and the fastest of our forms against ``auto`` and every peer.
+    Every form and peer against the base, and the fastest of our forms against ``auto``, every peer and every
+    other runtime.
 
     Args:
         rows: Of one scene, pooled over their passes.
         passes: Rows of single passes.
     """
     models = [row for row in rows if row.part == "model" and row.ok]
-    base, best = base_of(models), fastest([row for row in models if row.form != "timm"])
+    base, best = base_of(models), fastest([row for row in models if row.form not in _RIVALS])
     pairs = [(row, base) for row in models if base is not None and row is not base]
     if best is not None:
-        rivals = [row for row in models if name_of(row) == "auto" or row.form == "timm"]
+        rivals = [row for row in models if name_of(row) == "auto" or row.form in _RIVALS]
         pairs += [(best, row) for row in rivals if row is not best and row is not base]
     verdicts = judged(pairs, passes)
     return {
@@ -78,7 +85,7 @@ def answer(rows: Sequence[Record], passes: Sequence[Record] = ()) -> list[str]:
 
 
 def _of_scene(scene: Sequence[Record], passes: Sequence[Record]) -> list[str]:
-    best = fastest([row for row in scene if row.ok and row.form != "timm"])
+    best = fastest([row for row in scene if row.ok and row.form not in _RIVALS])
     if best is None:
         return []
     where = f"{best.model}, batch {best.batch}, {best.regime}"
@@ -87,9 +94,11 @@ def _of_scene(scene: Sequence[Record], passes: Sequence[Record]) -> list[str]:
     if (best.cpu_wait_pct or 0.0) > BUSY_PCT:
         return [f"{where}: the machine was busy, no answer is given"]
     known, name = model_verdicts(scene, passes), name_of(best)
-    rivals = {rival: known[name, rival] for rival in ("published", "auto") if (name, rival) in known}
+    rivals = {
+        rival: known[name, rival] for rival in ("as it is", "published", "auto") if (name, rival) in known
+    }
     lines = [f"{where}: {_advice(name, rivals)}"]
-    for peer in (row for row in scene if row.form == "timm" and row.ok):
+    for peer in (row for row in scene if row.form in _RIVALS and row.ok):
         verdict = known.get((name, name_of(peer)))
         if verdict is not None:
             lines.append(f"{where}: {name} against {name_of(peer)}: {_words(verdict)}")

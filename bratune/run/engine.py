@@ -199,7 +199,7 @@ def _contest(cell: Cell) -> str:
 
 def _is_compared(cell: Cell) -> bool:
     """Whether others do the same in another way; a peer is only compared within rounds."""
-    return bool(cell.backend) or cell.form == "published"
+    return bool(cell.backend) or cell.form in ("published", "yours")
 
 
 def group_of(cell: Cell) -> str:
@@ -239,14 +239,22 @@ def _way(cell: Cell) -> tuple[object, ...]:
 
 
 def is_baseline(cell: Cell) -> bool:
-    """Whether others are compared with this cell: gather-then-dense, or window attention among mixers."""
-    if cell.form not in ("plain", "mixer"):
+    """Whether others are compared with this cell: gather-then-dense, or window attention among mixers.
+
+    Of a model of somebody else, the model as it is.
+    """
+    if cell.form not in ("plain", "mixer", "yours"):
         return False
     return set(cell.backend.split(",")) == {baseline_of(cell)} and cell.config == "{}"
 
 
 def baseline_of(cell: Cell) -> str:
-    """The backend, or the mixer, that what answers the cell's question is compared with."""
+    """The backend, or the mixer, that what answers the cell's question is compared with.
+
+    Of a whole model of somebody else it has no name: it is the model as it is.
+    """
+    if cell.form == "yours" and cell.part == "model":
+        return ""
     return MIXER_BASELINE if cell.form == "mixer" else BASELINE
 
 

@@ -253,7 +253,7 @@ def ready_job(payload: Mapping[str, Any]) -> dict[str, Any] | None:
     if payload["first"]:
         _READY.clear()
         release()
-        if cell.model and cell.part != "model":
+        if cell.model and cell.part != "model" and cell.form != "yours":
             scenery_for(cell, machine.device)  # the maps that all cells of the group share
         _ALONE_MB[0] = live_mb(machine.device)
     others_mb = live_mb(machine.device) - _ALONE_MB[0]

@@ -127,6 +127,8 @@ def refusals(cell: Cell, machine: Machine) -> tuple[str, ...]:
         return ("a CUDA graph needs a CUDA device, this is a CPU",)
     if cell.form == "mixer":
         return mixers.obstacles(cell, machine)
+    if cell.form == "yours" and cell.part == "model":  # its layers are known once it is built
+        return ()
     if not cell.backend or (cell.part != "model" and _is_full(cell)):
         return ()
     if cell.part != "model":
@@ -190,7 +192,7 @@ def derived(cell: Cell, median_ms: float, images: int, macs: int) -> dict[str, A
 def _floor(cell: Cell, machine: Machine, median_ms: float) -> dict[str, Any]:
     """How near a time is to what the board's published peaks allow; nothing where they are unknown."""
     board = gpus.from_machine(machine)
-    if board is None or cell.form in ("timm", "mixer"):
+    if board is None or cell.form in ("timm", "mixer", "yours"):
         return {}
     try:
         least = bound_cell(cell, board)
@@ -205,7 +207,7 @@ def cell_macs(cell: Cell) -> int:
     """Multiply-adds of the forward pass of a cell below a model; 0 where none are counted."""
     if cell.part == "attention":
         return cell.problem.attention_macs
-    if not cell.model:
+    if not cell.model or cell.form == "yours":
         return 0
     variant, batch = get_variant(cell.model), cell.problem.batch
     counts = part_macs(variant, _stage_of(cell), batch)

@@ -24,6 +24,8 @@ def command_for(cell: Cell, *, extra: Sequence[str] = ()) -> str:
     if not cell.model:
         return ""
     p = cell.problem
+    if cell.form == "yours":
+        return "" if cell.model.startswith("live:") else _of_yours(cell, extra)
     words = ["bratune", "profile"]
     if cell.form == "mixer":
         words += ["--mixer", cell.backend]
@@ -54,6 +56,17 @@ def command_for(cell: Cell, *, extra: Sequence[str] = ()) -> str:
     named = [] if cell.part == "model" and form else cell.backend.split(",")
     for name in dict.fromkeys(named):
         words += ["--backend", name] if name else []
+    return shlex.join([*words, *extra])
+
+
+def _of_yours(cell: Cell, extra: Sequence[str]) -> str:
+    p = cell.problem
+    words = ["bratune", "profile", "--model", cell.model, "--input", json.loads(cell.extra)["input"]]
+    words += ["--dtype", SHORT_DTYPES[p.dtype], "--regime", cell.regime, "--l2", cell.l2]
+    words += ["--direction", p.direction] if p.backward else []
+    words += ["--seed", str(cell.seed)] if cell.seed else []
+    for name in dict.fromkeys(cell.backend.split(",")):
+        words += ["--backend", name] if name not in ("", "auto") else []
     return shlex.join([*words, *extra])
 
 

@@ -18,6 +18,7 @@ from bratune.run.summary import best_attention
 from bratune.variant import Stage
 from bratune.work.cells import BASELINE, Scene, scenes
 from bratune.work.request import Request
+from bratune.work.yours import YoursRequest
 
 __all__ = ["Planned", "plan", "run"]
 
@@ -35,8 +36,12 @@ class Planned:
     text: str
 
 
-def plan(request: Request, stages: tuple[int, ...] = ()) -> list[Planned]:
+def plan(request: Request | YoursRequest, stages: tuple[int, ...] = ()) -> list[Planned]:
     """What `run` will measure, in its order."""
+    if isinstance(request, YoursRequest):
+        known = [*request.attention_cells(), *_yours_models(request)]
+        text = f"{request.model}, fastest backend of each layer"
+        return [*(Planned(cell, str(cell)) for cell in known), Planned(None, text)]
     found: list[Planned] = []
     if request.mixers:
         return [Planned(cell, _of_mixer(cell)) for cell in _mixer_cells(request, stages)]
@@ -56,7 +61,11 @@ def plan(request: Request, stages: tuple[int, ...] = ()) -> list[Planned]:
 
 
 def run(
-    request: Request, engine: Engine, stages: tuple[int, ...] = (), *, answer_first: bool = False
+    request: Request | YoursRequest,
+    engine: Engine,
+    stages: tuple[int, ...] = (),
+    *,
+    answer_first: bool = False,
 ) -> Iterator[Record]:
     """Measure what a request asks for; every row as soon as it is known.
 
@@ -67,6 +76,9 @@ def run(
         answer_first: For a run that may be cut off: the whole model, then the backends of the stages where
             most can be gained, then the parts of blocks, which explain and do not decide.
     """
+    if isinstance(request, YoursRequest):
+        yield from _yours(request, engine)
+        return
     if request.mixers:
         yield from engine.run(_mixer_cells(request, stages))
         return
@@ -94,6 +106,30 @@ def _mixer_cells(request: Request, stages: tuple[int, ...]) -> list[Cell]:
 def _of_mixer(cell: Cell) -> str:
     where = f"stage {cell.stage} " if cell.stage else ""
     return f"{where}{cell.part} of {cell.backend}, batch {cell.problem.batch}, {cell.problem.direction}"
+
+
+def _yours(request: YoursRequest, engine: Engine) -> Iterator[Record]:
+    """The routed layers of somebody's model by every backend, then the whole model."""
+    rows: list[Record] = []
+    baselines = Baselines()
+
+    def measure(cells: list[Cell]) -> Iterator[Record]:
+        for record in engine.run(cells):
+            rows.append(baselines.compared(record.to_cell(), record))
+            yield rows[-1]
+
+    yield from measure(request.attention_cells())
+    best = [best_attention(rows, number + 1) for number in range(len(request.sites))]
+    cells = _yours_models(request)
+    if any(best):
+        cells.append(request.model_cell(*(row.backend if row else "auto" for row in best)))
+    yield from measure(list(dict.fromkeys(cells)))
+
+
+def _yours_models(request: YoursRequest) -> list[Cell]:
+    """The whole model as it is, by the baseline, and by what ``auto`` takes."""
+    named = [name for name in (BASELINE,) if name in request.backends]
+    return [request.model_cell(), *(request.model_cell(name) for name in (*named, "auto"))]
 
 
 def _together(

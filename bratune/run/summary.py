@@ -156,6 +156,8 @@ def is_base(row: Record) -> bool:
     """Whether ratios within rounds are relative to this row's cell: see `bratune.run.engine.is_baseline`."""
     if row.form == "mixer":
         return row.backend == MIXER_BASELINE
+    if row.form == "yours":
+        return row.backend == ("" if row.part == "model" else BASELINE)
     plain = row.form in ("", "plain") and row.config in ("", "{}")
     return plain and set(row.backend.split(",")) == {BASELINE}
 

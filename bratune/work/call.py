@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bratune.backend import Backend
 from bratune.cell import Cell
 from bratune.errors import UsageError
+from bratune.foreign import AttentionCall
 from bratune.kernels import registry, tuned
 from bratune.kernels.api import route, routed_attention
 from bratune.kernels.backbone import Backbone
@@ -31,6 +32,7 @@ from bratune.work.forms import build_form, cell_macs, difference_limit
 from bratune.work.inputs import make_routes
 from bratune.work.modules import block_for, images_for, scenery_for
 from bratune.work.parts import State, Step, steps_of
+from bratune.work.yours import attention_of
 
 __all__ = ["Attention", "Work", "build", "training_step"]
 
@@ -92,6 +94,8 @@ def build(cell: Cell, machine: Machine) -> Work:
         return _mixer(cell, device)
     if cell.part == "model":
         return _model(cell, device)
+    if cell.form == "yours":
+        return _of_a_layer(cell, attention_of(cell, device), device)
     if not cell.model:
         return _bare(cell, device)
     block = block_for(cell, device)
@@ -272,6 +276,12 @@ def _bare(cell: Cell, device: str) -> Work:
         routes = route(q, k, region=p.region, topk=p.topk)
     else:
         routes = make_routes(cell.route_distribution, p, seed=cell.seed).to(device)
+    return _of_a_layer(cell, AttentionCall(q, k, v, routes, p.heads, p.region, p.region, p.scale), device)
+
+
+def _of_a_layer(cell: Cell, given: AttentionCall, device: str) -> Work:
+    """An attention call by the backend of a cell."""
+    p, routes = cell.problem, given.routes
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return routed_attention(
@@ -281,12 +291,14 @@ def _bare(cell: Cell, device: str) -> Work:
             routes,
             heads=p.heads,
             region=p.region,
+            kv_region=p.kv_region,
             scale=p.scale,
             padding=p.padding,
             backend=cell.backend,
             config=cell.settings or None,
         )
 
+    q, k, v = given.q, given.k, given.v
     seen = Attention(registry.get(cell.backend), p, q, k, v, routes, cell.settings or None)
     step = Step("attention", lambda s: {"out": attend(s["q"], s["k"], s["v"])})
     call = _timed(cell, device, [(step, {"q": q, "k": k, "v": v})], None)
@@ -344,7 +356,7 @@ def _model(cell: Cell, device: str) -> Work:
             return None
         with _context(cell, device, gradients=backward):
             found, expected = (_seen_from_outside(m, images, backward) for m in (model, form.plain))
-        return difference_limit(found, expected)
+        return difference_limit(found, expected, form.dtype)
 
     call = _whole(cell, device, model, images)
     macs = functools.partial(cell_macs, cell, form)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from bratune.cell import Cell
 from bratune.errors import UsageError
 from bratune.kernels import registry
 from bratune.kernels.mixers import registry as mixers
+from bratune.work.deploy import RUNTIMES
+from bratune.work.yours import source_of
 
 __all__ = ["contents_of"]
 
@@ -25,10 +28,14 @@ def contents_of(cell: Cell) -> dict[str, str]:
     """Twelve hexadecimal digits for each kind of file: ``checkpoint_hash`` and ``images_hash``.
 
     Empty for a kind that the cell does not read, and for files that are not there. ``backend_package`` is the
-    package of somebody else, with its version, that backends of the cell come from.
+    package of somebody else, with its version, that backends of the cell, its runtime or its model come from.
     """
     package_of = mixers.package_of if cell.form == "mixer" else registry.package_of
     packages = [package_of(name) for name in dict.fromkeys(cell.backend.split(","))]
+    if cell.form in RUNTIMES:
+        packages.append(_installed(RUNTIMES[cell.form].package))
+    if cell.form == "yours":
+        packages.append(source_of(cell.model))
     found = {"backend_package": ", ".join(filter(None, packages))}
     for kind, name in (
         ("checkpoint", _of_file),
@@ -37,6 +44,13 @@ def contents_of(cell: Cell) -> dict[str, str]:
         path = json.loads(cell.extra).get(kind, "")
         found[f"{kind}_hash"] = _named(name, Path(path)) if path else ""
     return found
+
+
+def _installed(package: str) -> str:
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _named(name: Callable[[Path], str], path: Path) -> str:

@@ -252,8 +252,9 @@ def _forms(
         UnknownNameError: one is no form of a model of ours and no backend.
     """
     from bratune.kernels import registry
+    from bratune.work.deploy import RUNTIMES
 
-    known = ("published", "runtime", "lean", "auto", *registry.names())
+    known = ("published", "runtime", "lean", "auto", *RUNTIMES, *registry.names())
     for name in forms:
         if name not in known:
             raise UnknownNameError("form", name, known)

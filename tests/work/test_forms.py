@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from bratune.cell import Cell
+import bratune
+from bratune.cell import RUNTIME_FORMS, Cell
 from bratune.errors import UnsupportedError
 from bratune.machine import detect
 from bratune.run.measure_cell import check
 from bratune.work.call import build, training_step
 from bratune.work.cells import Scene, scenes
+from bratune.work.deploy import RUNTIMES
 from bratune.work.forms import build_form
 from bratune.work.request import make_request
 
@@ -79,6 +82,89 @@ def test_forms_run_the_same_weights() -> None:
     assert runtime.plain is not None
     for a, b in zip(published.plain.parameters(), runtime.plain.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+RUNTIME_PACKAGES = {form: runtime.package for form, runtime in RUNTIMES.items()}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Models of one block per stage, and no files of earlier tests."""
+
+    def model_for(cell: Cell, device: str) -> nn.Module:
+        torch.manual_seed(cell.seed)
+        sizes: dict[str, Any] = {"depth": (1, 1, 1, 1), "embed_dim": (16, 32, 32, 32), "head_dim": 16}
+        model = bratune.create_model("biformer_tiny", n_win=2, topks=(1, 2, 4, -2), **sizes)
+        return model.eval().to(getattr(torch, cell.problem.dtype))
+
+    monkeypatch.setattr("bratune.work.forms.model_for", model_for)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", RUNTIME_FORMS)
+def test_a_model_in_another_runtime_agrees_in_the_data_type_that_is_asked(
+    form: str, dtype: str, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(RUNTIME_PACKAGES[form], reason=f"{form} is not installed (extra deploy)")
+    pytest.importorskip("onnxscript", reason="ONNX files need onnxscript (extra deploy)")
+    cell = cell_of(form, dtype=dtype)
+    if (form, dtype) == ("onnxruntime", "bfloat16"):
+        with pytest.raises(UnsupportedError, match="onnxruntime computes float32 models on a CPU, found bf"):
+            build(cell, CPU)
+        return
+    found = check(dataclasses.replace(build(cell, CPU), attentions=tuple))
+    in_half = form == "openvino-bf16" or dtype == "bfloat16"
+    assert "reason" not in found, found
+    assert found["tolerance"] == (0.1 if in_half else 5e-3)
+    exact = found["max_rel_err"] < 1e-5
+    assert exact != in_half  # bfloat16 shows, float32 does not
+    monkeypatch.setattr("bratune.work.forms.write_file", None)  # the file is found on disk
+    build(cell, CPU)
+
+
+def test_the_file_of_a_runtime_follows_from_what_the_model_follows_from(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def write(model: nn.Module, images: torch.Tensor, path: Path, target: str) -> None:
+        path.write_text(target)
+        written.append(path)
+
+    monkeypatch.setattr("bratune.work.forms.write_file", write)
+    monkeypatch.setattr("bratune.work.forms.require", lambda target: None)
+    monkeypatch.setattr("bratune.work.deploy.importlib.metadata.version", lambda name: "1")
+    opened: list[tuple[Path, int, tuple[int, ...]]] = []
+
+    def open_file(path: Path, target: str, *, threads: int, dtype: str, shape: tuple[int, ...]) -> nn.Module:
+        opened.append((path, threads, tuple(shape)))
+        return nn.Identity()
+
+    monkeypatch.setattr("bratune.work.forms.open_file", open_file)
+    for asked in ({}, {"batches": (3,)}, {"seed": 1}, {"n_win": (1,), "topks": (1, 1, 1, -2)}):
+        build_form(cell_of("openvino", **asked), "cpu")
+    build_form(cell_of("openvino-bf16"), "cpu")
+    assert len(written) == 3  # another batch and another precision take the same file
+    assert [shape[0] for _, _, shape in opened] == [2, 3, 2, 2, 2]
+    assert {threads for _, threads, _ in opened} == {torch.get_num_threads()}
+
+
+@pytest.mark.parametrize("form", RUNTIME_FORMS)
+def test_what_other_runtimes_cannot_do_is_said(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, words in (
+        ({"direction": "fwd-bwd"}, "is for inference; --direction fwd would work"),
+        ({"amp": True, "dtype": "bfloat16"}, "no --amp would work"),
+        ({"regimes": ("compile",)}, "--regime eager would work"),
+        ({"dtype": "float16"}, "found float16"),
+    ):
+        with pytest.raises(UnsupportedError, match=words):
+            build(cell_of(form, **asked), CPU)
+    with pytest.raises(UnsupportedError, match="is measured on CPUs; --device cpu would work"):
+        build_form(cell_of(form), "cuda:0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match=r"not installed: pip install 'bratune\[deploy\]'"):
+        build(cell_of(form), CPU)
 
 
 def test_only_the_official_models_have_a_published_form() -> None:

@@ -1,0 +1,153 @@
+"""A model of somebody else is measured by the one engine: in passes, or in this process, which is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from somebodys_nets import UNetLike, YOLOLike
+
+import bratune
+from bratune.cli.profile import command as profile
+from bratune.cli.tune import command as tune
+from bratune.errors import PlanError, UsageError
+from bratune.machine import detect
+from bratune.record import Record
+from bratune.run.yours import Measured, ask, measure_model
+from bratune.tune.model_plan import ModelPlan, plan_of
+
+YOLO = "somebodys_nets:make_yolo"
+SHORT: dict[str, Any] = {"min_time_s": 0.01, "warmup_s": 0.01, "timeout_s": 1.0, "min_samples": 3}
+FEW: dict[str, Any] = {"backends": ("gather", "dense"), "device": "cpu", "effort": "quick", **SHORT}
+
+
+def test_a_function_is_measured_in_fresh_processes_and_its_rows_are_found_again(tmp_path: Path) -> None:
+    store = tmp_path / "records.jsonl"
+    found = measure_model(YOLO, "1x3x16x24", passes=2, store=store, **FEW)
+    assert [row.outcome for row in found.rows] == ["measured"] * len(found.rows)
+    attention = [(row.stage, row.backend) for row in found.rows if row.part == "attention"]
+    assert attention == [(1, "gather"), (1, "dense"), (2, "gather"), (2, "dense")]
+    whole = [row for row in found.rows if row.part == "model"]
+    assert [row.backend for row in whole][:3] == ["", "gather", "auto"]
+    assert {row.form for row in found.rows} == {"yours"}
+    assert {row.passes for row in found.rows} == {2}
+    assert whole[0].ratio is None
+    assert all(row.ratio is not None and row.baseline == "" for row in whole[1:])
+    assert all(row.repro.startswith(f"bratune profile --model {YOLO}") for row in found.rows)
+    again = measure_model(YOLO, "1x3x16x24", passes=2, store=store, **FEW)
+    assert [row.median_ms for row in again.rows] == [row.median_ms for row in found.rows]
+    plan = plan_of(found)
+    assert {layer.name for layer in plan.layers} == {"c2f.0", "c2f.1"}
+    assert plan.verdict in ("FASTER", "SLOWER", "SAME", "UNDECIDED")
+    assert plan.speedup is not None
+
+
+def test_a_model_of_this_process_is_measured_in_it_and_that_is_said() -> None:
+    torch.manual_seed(0)
+    model = YOLOLike().eval()
+    layers = list(model.c2f)
+    with pytest.warns(UserWarning, match="in one pass: times are shown and no difference is called real"):
+        frame = bratune.profile_model(model, torch.randn(1, 3, 16, 16), **FEW)
+    assert list(model.c2f) == layers
+    assert set(frame["part"]) == {"attention", "model"}
+    assert (frame["outcome"] == "measured").all()
+    assert set(frame["model"]) == {"live:YOLOLike"}
+
+
+def test_a_plan_applies_with_accelerate_and_survives_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 10, 14)
+    with pytest.warns(UserWarning, match="in one pass"):
+        plan = bratune.tune_model(UNetLike().eval(), x, **FEW)
+    assert plan.verdict == "not compared"
+    assert "nothing is shown" in plan.reason
+    assert ModelPlan.load(plan.save(tmp_path / "plan.json")) == plan
+    model: Any = UNetLike().eval()
+    found = bratune.accelerate(model, x, plan=plan)
+    assert {name: model.get_submodule(name).backend for name in found.swapped if name in ("attn",)} == {
+        "attn": plan.layers[0].backend
+    }
+    (tmp_path / "other.json").write_text(json.dumps({"kind": "bratune-plan"}))
+    with pytest.raises(PlanError, match="is not a plan of tune_model"):
+        ModelPlan.load(tmp_path / "other.json")
+    data = plan.to_dict()
+    data["layers"][0]["backend"] = 3
+    with pytest.raises(PlanError, match="has no name"):
+        ModelPlan.from_dict(data)
+
+
+def rows_of(ratios: dict[str, float]) -> Measured:
+    """What an engine might have found of the whole model, four passes alike."""
+    machine = detect("cpu")
+    request = ask(YOLO, "1x3x16x24", machine, backends=("gather", "dense"))
+    cells = {name: request.model_cell(*name.split(",")) if name else request.model_cell() for name in ratios}
+    best = [cell for cell in request.attention_cells() if cell.backend == "dense"]
+
+    def row(cell: Any, ratio: float, number: int | None) -> Record:
+        values = {"median_ms": 10 / ratio, "ci_lo_ms": 9.99 / ratio, "ci_hi_ms": 10.01 / ratio, "passes": 4}
+        if cell.part == "attention" or cell.backend:
+            values |= {"ratio": ratio, "ratio_lo": 0.999 * ratio, "ratio_hi": 1.001 * ratio}
+        return Record.of(cell, machine, outcome="measured", run_id="r", pass_number=number, **values)
+
+    rows = [row(cells[name], ratio, None) for name, ratio in ratios.items()]
+    rows += [row(cell, 2.0, None) for cell in best]
+    passes = [row(cells[name], ratio + 0.001 * n, n) for name, ratio in ratios.items() for n in range(4)]
+    return Measured(request, machine, tuple(rows), tuple(passes))
+
+
+def test_the_fastest_backend_of_each_layer_is_the_plan_only_where_that_is_shown() -> None:
+    faster = plan_of(rows_of({"": 1.0, "auto": 1.5, "dense": 2.0}))
+    assert [layer.backend for layer in faster.layers] == ["dense", "dense"]
+    assert faster.verdict == "FASTER"
+    assert faster.speedup == pytest.approx(2.0, rel=0.01)
+    slower = plan_of(rows_of({"": 1.0, "auto": 1.5, "dense": 1.2}))
+    assert [layer.backend for layer in slower.layers] == ["auto", "auto"]
+    assert [layer.fastest for layer in slower.layers] == ["dense", "dense"]
+    assert slower.reason.startswith("auto is kept")
+    assert slower.speedup == pytest.approx(1.5, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "words"),
+    [
+        ("nowhere:f", "1x3x8x8", "^nowhere:f cannot be imported"),
+        (YOLO, "1x4x16x16", f"^{YOLO} cannot be called with 1x4x16x16"),
+        (YOLO, "3", "'3' is no shape of an input"),
+        ("torch.nn:Identity", "1x3x8x8", "torch.nn:Identity has no routed layer that is proved"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(model: str, shape: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        ask(model, shape, detect("cpu"))
+
+
+def test_commands_take_a_function(tmp_path: Path) -> None:
+    common = ["--model", YOLO, "--input", "1x3x16x24", "--device", "cpu", "--backend", "gather"]
+    result = CliRunner().invoke(
+        profile, [*common, "--passes", "1", "--effort", "quick", "-o", str(tmp_path), "--dry-run"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "layer 1: c2f.0 (nchw outside)" in result.stderr
+    assert f"{YOLO} stage 2 attention (yours) by gather" in result.stdout
+    quick = ["--passes", "1", "--effort", "quick", "--min-time", "0.01s", "--timeout", "1s"]
+    result = CliRunner().invoke(profile, [*common, *quick, "-o", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "as it is" in result.stdout
+    assert "gather everywhere" in result.stdout
+    for command, more, words in (
+        (profile, ["--res", "64"], f"--res says nothing about {YOLO}: its function and --input do"),
+        (profile, ["--model", "biformer_tiny"], "is measured alone, with --input"),
+        (tune, ["--trials", "3"], f"--trials is about a search; of {YOLO} only backends are measured"),
+        (tune, ["--n-win", "7"], "--n-win says nothing about"),
+    ):
+        found = CliRunner().invoke(command, [*common, *more])
+        assert isinstance(found.exception, UsageError)
+        assert words in str(found.exception)
+    found = CliRunner().invoke(profile, ["--model", YOLO])
+    assert "is measured alone, with --input, e.g. 1x3x640x640" in str(found.exception)
+    found = CliRunner().invoke(profile, ["--input", "1x3x8x8"])
+    assert "--input is the shape of a model of yours" in str(found.exception)
