@@ -586,6 +586,7 @@ def factory_of(asked: Mapping[str, Any]) -> str:
         "stage",
         "forms",
         "peers",
+        "mixer",
         "suite",
     )
     for name in own:
