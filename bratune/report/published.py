@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,66 @@ from bratune import gpus
 from bratune.errors import StoreError, UnknownNameError
 from bratune.record import Record
 
-__all__ = ["read_timm"]
+__all__ = ["TimmLine", "read_timm", "timm_conditions", "timm_lines"]
 
 NEEDED = ("model", "infer_samples_per_sec", "infer_batch_size", "infer_img_size")
+# What the second word of a file's name says: autocast, and the dtype.
+_PRECISIONS = {
+    "amp": (True, "float16"),
+    "amp_bf16": (True, "bfloat16"),
+    "bf16": (False, "bfloat16"),
+    "fp16": (False, "float16"),
+    "fp32": (False, "float32"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmLine:
+    """A model of a timm inference benchmark.
+
+    Attributes:
+        model: Its name, with the tag of its weights.
+        side: Of its square images, in pixels.
+        batch: Images per call.
+        rate: Images per second.
+        gmacs: 10^9 multiply-adds per image; None where the publisher did not count them.
+    """
+
+    model: str
+    side: int
+    batch: int
+    rate: float
+    gmacs: float | None
+
+
+def timm_lines(path: Path) -> Iterator[TimmLine]:
+    """The models of a timm inference benchmark CSV that were timed.
+
+    Raises:
+        StoreError: the file is not such a CSV.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise StoreError(f"the published table {path} cannot be read: {error}") from None
+    if not rows or any(name not in rows[0] for name in NEEDED):
+        raise StoreError(f"{path} is no timm inference table: it needs the columns {', '.join(NEEDED)}")
+    for number, row in enumerate(rows, start=2):
+        if not all(row[name] for name in NEEDED):  # a model that failed
+            continue
+        try:
+            line = TimmLine(
+                model=row["model"],
+                side=int(float(row["infer_img_size"])),
+                batch=int(float(row["infer_batch_size"])),
+                rate=float(row["infer_samples_per_sec"]),
+                gmacs=float(row["infer_gmacs"]) if row.get("infer_gmacs") else None,
+            )
+        except ValueError as error:
+            raise StoreError(f"{path}, line {number}: {error}") from None
+        if line.rate > 0 and line.batch > 0:
+            yield line
 
 
 def read_timm(path: Path) -> tuple[list[Record], dict[str, float]]:
@@ -32,64 +91,58 @@ def read_timm(path: Path) -> tuple[list[Record], dict[str, float]]:
     Raises:
         StoreError: the file is not such a CSV.
     """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise StoreError(f"the published table {path} cannot be read: {error}") from None
-    if not rows or any(name not in rows[0] for name in NEEDED):
-        raise StoreError(f"{path} is no timm inference table: it needs the columns {', '.join(NEEDED)}")
-    how = _from_name(path.name)
+    how = timm_conditions(path.name)
+    board = how.pop("board", None)
+    unknown = how.pop("gpu_key")
     records, gmacs = [], {}
-    for number, row in enumerate(rows, start=2):
-        try:
-            rate, batch = float(row["infer_samples_per_sec"]), int(float(row["infer_batch_size"]))
-            side = int(float(row["infer_img_size"]))
-        except ValueError as error:
-            raise StoreError(f"{path}, line {number}: {error}") from None
-        if rate <= 0 or batch <= 0:
-            continue
-        name = row["model"].partition(".")[0]
-        if row.get("infer_gmacs"):
-            gmacs[name] = float(row["infer_gmacs"])
+    for line in timm_lines(path):
+        name = line.model.partition(".")[0]
+        if line.gmacs:
+            gmacs[name] = line.gmacs
         records.append(
             Record(
-                cell_id=f"timm:{path.name}:{row['model']}:{side}:{batch}",
+                cell_id=f"timm:{path.name}:{line.model}:{line.side}:{line.batch}",
                 evidence="published",
                 reason=f"timm results, {path.name}",
+                gpu_key=board.key if board else unknown,
+                gpu_name=board.name if board else unknown,
                 model=name,
                 part="model",
                 form="timm",
-                batch=batch,
-                image_height=side,
-                image_width=side,
+                batch=line.batch,
+                image_height=line.side,
+                image_width=line.side,
                 direction="fwd",
-                median_ms=1e3 * batch / rate,
-                images_per_s=rate,
+                median_ms=1e3 * line.batch / line.rate,
+                images_per_s=line.rate,
                 **how,
             )
         )
     return records, gmacs
 
 
-def _from_name(name: str) -> dict[str, Any]:
-    """GPU, precision, layout and versions from the name of the file; what is not there stays empty."""
-    words = name.removesuffix(".csv").lower().split("-")
+def timm_conditions(name: str) -> dict[str, Any]:
+    """What the name of a timm file says of its rows; what is not there is left out.
+
+    Returns:
+        ``regime``, ``layout``, ``gpu_key``, and where they are known ``amp``, ``dtype``, ``torch``, ``cuda``
+        and ``board``, that of the table.
+    """
+    words = name.lower().removesuffix(".csv").split("-")
     found: dict[str, Any] = {"regime": "compile" if "dynamo" in words else "eager"}
-    if "amp" in words:
-        found |= {"amp": True, "dtype": "float16"}
-    elif "fp32" in words:
-        found |= {"amp": False, "dtype": "float32"}
+    words = [word for word in words if word != "dynamo"]
     found["layout"] = "nhwc" if "nhwc" in words else "nchw"
     for word in words:
-        if match := re.fullmatch(r"pt(\d)(\d+?)(\d)?", word):
+        if word in _PRECISIONS:
+            found["amp"], found["dtype"] = _PRECISIONS[word]
+        elif match := re.fullmatch(r"pt(\d)(\d+?)(\d)?", word):
             found["torch"] = ".".join(part for part in match.groups() if part)
         elif match := re.fullmatch(r"cu(\d\d)(\d)", word):
             found["cuda"] = f"{match[1]}.{match[2]}"
     for length in (1, 2, 3):
         try:
-            board = gpus.resolve("-".join(words[-length:]))
+            board = gpus.resolve("-".join(words[-length:]).replace("_", "-"))
         except UnknownNameError:
             continue
-        return found | {"gpu_key": board.key, "gpu_name": board.name}
-    return found | {"gpu_key": words[-1], "gpu_name": words[-1]}
+        return found | {"gpu_key": board.key, "board": board}
+    return found | {"gpu_key": words[-1]}

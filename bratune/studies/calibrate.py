@@ -16,7 +16,6 @@ import datetime
 import hashlib
 import json
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,6 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from bratune import gpus
 from bratune.errors import BratuneError, MissingPackageError, UsageError
 from bratune.gpus import GPU
 from bratune.kernels.accounting import Operation
@@ -37,6 +35,7 @@ from bratune.predict.counted import KINDS, Load, count_peer, loads, timm_models
 from bratune.predict.fit import PRIOR_RECORDS
 from bratune.predict.public import PublishedFigure, used_matrix
 from bratune.predict.roofline import rates
+from bratune.report.published import timm_conditions, timm_lines
 
 __all__ = ["Source", "calibrate", "count_models", "parse_name", "read_folder"]
 
@@ -66,11 +65,6 @@ SHOWN = (
 )
 SOURCE = "huggingface/pytorch-image-models@aa4b5850 results/"
 Z95 = 1.96
-
-_NAME = re.compile(
-    r"benchmark-infer-(?P<precision>amp|amp_bf16|bf16|fp16)-(?P<layout>nchw|nhwc)"
-    r"-pt(?P<torch>\d+)-cu(?P<cuda>\d+)-(?P<board>[a-z0-9_]+?)(?P<compiled>-dynamo)?\.csv"
-)
 
 Floats = NDArray[np.float64]
 
@@ -108,19 +102,19 @@ class Source:
 
 def parse_name(path: Path) -> Source | None:
     """What a file's name says; None for files of other measurements (training, CPUs)."""
-    found = _NAME.fullmatch(path.name)
-    if found is None:
+    how = timm_conditions(path.name)
+    known = {"board", "dtype", "torch", "cuda"} <= how.keys()
+    if not path.name.startswith("benchmark-infer-") or not known or how["dtype"] == "float32":
         return None
-    precision, digits, cuda = found["precision"], found["torch"], found["cuda"]
     return Source(
         path=path,
-        board=gpus.resolve(found["board"].replace("_", "-")),
-        regime="compile" if found["compiled"] else "eager",
-        layout=found["layout"],
-        autocast=precision.startswith("amp"),
-        dtype="bfloat16" if precision.endswith("bf16") else "float16",
-        torch=f"{digits[0]}.{digits[1:-1]}.{digits[-1]}",
-        cuda=f"{cuda[:-1]}.{cuda[-1]}",
+        board=how["board"],
+        regime=how["regime"],
+        layout=how["layout"],
+        autocast=how["amp"],
+        dtype=how["dtype"],
+        torch=how["torch"],
+        cuda=how["cuda"],
     )
 
 
@@ -135,24 +129,12 @@ class Timed(NamedTuple):
 
 
 def read_file(path: Path) -> list[Timed]:
-    """The models of a file that say something about operations.
-
-    Raises:
-        UsageError: it is not a file of throughputs.
-    """
-    found = []
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                numbers = [row[f"infer_{n}"] for n in ("img_size", "batch_size", "gmacs", "samples_per_sec")]
-                if not all(numbers):  # a model that failed, or whose work its publisher did not count
-                    continue
-                side, batch, gmacs, speed = map(float, numbers)
-            except (KeyError, TypeError, ValueError) as error:
-                raise UsageError(f"{path} is not a file of timm's throughputs: {error}") from None
-            if batch >= LEAST_BATCH and gmacs >= LEAST_GMACS and speed > 0:
-                found.append(Timed(row["model"], int(side), int(batch), gmacs, 1e6 / speed))
-    return found
+    """The models of a file that say something about operations; see `bratune.report.published.timm_lines`."""
+    return [
+        Timed(line.model, line.side, line.batch, line.gmacs, 1e6 / line.rate)
+        for line in timm_lines(path)
+        if line.batch >= LEAST_BATCH and line.gmacs is not None and line.gmacs >= LEAST_GMACS
+    ]
 
 
 def read_folder(folder: Path) -> dict[Source, list[Timed]]:

@@ -421,6 +421,25 @@ def test_a_timm_table_becomes_published_rows(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("amp-nchw-pt240-cu124-rtx4090-dynamo", ("rtx4090", "compile", True, "float16")),
+        ("amp_bf16-nchw-pt291-cu130-pro6000maxq-dynamo", ("rtxpro6000-maxq", "compile", True, "bfloat16")),
+        ("bf16-nhwc-pt291-cu130-5090", ("rtx5090", "eager", False, "bfloat16")),
+        ("fp32-nchw-pt240-cpu-i7_12700h", ("i7_12700h", "eager", False, "float32")),
+    ],
+)
+def test_the_name_of_a_timm_table_says_board_and_dtype(
+    name: str, said: tuple[str, str, bool, str], tmp_path: Path
+) -> None:
+    file = tmp_path / f"benchmark-infer-{name}.csv"
+    file.write_text(TIMM + "failed_model,224,,,,,\n")
+    rows, _ = read_timm(file)
+    assert {(r.gpu_key, r.regime, r.amp, r.dtype) for r in rows} == {said}
+    assert len(rows) == 2, "a model that failed has no time"
+
+
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", TIMM.replace("2749.1", "fast")])
 def test_what_is_no_timm_table_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "x.csv"

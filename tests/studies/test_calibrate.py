@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from bratune import gpus
-from bratune.errors import UsageError
+from bratune.errors import StoreError, UsageError
 from bratune.predict.counted import KINDS, Load
 from bratune.predict.roofline import rates
 from bratune.studies import calibrate as study
@@ -159,7 +159,7 @@ def test_a_folder_without_throughputs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no benchmark-infer-"):
         study.read_folder(tmp_path)
     (tmp_path / "benchmark-infer-amp-nchw-pt291-cu128-4090.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UsageError, match=r"not a file of timm's throughputs"):
+    with pytest.raises(StoreError, match="no timm inference table"):
         study.read_folder(tmp_path)
 
 
