@@ -41,11 +41,17 @@ _HOMES = {
 }
 
 
+# Modules that README names; they, too, are loaded when they are first used.
+_MODULES = ("gpus", "results", "store", "suites", "testing")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"bratune.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'bratune' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])

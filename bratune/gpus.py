@@ -14,10 +14,10 @@ import importlib.resources
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bratune.errors import ConfigError, UnknownNameError, UsageError
+from bratune.files import read_yaml
 
 if TYPE_CHECKING:
     from bratune.machine import Machine
@@ -239,12 +239,7 @@ def load_spec(path: str | os.PathLike[str]) -> GPU:
         ConfigError: the file is missing or not YAML, has a key that is no field, a number that is none
             or not positive, or lacks what a prediction needs.
     """
-    import yaml
-
-    try:
-        data = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"the GPU description {path} cannot be read: {error}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"the GPU description {path} must hold 'field: value' lines")
     base = data.pop("like", None)

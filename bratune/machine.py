@@ -35,7 +35,7 @@ class Machine:
         gpu_uuid: Identity of the board; empty when unknown.
         compute_capability: ``"9.0"``; empty for a CPU.
         sm_count: Streaming multiprocessors; for a CPU, the cores that this process may use.
-        memory_gib: Memory that the device reports, in GiB.
+        memory_gib: Memory that the device reports, in GiB; 0 when unknown.
         l2_bytes: Last-level cache that a cold measurement flushes, in bytes; 0 when unknown.
         smem_per_block_kib: Shared memory that one block may opt in to, in KiB; 0 for a CPU.
         threads: Threads that torch uses on a CPU; 0 for a GPU.
@@ -140,7 +140,7 @@ def _detect_cpu() -> Machine:
         gpu_key="cpu",
         gpu_name=_cpu_name(),
         sm_count=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
-        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        memory_gib=_memory_gib(),
         l2_bytes=_cpu_cache_bytes(),
         threads=torch.get_num_threads(),
         **_versions(),
@@ -219,6 +219,13 @@ def _driver() -> str:
 
 def _cores() -> int:
     return os.cpu_count() or 1
+
+
+def _memory_gib() -> float:
+    """Memory of this machine; 0, unknown, where the system does not say (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return 0.0
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
 def _cpu_name() -> str:

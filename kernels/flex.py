@@ -53,11 +53,11 @@ class FlexBackend:
         reasons = []
         if problem.backward and not machine.is_cuda:
             reasons.append("FlexAttention has no backward pass on a CPU; the direction fwd would work")
-        if _why_not_compiled(problem, machine.kind):
+        if _why_not_compiled(problem, machine.kind, here=machine.device != "absent"):
             room = machine.memory_gib * _EAGER_SHARE
             needed = _EAGER_COPIES * _all_scores(problem) * problem.item_bytes / 2**30
             if room and needed > room:
-                why = "; ".join(_why_not_compiled(problem, machine.kind))
+                why = "; ".join(_why_not_compiled(problem, machine.kind, here=machine.device != "absent"))
                 reasons.append(
                     f"uncompiled FlexAttention would write {needed:.1f} GiB of scores and at most "
                     f"{room:.1f} GiB, {_EAGER_SHARE:.0%} of this device, are allowed; "
@@ -99,7 +99,7 @@ class FlexBackend:
         """Compiled with the block nearest to a region, with the other blocks, and uncompiled."""
         best = _default_block(problem)
         eager: Config = {"compiled": False, "block": best}
-        if _why_not_compiled(problem, machine.kind):
+        if _why_not_compiled(problem, machine.kind, here=machine.device != "absent"):
             return (eager,)
         blocks = (best, *(block for block in _BLOCKS if block != best))
         return (*({"compiled": True, "block": block} for block in blocks), eager)
@@ -125,15 +125,15 @@ class FlexBackend:
         return 2 * pairs * (problem.channels + problem.v_channels)
 
 
-def _why_not_compiled(problem: Problem, kind: str) -> tuple[str, ...]:
-    """What keeps `torch.compile` from building this on a kind of device."""
+def _why_not_compiled(problem: Problem, kind: str, *, here: bool = True) -> tuple[str, ...]:
+    """What keeps `torch.compile` from building this; what is installed counts where that is ``here``."""
     reasons = []
     if problem.dtype not in _COMPILED_DTYPES:
         reasons.append(f"dtype {problem.dtype}, compiled are {', '.join(_COMPILED_DTYPES)}")
     smallest = min(problem.head_dim, problem.v_head_dim)
     if kind == "cuda" and smallest < _COMPILED_MIN_HEAD_DIM:
         reasons.append(f"{smallest} channels per head, {_COMPILED_MIN_HEAD_DIM} are needed")
-    if not _has_compiler(kind):
+    if here and not _has_compiler(kind):
         reasons.append("triton is not installed" if kind == "cuda" else "no C++ compiler is on the path")
     return tuple(reasons)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bratune import files
 from bratune.cell import ROUTE_KINDS
 from bratune.errors import BratuneError, ConfigError, UnknownNameError
 from bratune.problem import DIRECTIONS
@@ -89,17 +90,9 @@ def read_yaml(path: Path, *, known: tuple[str, ...]) -> dict[str, Any]:
         known: Keys that may appear.
 
     Raises:
-        ConfigError: the file cannot be read, is not a mapping, or has another key.
+        ConfigError: the file cannot be read, is not a mapping, has another key, or one twice.
     """
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"the file {path} cannot be read: {reason}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the file {path} is not YAML: {' '.join(str(error).split())}") from None
+    data = files.read_yaml(path)
     if data is None:
         return {}
     if not isinstance(data, Mapping):

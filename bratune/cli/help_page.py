@@ -17,8 +17,14 @@ Written by `python -m bratune.cli.help_page` from the `--help` of every verb; a 
 
 Data goes to stdout, progress to stderr. Exit codes: 0 ok, 1 error, 2 usage, 3 regression found
 (`compare --fail-on-regression`), 4 finished with failed cells (`--strict`), 5 the target cannot be
-measured here, 130 interrupted with results saved. Every error is one sentence that says what was asked,
-what was found and what would work.
+measured here, 130 interrupted with results saved, 141 the reader of stdout went away. Every error is one
+sentence that says what was asked, what was found and what would work.
+
+`-q` leaves nothing on stderr but errors; `-v` says versions first, and where an error comes from. Ctrl-C is
+answered at once, with the folder of what is measured and the command that goes on.
+
+Shells complete verbs, flags and names after `eval "$(_BRATUNE_COMPLETE=bash_source bratune)"` in `~/.bashrc`
+(`zsh_source` in `~/.zshrc`; fish: `_BRATUNE_COMPLETE=fish_source bratune | source`).
 
 Every flag of `profile` and `explain` can also come from the environment (`BRATUNE_RES=512`) or from a YAML
 file with the same keys (`--config run.yaml`; `--dump-config` writes one). The command line wins over the

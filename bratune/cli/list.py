@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -11,6 +14,8 @@ import click
 from bratune.cli import options
 
 Rows = list[dict[str, Any]]
+# Of a table where no terminal says how wide it is.
+WIDTH = 100
 
 
 @click.command("list", context_settings=options.CONTEXT)
@@ -31,14 +36,63 @@ def command(what: str, device: str, format: str) -> None:
         return
     from bratune.report.tables import Table, to_csv, to_markdown, to_text
 
+    if what == "suites" and format in ("table", "md"):
+        rows = [{name: value for name, value in row.items() if name != "about"} for row in rows]
     columns = list(rows[0]) if rows else []
     if format == "csv":
         click.echo(to_csv(columns, [list(row.values()) for row in rows]))
         return
     numbers = [all(isinstance(row[c], int | float | None) for row in rows) for c in columns]
-    heads = tuple(c if n else f"<{c}" for c, n in zip(columns, numbers, strict=True))
-    table = Table(heads, tuple(tuple(_cell(value) for value in row.values()) for row in rows))
-    click.echo((to_markdown if format == "md" else to_text)(table))
+    names = [_SHORT.get(c, c) for c in columns]
+    heads = tuple(c if n else f"<{c}" for c, n in zip(names, numbers, strict=True))
+    cells = [tuple(_cell(value) for value in row.values()) for row in rows]
+    if format == "md":
+        click.echo(to_markdown(Table(heads, tuple(cells))))
+        return
+    width = _width()
+    click.echo(to_text(Table(heads, tuple(_fitted(heads, cells, width))), width=width))
+
+
+# What columns are called where space is dear.
+_SHORT = {
+    "compute_capability": "cc",
+    "memory_gib": "GiB",
+    "memory_gbps": "GB/s",
+    "bf16_tflops": "bf16 TFLOP/s",
+    "padded_to_multiple_of": "padded to",
+}
+_LEAST = 12  # characters of a column that gives way
+
+
+def _fitted(heads: Sequence[str], rows: Sequence[tuple[str, ...]], width: int) -> Iterator[tuple[str, ...]]:
+    """Rows whose columns of text, the widest first, go on in the next line so that all fit the width."""
+    sizes = [
+        max(map(len, column)) for column in zip([head.lstrip("<") for head in heads], *rows, strict=True)
+    ]
+    excess = sum(sizes) + len(sizes) - 1 - width
+    texts = [at for at, head in enumerate(heads) if head.startswith("<")]
+    for at in sorted(texts[1:], key=lambda at: -sizes[at]):
+        narrower = max(_LEAST, len(heads[at]) - 1, sizes[at] - max(0, excess))
+        excess -= max(0, sizes[at] - narrower)
+        sizes[at] = min(sizes[at], narrower)
+    for row in rows:
+        pieces = [_wrapped(cell, size) for cell, size in zip(row, sizes, strict=True)]
+        yield from itertools.zip_longest(*pieces, fillvalue="")
+
+
+def _wrapped(text: str, size: int) -> list[str]:
+    """A text in lines of so many characters, broken after commas and spaces."""
+    lines = [""]
+    for word in re.findall(r"[^, ]+[, ]*|[, ]+", text):
+        if lines[-1] and len(lines[-1]) + len(word.rstrip()) > size:
+            lines.append("")
+        lines[-1] += word
+    return [line.rstrip() for line in lines]
+
+
+def _width() -> int:
+    """Columns of the terminal; of a page where there is none."""
+    return max(40, shutil.get_terminal_size((WIDTH, 24)).columns)
 
 
 def _cell(value: object) -> str:
@@ -115,12 +169,12 @@ def _suites(device: str) -> Rows:
     return [
         {
             "suite": s.name,
-            "about": s.about,
             "task": s.task,
             "res": f"{s.image[0]}x{s.image[1]}",
             "n_win": s.n_win,
             "models": list(s.models),
             "batch_size": list(s.batch_sizes),
+            "about": s.about,
         }
         for s in found
     ]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from bratune.errors import UnknownNameError, UsageError
 from bratune.measure.settings import EFFORTS, parse_percent, parse_seconds
@@ -182,6 +183,12 @@ class Name(ParamType):
         if text not in known:
             raise UnknownNameError(self.kind, str(value), known)
         return text
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The names that begin as what is there."""
+        return [CompletionItem(name) for name in self.known() if name.startswith(incomplete.lower())]
 
 
 class Model(Name):
@@ -503,7 +510,8 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
 
 def _config_keys(param: click.Parameter) -> tuple[str, ...]:
     """How an option is spelt in a file: as its long flag, with - or with _; () for those about files."""
-    if not isinstance(param, click.Option) or param.name in ("config", "dump_config", "help", "dry_run"):
+    apart = ("config", "dump_config", "help", "dry_run", "quiet", "verbose")
+    if not isinstance(param, click.Option) or param.name in apart:
         return ()
     flag = next(opt for opt in param.opts if opt.startswith("--"))[2:]
     return (flag, flag.replace("-", "_")) if "-" in flag else (flag,)

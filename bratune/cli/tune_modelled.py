@@ -45,9 +45,17 @@ def absent_boards(asked: Mapping[str, Any]) -> tuple[GPU, ...]:
             flags = ", ".join(flag for name, flag in NEEDS_DEVICE.items() if asked[name])
             raise UsageError(f"{flags} is about one GPU and --gpu names {len(keys)}; one of them would do")
         return ()
-    if len(keys) > 1 and not asked["gpu_spec"]:
+    if len(keys) > 1 and asked["gpu_spec"]:
+        raise UsageError(
+            f"--gpu {asked['gpu']} and --gpu-spec {asked['gpu_spec']} both name GPUs; one would do"
+        )
+    if len(keys) > 1:
         if asked["measured"]:
             raise UsageError(f"--measured tunes on one GPU and --gpu names {len(keys)}; one of them would do")
+        if asked["device"] != "auto":
+            raise UsageError(
+                f"--device {asked['device']} is a machine, --gpu names {len(keys)}; one would do"
+            )
         return tuple(dict.fromkeys(gpus.resolve(key) for key in keys))
     target = find_target(asked["gpu"], asked["device"], asked["gpu_spec"])
     if target.absent is None:

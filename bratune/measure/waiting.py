@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 from pathlib import Path
 
 __all__ = ["Waiting"]
@@ -70,4 +69,8 @@ class Waiting:
 
 
 def _switches() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows says nothing of this
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

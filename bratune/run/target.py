@@ -77,10 +77,14 @@ def find_target(gpu: str = "auto", device: str = "auto", spec: Path | None = Non
         if wanted != "auto":
             raise UsageError(f"--gpu {gpu} and --gpu-spec {spec} both name a GPU; one of them would do")
         board = gpus.load_spec(spec)
+        if device.strip().lower() == "cpu":
+            raise UsageError(f"--gpu-spec {spec} and --device cpu name two machines; one of them would do")
         return Target(absent_machine(board), absent=board, here=detect(device).gpu_name)
     if wanted == "auto":
         return Target(detect(device))
     if wanted == "cpu":
+        if device.strip().lower() not in ("auto", "cpu"):
+            raise UsageError(f"--gpu cpu and --device {device} name two machines; one of them would do")
         return Target(detect("cpu"))
     board = gpus.resolve(wanted)
     if device.strip().lower() == "cpu":

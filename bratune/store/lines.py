@@ -10,7 +10,6 @@ that holds no records is not written to. A line that is no record costs that lin
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from bratune.errors import StoreError
+from bratune.files import BINARY, lock, read_at
 from bratune.record import LONGEST, TOO_LONG, Record, check_fields, parse_fields, parse_line
 from bratune.store.index import Index
 
@@ -158,10 +158,10 @@ def locked(path: Path) -> Iterator[int]:
         OSError: the file cannot be opened, or its file system has no locks.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | BINARY, 0o666)
         try:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                lock(fd)
             except OSError as error:
                 why = (
                     f"its file system gives no locks ({error.strerror}); a folder on a local disk would work"
@@ -192,7 +192,7 @@ def mend_end(fd: int) -> int:
     end = size
     while end > 0:
         start = max(0, end - 65536)
-        chunk = os.pread(fd, end - start, start)
+        chunk = read_at(fd, end - start, start)
         at = chunk.rfind(b"\n")
         if at >= 0:
             end = start + at + 1
@@ -200,10 +200,10 @@ def mend_end(fd: int) -> int:
         end = start
     if end == size:
         return size
-    if size - end <= LONGEST and _is_torn(os.pread(fd, size - end, end)):
+    if size - end <= LONGEST and _is_torn(read_at(fd, size - end, end)):
         os.ftruncate(fd, end)
         return end
-    os.pwrite(fd, b"\n", size)  # at the end wherever the file is open for appending
+    os.write(fd, b"\n")  # at the end: the file is open for appending
     return size + 1
 
 
@@ -222,7 +222,7 @@ def _is_torn(tail: bytes) -> bool:
 
 def _require_records(fd: int, path: Path) -> None:
     """Raise `StoreError` where a file holds something, and nothing at its beginning is a record."""
-    head = os.pread(fd, _HEAD_BYTES, 0)
+    head = read_at(fd, _HEAD_BYTES, 0)
     *lines, last = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     only = not any(lines) and len(head) < _HEAD_BYTES  # a writer may have died in its first line
     if not head.strip() or (only and any(b.startswith(last) for b in _BEGINNINGS)):

@@ -8,7 +8,6 @@ A database that goes away, as in a restart, is waited for.
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from bratune.errors import MissingPackageError, StoreError, UsageError
+from bratune.files import BINARY, lock, read_at
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -37,13 +37,9 @@ _PATIENCE_S = 600.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 # What a disk that is slow, or behind a network, says for a while.
 _PASSING = {
-    errno.EIO,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EAGAIN,
-    errno.EINTR,
-    errno.ENOLCK,
-    errno.EREMOTEIO,
+    getattr(errno, name)
+    for name in ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "ENOLCK", "EREMOTEIO")
+    if hasattr(errno, name)  # the last is Linux's
 }
 
 
@@ -126,11 +122,11 @@ def _keep_others_out(path: Path) -> None:
     key = os.getpid(), str(path.resolve())
     if key in _HELD:
         return
-    fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(fd, wait=False)
     except BlockingIOError:
-        other = os.pread(fd, 100, 0).decode(errors="replace").strip() or "unknown"
+        other = read_at(fd, 100, 0).decode(errors="replace").strip() or "unknown"
         os.close(fd)
         raise StoreError(
             f"another process (pid {other}) works on the study {path}, and SQLite serves one at a time; "
@@ -140,7 +136,8 @@ def _keep_others_out(path: Path) -> None:
         os.close(fd)
         return
     os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    os.write(fd, f"{os.getpid()}\n".encode())
     _HELD[key] = fd
 
 
@@ -197,9 +194,9 @@ def _append(path: Path, data: bytes) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_CLOEXEC", 0) | BINARY, 0o666)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        lock(fd)
         yield fd
     finally:
         os.close(fd)  # releases the lock
@@ -214,7 +211,7 @@ def _mend_end(fd: int, path: Path) -> int:
     size = os.fstat(fd).st_size
     if not size:
         return 0
-    head = os.pread(fd, 4096, 0)
+    head = read_at(fd, 4096, 0)
     if not (head.startswith(b'{"op_code"') or b'{"op_code"'.startswith(head)):
         raise StoreError(
             f"{path} is no journal of a study and is left as it is; another file name would work"
@@ -222,7 +219,7 @@ def _mend_end(fd: int, path: Path) -> int:
     end, tail = size, b""
     while end > 0 and b"\n" not in tail:
         start = max(0, end - 65536)
-        tail = os.pread(fd, end - start, start) + tail
+        tail = read_at(fd, end - start, start) + tail
         end = start
     tail = tail.rpartition(b"\n")[2]
     if not tail:

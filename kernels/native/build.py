@@ -22,6 +22,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bratune.files import lock
+
 __all__ = ["BuildError", "bundled", "compile_library", "compilers", "find_or_build", "source_digest"]
 
 SOURCES = Path(__file__).parent
@@ -170,8 +172,6 @@ def _identity(compiler: Compiler) -> str:
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Hold a lock between processes."""
-    import fcntl
-
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file.fileno())
         yield

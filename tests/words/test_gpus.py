@@ -120,7 +120,7 @@ def test_a_description_starts_from_a_known_board(tmp_path: Path) -> None:
         ("key: x\nlike: a100\nsm_count: 0\n", "sm_count must be a number above 0"),
         ("key: x\ncompute_capability: '8.0'\n", "sm_count, boost_mhz, memory_gib"),
         ("- a\n", "must hold 'field: value' lines"),
-        ("a: [\n", "cannot be read"),
+        ("a: [\n", "is not YAML"),
     ],
 )
 def test_a_bad_description_is_refused_with_the_reason(tmp_path: Path, text: str, message: str) -> None:
