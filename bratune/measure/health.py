@@ -149,6 +149,14 @@ def check_native(variants: Sequence[str], default: str, openmp: str, source: str
     return Finding("native backend", OK, found)
 
 
+def check_launches(how: str) -> Finding:
+    """How the host launches Triton kernels; see `bratune.kernels.fused.direct`."""
+    if how == "directly":
+        return Finding("kernel launches", OK, how)
+    advice = "the host takes about five times as long per launch; small batches without CUDA graphs feel it"
+    return Finding("kernel launches", NOTE, how, advice)
+
+
 def check_load(load: float, cores: int, threads: int) -> Finding:
     """Whether others use the CPU, which also launches every kernel."""
     found = f"{load:.1f} running on {cores} cores, torch uses {threads}"
@@ -262,6 +270,10 @@ def examine(machine: Machine, *, measure: bool = True, folder: str | Path = ".")
     if machine.is_cuda:
         with open_telemetry(machine) as telemetry:
             findings += check_sensors(telemetry.read(), telemetry.foreign_processes(holds_context=False))
+        if machine.triton:
+            from bratune.kernels.fused.direct import HOW
+
+            findings.append(check_launches(HOW))
     else:
         findings.append(check_native(**native_facts()))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -30,7 +30,7 @@ from bratune.errors import UnsupportedError, UsageError
 from bratune.predict.sass import Listing, parse_amdgcn, parse_sass
 from bratune.predict.targets import TARGETS, Target, get_target
 
-__all__ = ["Launch", "Resources", "compile_for", "record_launches"]
+__all__ = ["Launch", "Resources", "compile_for", "offline_driver", "record_launches"]
 
 # Device numbers that no machine has, one per target: Triton keeps what it compiled per device.
 _FIRST_DEVICE = 1_000_000
@@ -178,7 +178,7 @@ def record_launches(
         return compiled
 
     previous = driver._active  # `active` would look for a GPU first
-    driver.set_active(_offline_driver(goal))
+    driver.set_active(offline_driver(goal))
     JITFunction.run = compile_instead
     try:
         yield launches
@@ -212,7 +212,7 @@ def _compile(target: Target, kernel: Any, compile_kernel: Callable[[], Any]) -> 
     return compiled
 
 
-def _offline_driver(target: Target) -> Any:
+def offline_driver(target: Target) -> Any:
     """A driver for Triton that knows what to compile for and has nothing to run it on."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase

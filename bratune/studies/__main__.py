@@ -27,6 +27,7 @@ STUDIES = {
     ),
     "sweep": ("bratune.studies.sweep:main", "What does a sweep of many cells cost?"),
     "cpu-parts": ("bratune.studies.cpu_parts:command", "Where does the runtime's time go on a CPU?"),
+    "launches": ("bratune.studies.launches:main", "What does the host take to launch a kernel?"),
     "launch-table": ("bratune.studies.launch_table:main", "Make the launch settings of the fused kernels."),
     "kernel-budgets": ("bratune.studies.kernel_budgets:main", "Write down what the fused kernels may take."),
 }

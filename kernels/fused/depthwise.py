@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bratune.kernels.depthwise import settings_of
 from bratune.kernels.dispatch import on_device_of
+from bratune.kernels.fused.direct import launch_kernel
 from bratune.problem import ceil_div
 
 __all__ = ["depthwise_op", "launch_depthwise", "launch_wgrad"]
@@ -169,12 +170,17 @@ def launch_depthwise(
     # Taps side by side would be one memory line each: their channels are put side by side instead.
     taps = weight.reshape(channels, -1).t().contiguous()
     with on_device_of(x):
-        depthwise_fwd_kernel[grid](
-        x, taps, taps if bias is None else bias, out if add is None else add, out,
-        *x.stride(), 1, channels, *(out if add is None else add).stride(), *out.stride()[:3], height, width,
-        CHANNELS=channels, KERNEL=kernel, REVERSE=reverse, HAS_BIAS=bias is not None, ADD=add is not None,
-        ROWS=rows, BLOCK_X=block_x, BLOCK_C=block_c, num_warps=found["num_warps"], num_stages=1,
-    )  # fmt: skip
+        sizes = {
+            "CHANNELS": channels, "KERNEL": kernel, "REVERSE": reverse, "HAS_BIAS": bias is not None,
+            "ADD": add is not None, "ROWS": rows, "BLOCK_X": block_x, "BLOCK_C": block_c,
+            "num_warps": found["num_warps"], "num_stages": 1,
+        }  # fmt: skip
+        added = out if add is None else add
+        launch_kernel(
+            depthwise_fwd_kernel, grid, (x, taps, taps if bias is None else bias, added, out),
+            (*x.stride(), 1, channels, *added.stride(), *out.stride()[:3], height, width),
+            lambda: sizes, *sizes.values(),
+        )  # fmt: skip
     return out
 
 
@@ -186,11 +192,15 @@ def launch_wgrad(x: Tensor, grad: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
     parts = ceil_div(batch * height, per_sum)
     sums = torch.empty((parts, kernel * kernel + 1, channels), dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        depthwise_wgrad_kernel[(parts * kernel * ceil_div(channels, found["block_c"]),)](
-        x, grad, sums, *x.stride(), *grad.stride(), height, width, batch * height, per_sum,
-        CHANNELS=channels, KERNEL=kernel, BLOCK_X=found["block_x"], BLOCK_C=found["block_c"],
-        num_warps=found["num_warps"], num_stages=1,
-    )  # fmt: skip
+        sizes = {
+            "CHANNELS": channels, "KERNEL": kernel, "BLOCK_X": found["block_x"], "BLOCK_C": found["block_c"],
+            "num_warps": found["num_warps"], "num_stages": 1,
+        }  # fmt: skip
+        launch_kernel(
+            depthwise_wgrad_kernel, (parts * kernel * ceil_div(channels, found["block_c"]),), (x, grad, sums),
+            (*x.stride(), *grad.stride(), height, width, batch * height, per_sum),
+            lambda: sizes, *sizes.values(),
+        )  # fmt: skip
     total = sums.sum(0)
     return total[:-1].t().contiguous().view(channels, 1, kernel, kernel), total[-1].clone()
 

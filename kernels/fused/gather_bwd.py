@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
+from bratune.kernels.fused.direct import launch_kernel
 from bratune.kernels.fused.tiles import (
     channels,
     exponents,
@@ -127,13 +128,18 @@ def gather_bwd_dq(
     dq: Tensor, call: Call,
 ) -> None:  # fmt: skip
     """Write the gradient of the queries and ``delta``."""
-    gather_bwd_dq_kernel[call.grids["gather_dq"]](
-        q, k, v, routes, out, grad, lse, delta, dq,
-        *q.stride(), *k.stride(), *v.stride(), *route_strides(routes), *out.stride()[:3],
-        *grad.stride(), *dq.stride()[:3],
-        *call.sizes, call.logit_scale, call.scale,
-        SAME_KV=k.stride() == v.stride(), WIDE=is_wide(q, k, v, out, grad, dq),
-        **precision(q.dtype), PLANES=call.planes, **call.kernels["gather_dq"],
+    settings, product = call.kernels["gather_dq"], precision(q.dtype)
+    launch_kernel(
+        gather_bwd_dq_kernel, call.grids["gather_dq"], (q, k, v, routes, out, grad, lse, delta, dq),
+        (
+            *q.stride(), *k.stride(), *v.stride(), *route_strides(routes), *out.stride()[:3],
+            *grad.stride(), *dq.stride()[:3], *call.sizes, call.logit_scale, call.scale,
+        ),
+        lambda: {
+            "SAME_KV": k.stride() == v.stride(), "WIDE": is_wide(q, k, v, out, grad, dq),
+            **product, "PLANES": call.planes, **settings,
+        },
+        *product.values(), owner=settings,
     )  # fmt: skip
 
 
@@ -343,23 +349,29 @@ def gather_bwd_dkv(
     That family does not read ``delta``; the other does not write ``dq``.
     """
     kernel = "k1_bwd" if call.backward == "key" else "gather_dkv"
-    constants = call.kernels[kernel]
-    wide = is_wide(q, k, v, out, grad, dq, dk, dv)
+    constants, product = call.kernels[kernel], precision(q.dtype)
+
+    def wide() -> bool:
+        return is_wide(q, k, v, out, grad, dq, dk, dv)
+
     dk_sums = dv_sums = lse  # not touched
     if constants["CHUNK"]:
         parts = q.shape[0] * constants["HEADS"] * (constants["STRETCHES"] + 1)
         tokens = constants["KRH"] * constants["KRW"]
         dk_sums, dv_sums = q.new_empty((2, parts, tokens, constants["D"]), dtype=torch.float32)
-    gather_bwd_dkv_kernel[call.grids[kernel]](
-        q, k, v, starts, entries, out, grad, lse, delta, dq, dk, dv, dk_sums, dv_sums,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride(),
-        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
-        *call.sizes, call.logit_scale, call.scale,
-        WIDE=wide, **precision(q.dtype), PLANES=call.planes, **constants,
+    strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride())
+    own = (*dk.stride()[:3], *dv.stride()[:3])
+    launch_kernel(
+        gather_bwd_dkv_kernel, call.grids[kernel],
+        (q, k, v, starts, entries, out, grad, lse, delta, dq, dk, dv, dk_sums, dv_sums),
+        (*strides, *dq.stride()[:3], *own, *call.sizes, call.logit_scale, call.scale),
+        lambda: {"WIDE": wide(), **product, "PLANES": call.planes, **constants},
+        *product.values(), owner=constants,
     )  # fmt: skip
     if constants["CHUNK"]:
-        gather_bwd_hub_kernel[call.grids["hub"]](
-            starts, dk_sums, dv_sums, dk, dv, *dk.stride()[:3], *dv.stride()[:3],
-            *call.sizes[2:], call.scale,
-            WIDE=wide, num_warps=4, **{name: constants[name] for name in _HUB_CONSTANTS},
+        launch_kernel(
+            gather_bwd_hub_kernel, call.grids["hub"], (starts, dk_sums, dv_sums, dk, dv),
+            (*own, *call.sizes[2:], call.scale),
+            lambda: {"WIDE": wide(), "num_warps": 4, **{name: constants[name] for name in _HUB_CONSTANTS}},
+            *strides, *dq.stride()[:3], owner=constants,
         )  # fmt: skip

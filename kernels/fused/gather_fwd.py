@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
+from bratune.kernels.fused.direct import launch_kernel
 from bratune.kernels.fused.tiles import channels, load_rows, position, product, routed_keys, store_statistics
 
 if TYPE_CHECKING:
@@ -141,10 +142,17 @@ def gather_fwd_kernel(
 
 def gather_fwd(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, call: Call) -> None:
     """Write the output, and where it has elements the log-sum-exp, of routed attention."""
-    gather_fwd_kernel[call.grids["gather_fwd"]](
-        q, k, v, routes, out, lse,
-        *q.stride(), *k.stride(), *v.stride(), *route_strides(routes), *out.stride()[:3],
-        *call.sizes, call.logit_scale,
-        SAME_KV=k.stride() == v.stride(), KEEP_LSE=lse.numel() > 0, WIDE=is_wide(q, k, v, out),
-        **precision(q.dtype), PLANES=call.planes, **call.kernels["gather_fwd"],
+    settings, keeps = call.kernels["gather_fwd"], lse.numel() > 0
+    product = precision(q.dtype)
+    launch_kernel(
+        gather_fwd_kernel, call.grids["gather_fwd"], (q, k, v, routes, out, lse),
+        (
+            *q.stride(), *k.stride(), *v.stride(), *route_strides(routes), *out.stride()[:3],
+            *call.sizes, call.logit_scale,
+        ),
+        lambda: {
+            "SAME_KV": k.stride() == v.stride(), "KEEP_LSE": keeps, "WIDE": is_wide(q, k, v, out),
+            **product, "PLANES": call.planes, **settings,
+        },
+        keeps, *product.values(), owner=settings,
     )  # fmt: skip

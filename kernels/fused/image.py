@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
+from bratune.kernels.fused.direct import launch_kernel
 from bratune.kernels.fused.families import IMAGE_REGIONS
 from bratune.kernels.fused.tiles import (
     channels,
@@ -68,10 +69,14 @@ def route_counts(routes: Tensor, regions: int) -> Tensor:
     """
     maps = routes.shape[1] if routes.dim() == 4 else 1
     counts = routes.new_empty((routes.shape[0], maps, regions, _ROW), dtype=torch.int8)
-    route_counts_kernel[(routes.shape[0] * maps,)](
-        routes, counts, *route_strides(routes),
-        REGIONS=regions, TOPK=routes.shape[-1], MAPS=maps,
-        BLOCK_R=triton.next_power_of_2(regions), ROW=_ROW, num_warps=4,
+    topk = routes.shape[-1]
+    launch_kernel(
+        route_counts_kernel, (routes.shape[0] * maps,), (routes, counts), route_strides(routes),
+        lambda: {
+            "REGIONS": regions, "TOPK": topk, "MAPS": maps,
+            "BLOCK_R": triton.next_power_of_2(regions), "ROW": _ROW, "num_warps": 4,
+        },
+        regions, topk, maps,
     )  # fmt: skip
     return counts
 
@@ -188,11 +193,16 @@ def image_fwd_kernel(
 def image_fwd(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, call: Call) -> None:
     """Write the output, and where it has elements the log-sum-exp, of routed attention on a small map."""
     counts = route_counts(routes, call.kv_regions)
-    image_fwd_kernel[call.grids["image_fwd"]](
-        q, k, v, counts, out, lse,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *call.sizes, call.logit_scale,
-        ROW=_ROW, KEEP_LSE=lse.numel() > 0, WIDE=is_wide(q, k, v, out),
-        **precision(q.dtype), PLANES=call.planes, **call.kernels["image_fwd"],
+    settings, keeps = call.kernels["image_fwd"], lse.numel() > 0
+    product = precision(q.dtype)
+    launch_kernel(
+        image_fwd_kernel, call.grids["image_fwd"], (q, k, v, counts, out, lse),
+        (*q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *call.sizes, call.logit_scale),
+        lambda: {
+            "ROW": _ROW, "KEEP_LSE": keeps, "WIDE": is_wide(q, k, v, out),
+            **product, "PLANES": call.planes, **settings,
+        },
+        keeps, *product.values(), owner=settings,
     )  # fmt: skip
 
 
@@ -411,10 +421,16 @@ def image_bwd(
     """Write the gradients of queries, keys and values of a small map."""
     delta = lse.new_empty(call.delta_shape)
     counts = route_counts(routes, call.kv_regions)
-    image_bwd_kernel[call.grids["image_bwd"]](
-        q, k, v, counts, out, grad, lse, delta, dq, dk, dv,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride(),
-        *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *call.sizes, call.logit_scale, call.scale,
-        ROW=_ROW, WIDE=is_wide(q, k, v, out, grad, dq, dk, dv),
-        **precision(q.dtype), PLANES=call.planes, **call.kernels["image_bwd"],
+    settings, product = call.kernels["image_bwd"], precision(q.dtype)
+    launch_kernel(
+        image_bwd_kernel, call.grids["image_bwd"], (q, k, v, counts, out, grad, lse, delta, dq, dk, dv),
+        (
+            *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride(),
+            *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *call.sizes, call.logit_scale, call.scale,
+        ),
+        lambda: {
+            "ROW": _ROW, "WIDE": is_wide(q, k, v, out, grad, dq, dk, dv),
+            **product, "PLANES": call.planes, **settings,
+        },
+        *product.values(), owner=settings,
     )  # fmt: skip

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bratune.kernels.fused.direct import launch_kernel
+
 __all__ = ["inverse_routes", "inverse_routes_kernel"]
 
 # A block of key regions per program and how many routes are looked at together.
@@ -86,9 +88,12 @@ def inverse_routes(routes: Tensor, kv_regions: int) -> tuple[Tensor, Tensor]:
     starts = torch.empty((batch, maps, kv_regions + 1), dtype=torch.int32, device=routes.device)
     entries = torch.empty((batch, maps, regions * topk), dtype=torch.int32, device=routes.device)
     grid = (batch * maps * triton.cdiv(kv_regions, _BLOCK_REGIONS),)
-    inverse_routes_kernel[grid](
-        routes, starts, entries, *routes.stride(),
-        COUNT=regions * topk, TOPK=topk, KV_REGIONS=kv_regions, MAPS=maps,
-        BLOCK_REGIONS=_BLOCK_REGIONS, BLOCK_ROUTES=_BLOCK_ROUTES, num_warps=4,
+    launch_kernel(
+        inverse_routes_kernel, grid, (routes, starts, entries), routes.stride(),
+        lambda: {
+            "COUNT": regions * topk, "TOPK": topk, "KV_REGIONS": kv_regions, "MAPS": maps,
+            "BLOCK_REGIONS": _BLOCK_REGIONS, "BLOCK_ROUTES": _BLOCK_ROUTES, "num_warps": 4,
+        },
+        regions, topk, kv_regions, maps,
     )  # fmt: skip
     return starts, entries

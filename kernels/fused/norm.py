@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from bratune.kernels.dispatch import on_device_of
+from bratune.kernels.fused.direct import launch_kernel
 from bratune.problem import ceil_div
 
 __all__ = ["launch_layer_norm", "layer_norm_op"]
@@ -106,18 +107,22 @@ def launch_layer_norm(
         "num_warps": 4 if block_c <= _TILE else 8,
         "num_stages": 1,
     }
-    vectors = [x if tensor is None else tensor for tensor in (weight, bias, shift)]
+    vectors = tuple(x if tensor is None else tensor for tensor in (weight, bias, shift))
     with on_device_of(x):
         if region:
             block_t = min(block_t, triton.next_power_of_2(region[0] * region[1]))
-            layer_norm_means_kernel[(batch * means.shape[1],)](
-            x, *vectors, y, means, height, width, eps, RH=region[0], RW=region[1], BLOCK_T=block_t, **sizes,
-        )  # fmt: skip
+            sizes |= {"RH": region[0], "RW": region[1], "BLOCK_T": block_t}
+            launch_kernel(
+                layer_norm_means_kernel, (batch * means.shape[1],), (x, *vectors, y, means),
+                (height, width, eps), lambda: sizes, *sizes.values(),
+            )  # fmt: skip
         else:
             tokens = batch * height * width
-            layer_norm_kernel[(ceil_div(tokens, block_t),)](
-            x, *vectors, y, tokens, eps, BLOCK_T=block_t, **sizes,
-        )  # fmt: skip
+            sizes["BLOCK_T"] = block_t
+            launch_kernel(
+                layer_norm_kernel, (ceil_div(tokens, block_t),), (x, *vectors, y), (tokens, eps),
+                lambda: sizes, *sizes.values(),
+            )  # fmt: skip
     return y, means
 
 

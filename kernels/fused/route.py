@@ -26,6 +26,7 @@ from bratune.errors import ProblemError, UnsupportedError
 from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.dispatch import is_observed, on_device_of
 from bratune.kernels.fused import launch
+from bratune.kernels.fused.direct import launch_kernel
 from bratune.problem import ceil_div
 
 __all__ = [
@@ -206,12 +207,17 @@ def launch_region_means(
     block_c = min(triton.next_power_of_2(channels), max(64, min(512, 4096 // block_t)))
     grid = (batch * (regions + kv_regions) * triton.cdiv(channels, block_c),)
     with on_device_of(q):
-        region_means_kernel[grid](
-        q, keys, q_means, k_means, *q.stride(), *keys.stride(), height, width, kv_height, kv_width,
-        REGIONS=regions, KV_REGIONS=kv_regions, CHANNELS=channels,
-        RH=region[0], RW=region[1], KRH=kv_region[0], KRW=kv_region[1],
-        BLOCK_T=block_t, BLOCK_C=block_c, num_warps=max(1, min(4, block_t * block_c // 1024)), num_stages=1,
-    )  # fmt: skip
+        launch_kernel(
+            region_means_kernel, grid, (q, keys, q_means, k_means),
+            (*q.stride(), *keys.stride(), height, width, kv_height, kv_width),
+            lambda: {
+                "REGIONS": regions, "KV_REGIONS": kv_regions, "CHANNELS": channels,
+                "RH": region[0], "RW": region[1], "KRH": kv_region[0], "KRW": kv_region[1],
+                "BLOCK_T": block_t, "BLOCK_C": block_c,
+                "num_warps": max(1, min(4, block_t * block_c // 1024)), "num_stages": 1,
+            },
+            regions, kv_regions, channels, *region, *kv_region,
+        )  # fmt: skip
     return q_means, k_means
 
 
@@ -234,13 +240,16 @@ def launch_route(q_means: Tensor, k_means: Tensor, topk: int, maps: bool) -> Rou
         entries=empty(batch, regions * topk if maps else 0, dtype=torch.int32),
     )
     with on_device_of(q_means):
-        route_kernel[(batch * triton.cdiv(regions, block_q),)](
-        q_means, k_means, *found,
-        REGIONS=regions, KV_REGIONS=kv_regions, CHANNELS=channels, TOPK=topk,
-        BLOCK_Q=block_q, BLOCK_K=block_k, BLOCK_C=32 if block_k <= 256 else 16,
-        WORDS=max(1, block_k // _WORD_BITS), KEEP_MASK=maps, KEEP_INVERSE=maps and whole,
-        num_warps=4 if block_k <= 64 else 8, num_stages=1,
-    )  # fmt: skip
+        launch_kernel(
+            route_kernel, (batch * triton.cdiv(regions, block_q),), (q_means, k_means, *found), (),
+            lambda: {
+                "REGIONS": regions, "KV_REGIONS": kv_regions, "CHANNELS": channels, "TOPK": topk,
+                "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_C": 32 if block_k <= 256 else 16,
+                "WORDS": max(1, block_k // _WORD_BITS), "KEEP_MASK": maps, "KEEP_INVERSE": maps and whole,
+                "num_warps": 4 if block_k <= 64 else 8, "num_stages": 1,
+            },
+            regions, kv_regions, channels, topk, maps,
+        )  # fmt: skip
     if maps and not whole:
         from bratune.kernels.fused.inverse import inverse_routes
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
+from bratune.kernels.fused.direct import launch_kernel
 from bratune.kernels.fused.tiles import channels, load_rows, position, product, store_statistics
 
 if TYPE_CHECKING:
@@ -109,10 +110,16 @@ def stationary_fwd(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> None:
     """Write the output, and where it has elements the log-sum-exp, of routed attention."""
-    stationary_fwd_kernel[call.grids["kv_stationary_fwd"]](
-        q, k, v, routes, out, lse,
-        *q.stride(), *k.stride(), *v.stride(), *route_strides(routes), *out.stride()[:3],
-        *call.sizes, call.logit_scale,
-        KEEP_LSE=lse.numel() > 0, WIDE=is_wide(q, k, v, out),
-        **precision(q.dtype), PLANES=call.planes, **call.kernels["kv_stationary_fwd"],
+    settings, keeps = call.kernels["kv_stationary_fwd"], lse.numel() > 0
+    product = precision(q.dtype)
+    launch_kernel(
+        stationary_fwd_kernel, call.grids["kv_stationary_fwd"], (q, k, v, routes, out, lse),
+        (
+            *q.stride(), *k.stride(), *v.stride(), *route_strides(routes), *out.stride()[:3],
+            *call.sizes, call.logit_scale,
+        ),
+        lambda: {
+            "KEEP_LSE": keeps, "WIDE": is_wide(q, k, v, out), **product, "PLANES": call.planes, **settings
+        },
+        keeps, *product.values(), owner=settings,
     )  # fmt: skip
