@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from bratune.cell import Cell, form_fields
 from bratune.errors import BratuneError, StoreError
 from bratune.machine import Machine
-from bratune.text import printable
+from bratune.text import html_table, printable
 
 __all__ = [
     "EVIDENCE",
@@ -293,6 +293,11 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, in column order."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the fields that hold something."""
+        filled = [(name, str(value)) for name, value in self.to_dict().items() if value not in (None, "")]
+        return html_table(("field", "value"), filled)
 
     def to_json(self) -> str:
         """One line; fields that are empty are left out."""

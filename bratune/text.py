@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import re
+from collections.abc import Iterable, Sequence
 
-__all__ = ["NAME", "for_spreadsheet", "is_name", "is_plain", "one_line", "printable"]
+__all__ = ["NAME", "for_spreadsheet", "html_table", "is_name", "is_plain", "one_line", "printable"]
 
 # What a name from a file may be made of: it becomes part of a path, an identifier or a comment.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
@@ -33,6 +35,13 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c in "\n\t" else one_line(c) for c in text)
+
+
+def html_table(header: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table for a page or a notebook; its texts stand for themselves."""
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
 
 
 def for_spreadsheet(text: str) -> str:

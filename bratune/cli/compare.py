@@ -60,6 +60,8 @@ def command(
 
 
 def _show(result: Comparison, style: str) -> None:
+    from bratune.report.tables import Table, to_markdown, to_text
+
     if style == "json":
         for row in result.rows:
             verdict = row.verdict
@@ -88,16 +90,9 @@ def _show(result: Comparison, style: str) -> None:
         )
         for row in result.rows
     ]
-    header = ("cell", "B", "A ms", "B ms", "B / A", "interval", "verdict", "evidence")
-    if style == "md":
-        for line in (header, ("---",) * len(header), *cells):
-            click.echo("| " + " | ".join(line) + " |")
-    else:
-        widths = [max(len(line[i]) for line in (header, *cells)) for i in range(len(header))]
-        for line in (header, *cells):
-            click.echo(
-                "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-            )
+    header = ("<cell", "<B", "A ms", "B ms", "B / A", "<interval", "<verdict", "<evidence")
+    table = Table(header, tuple(cells))
+    click.echo(to_markdown(table) if style == "md" else to_text(table))
     _explain(result)
 
 

@@ -210,6 +210,7 @@ def _explain(rows: Sequence[Record]) -> None:
 def _validate(paths: Sequence[Path], style: str) -> None:
     from bratune import store
     from bratune.predict import validate
+    from bratune.report.tables import Table, to_text
 
     checked = validate.check(store.read_records(paths))
     rows = validate.error_rows(checked)
@@ -220,13 +221,27 @@ def _validate(paths: Sequence[Path], style: str) -> None:
     click.echo(validate.verdict(checked))
     if not rows:
         return
-    click.echo(
-        f"\n{'machine':<38}{'backend or part':<18}{'records':>8}{'median error':>14}{'worst':>9}{'bias':>8}"
-        f"{'in interval':>13}{'rank':>7}"
+    heads = (
+        "<machine",
+        "<backend or part",
+        "records",
+        "median error",
+        "worst",
+        "bias",
+        "in interval",
+        "rank",
     )
-    for r in rows:
-        rank = "" if r.rank is None else f"{r.rank:.2f}"
-        click.echo(
-            f"{r.gpu_key:<38}{r.name or 'all':<18}{r.records:>8}{r.median_pct:>12.0f} %"
-            f"{r.worst_factor:>8.1f}x{r.bias_factor:>7.2f}x{r.covered_pct:>11.0f} %{rank:>7}"
+    cells = tuple(
+        (
+            r.gpu_key,
+            r.name or "all",
+            str(r.records),
+            f"{r.median_pct:.0f} %",
+            f"{r.worst_factor:.1f}x",
+            f"{r.bias_factor:.2f}x",
+            f"{r.covered_pct:.0f} %",
+            "" if r.rank is None else f"{r.rank:.2f}",
         )
+        for r in rows
+    )
+    click.echo("\n" + to_text(Table(heads, cells)))

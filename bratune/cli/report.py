@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bratune.errors import BratuneError, UsageError
+
+if TYPE_CHECKING:
+    from bratune.record import Record
 
 
 @click.command("report")
@@ -29,6 +32,11 @@ from bratune.errors import BratuneError, UsageError
 @click.option("--gpu", "keys", multiple=True, help="Add modelled rows for this GPU; repeatable.")
 @click.option("--demo", is_flag=True, help="The records that ship, beside modelled rows for three GPUs.")
 @click.option("--images", type=click.Choice(["png", "svg"]), help="Also write every figure as an image.")
+@click.option(
+    "--pictures",
+    type=click.Path(path_type=Path),
+    help="Also the first chart as SVG, light and dark, into this folder.",
+)
 def command(
     paths: tuple[Path, ...],
     output: Path,
@@ -38,6 +46,7 @@ def command(
     keys: tuple[str, ...],
     demo: bool,
     images: str | None,
+    pictures: Path | None,
 ) -> None:
     """Draw records (files or folders) as one HTML page that works offline.
 
@@ -73,7 +82,25 @@ def command(
 
         for path in write_images(records, output.parent, images, plan=contents, gmacs=gmacs):
             click.echo(f"image: {path}", err=True)
+    if pictures:
+        _write_pictures(records, pictures)
     click.echo(f"report: {output} ({len(records)} records, {len(text) / 1e6:.1f} MB)", err=True)
+
+
+def _write_pictures(records: list[Record], folder: Path) -> None:
+    from bratune.report.picture import THEMES, throughput_svg
+
+    drawn = {theme: throughput_svg(records, theme=theme) for theme in THEMES}
+    if not all(drawn.values()):
+        raise UsageError("--pictures draws whole models, and no record here is of one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for theme, text in drawn.items():
+            target = folder / f"throughput-{theme}.svg"
+            target.write_text(text, "utf-8")
+            click.echo(f"picture: {target}", err=True)
+    except OSError as error:
+        raise BratuneError(f"the pictures cannot be written to {folder}: {error.strerror}") from None
 
 
 def _plan(path: Path) -> dict[str, Any]:

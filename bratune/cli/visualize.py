@@ -15,13 +15,23 @@ from bratune.errors import BratuneError, UsageError
 @click.option("--model", "name", default="biformer_tiny", show_default=True, help="Model.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights; random without.")
 @options.trust_option
-@click.option("--res", "--img-size", "resolution", default="224", show_default=True, help="512 or 800x1333.")
+@click.option(
+    "--res",
+    "--img-size",
+    "resolution",
+    default="224",
+    show_default=True,
+    help="Shorter side, e.g. 512, in the picture's own shape; 800x1333 (height x width) cuts it.",
+)
 @click.option("--n-win", type=click.IntRange(1), default=7, show_default=True, help="Regions per side, S.")
 @click.option("--stage", type=click.IntRange(1), default=3, show_default=True, help="From 1.")
 @click.option("--block", type=int, default=-1, show_default=True, help="From 1; -1 is the last of the stage.")
 @click.option("--head", type=click.IntRange(0), help="From 0; by default the mean of all.")
 @click.option("--query", "positions", multiple=True, metavar="X,Y", help="Pixels; repeatable.  [centre]")
 @click.option("--seed", type=options.Seed(), default=0, show_default=True, help="Of random weights.")
+@click.option(
+    "--pictures", type=click.Path(path_type=Path), help="Also a light and a dark PNG, into this folder."
+)
 @click.option("-o", "--output", default="attention.html", show_default=True, type=click.Path(path_type=Path))
 def command(
     picture: Path,
@@ -34,6 +44,7 @@ def command(
     head: int | None,
     positions: tuple[str, ...],
     seed: int,
+    pictures: Path | None,
     output: Path,
 ) -> None:
     """Draw where query positions attend to: routed regions and attention response, as HTML and PNG.
@@ -44,15 +55,17 @@ def command(
 
     from bratune import variant as variants
     from bratune.kernels.biformer import build
-    from bratune.report.attention_map import look
-    from bratune.report.attention_page import attention_html, describe, draw, open_image
+    from bratune.report.attention_map import block_number, blocks_of, look
+    from bratune.report.attention_page import THEMES, attention_html, describe, draw, open_image, shape_of
     from bratune.work.inputs import DEVIATION, MEAN
 
     variant = variants.get_variant(name)
     height, width = variants.parse_resolution(resolution)
+    if resolution.strip().isdigit():
+        height, width = shape_of(picture, height)
     image = open_image(picture, height, width)
     torch.manual_seed(seed)
-    padding = {"auto_pad": True} if variant.layout == "biformer" else {}
+    padding = {} if variant.layout == "stl_nchw" else {"auto_pad": True}  # that one always pads
     model = build(name, pretrained=checkpoint, n_win=n_win, **padding)
     model.set_backend("gather")
     queries = [_position(text) for text in positions] or [(width // 2, height // 2)]
@@ -63,15 +76,22 @@ def command(
     seen = look(model, normalised, stage=stage, block=block, queries=queries)
     warning = "" if checkpoint else "Random weights: the drawing shows the mechanism and means nothing."
     which = "mean of all heads" if head is None else f"head {head}"
-    facts = f"{name}, {width}x{height} pixels, stage {stage}, block {block}, {which}"
+    place = f"stage {stage}, block {block_number(model, stage, block)} of {len(blocks_of(model, stage))}"
+    facts = f"{name}, {width}x{height} pixels, {place}, {which}"
     page = attention_html(image, seen, title="Where does it look?", facts=facts, warning=warning, head=head)
     target = output.with_suffix(".png")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(page, "utf-8")
         draw(image, seen, head=head).save(target)
+        if pictures is not None:
+            pictures.mkdir(parents=True, exist_ok=True)
+            for theme in THEMES:
+                drawn = draw(image, seen, head=head, theme=theme)
+                drawn.quantize(128).save(pictures / f"attention-{theme}.png", optimize=True)
     except OSError as error:
         raise BratuneError(f"the drawing cannot be written to {output}: {error.strerror}") from None
+    click.echo(facts)
     for one in seen:
         click.echo(describe(one, head))
     if warning:

@@ -20,7 +20,7 @@ from bratune.kernels.full_attention import FullAttention
 from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bratune.kernels.nhwc import to_nhwc
 
-__all__ = ["Look", "block_at", "look"]
+__all__ = ["Look", "block_at", "block_number", "blocks_of", "look"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Look:
         token: Row and column of its token.
         map_size: Tokens from top to bottom and from left to right, without padding.
         region: Its own region as ``(top, left, bottom, right)`` in tokens.
-        routed: The regions that it is routed to, most similar first; empty for full attention.
+        routed: The regions that it is routed to, most similar first, cut to the map, so that one of padding
+            alone is empty; none for full attention.
         response: ``[heads, height, width]``, the attention weight of every token; a head's weights add up
             to 1 less what falls on padding.
     """
@@ -43,6 +44,11 @@ class Look:
     region: tuple[int, int, int, int]
     routed: tuple[tuple[int, int, int, int], ...]
     response: Tensor
+
+    @property
+    def inside(self) -> tuple[tuple[int, int, int, int], ...]:
+        """The routed regions that hold a part of the map."""
+        return tuple(box for box in self.routed if box[0] < box[2] and box[1] < box[3])
 
     def of_head(self, head: int | None) -> Tensor:
         """The response of a head, or the mean of all, ``[height, width]``.
@@ -68,14 +74,32 @@ def block_at(model: nn.Module, stage: int, block: int) -> Residual:
     Raises:
         UsageError: the model has no such stage or block.
     """
+    return blocks_of(model, stage)[block_number(model, stage, block) - 1]
+
+
+def block_number(model: nn.Module, stage: int, block: int) -> int:
+    """Which block is meant, from 1; negative numbers count from the last.
+
+    Raises:
+        UsageError: the model has no such stage or block.
+    """
+    count = len(blocks_of(model, stage))
+    number = block if block >= 0 else count + 1 + block
+    if not 1 <= number <= count:
+        raise UsageError(f"block {block} of {count} in stage {stage}; 1 to {count} would work")
+    return number
+
+
+def blocks_of(model: nn.Module, stage: int) -> list[Residual]:
+    """The blocks of a stage, which counts from 1.
+
+    Raises:
+        UsageError: the model has no such stage.
+    """
     stages: Any = model.stages
     if not 1 <= stage <= len(stages):
         raise UsageError(f"stage {stage} of {len(stages)}; 1 to {len(stages)} would work")
-    blocks = [m for m in stages[stage - 1].modules() if isinstance(m, Residual)]
-    index = block - 1 if block > 0 else len(blocks) + block
-    if block == 0 or not 0 <= index < len(blocks):
-        raise UsageError(f"block {block} of {len(blocks)} in stage {stage}; 1 to {len(blocks)} would work")
-    return blocks[index]
+    return [m for m in stages[stage - 1].modules() if isinstance(m, Residual)]
 
 
 @torch.no_grad()

@@ -22,12 +22,23 @@ from bratune.report.opening import opening
 from bratune.report.sections import sections
 from bratune.report.style import EVIDENCE_WORDS
 from bratune.report.tables import to_csv
+from bratune.text import html_table
 
-__all__ = ["page", "rows_to_csv"]
+__all__ = ["Page", "page", "rows_to_csv"]
 
 # Rows of a table, and of a cell the characters, that the page shows; the CSV has all of them.
 SHOWN_ROWS = 200
 SHOWN_CHARACTERS = 72
+
+
+class Page(str):
+    """A report: the text of an HTML file, which a notebook shows in a frame."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        frame = 'style="width:100%;height:900px;border:0" title="bratune report"'
+        return f'<iframe srcdoc="{html.escape(self)}" {frame}></iframe>'
 
 
 def page(
@@ -37,7 +48,7 @@ def page(
     title: str = "bratune report",
     plan: Mapping[str, Any] | None = None,
     gmacs: Mapping[str, float] | None = None,
-) -> str:
+) -> Page:
     """The whole report as HTML.
 
     Args:
@@ -66,7 +77,7 @@ def page(
     plots = "\n".join(_plot_call(s.name, i, p) for s in shown for i, p in enumerate(s.panels))
     files = {f"{name}.csv": rows_to_csv(rows) for s in shown for name, rows in _kinds(s)}
     script = f"{_plotly()}\nconst files = {_script_json(files)};\nfunction plots() {{\n{plots}\n}}\n"
-    return assets.document(title=html.escape(title), body="\n".join(body), script=script)
+    return Page(assets.document(title=html.escape(title), body="\n".join(body), script=script))
 
 
 def _plotly() -> str:
@@ -215,9 +226,7 @@ def rows_to_csv(rows: Sequence[Any]) -> str:
 
 
 def _table(header: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    return f'<div class="scroll">{html_table(header, rows)}</div>'
 
 
 # --- what is not there --------------------------------------------------------------------------------

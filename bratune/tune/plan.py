@@ -8,6 +8,7 @@ another version.
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from bratune.kernels.tuned import SCHEMA, architecture, machine_key, user_plans
 from bratune.machine import Machine
 from bratune.measure.verdict import Estimate
 from bratune.problem import Problem
-from bratune.text import one_line
+from bratune.text import html_table, one_line
 from bratune.tune.evidence import Evidence
 from bratune.tune.plan_schema import EARLIER_VERDICTS, PLAN_SCHEMA, hidden_texts, violations
 from bratune.tune.setting import Setting
@@ -357,8 +358,23 @@ class Plan:
             raise PlanError(f"the plan cannot be written to {target}: {error.strerror or error}") from None
         return target
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the plan in a sentence, and a row per stage."""
+        stages = [
+            (str(s.stage), s.kind, str(s.n_win), str(s.topk), s.backend, _ms(s.default_ms), _ms(s.tuned_ms))
+            for s in self.stages
+        ]
+        heads = ("stage", "kind", "S", "top-k", "backend", "default ms", "tuned ms")
+        verdict = self.end_to_end.verdict or "not compared"
+        words = f"{self}; {verdict}; {self.measured} on {self.machine.gpu_name}"
+        return f"<p>{html.escape(words)}</p>{html_table(heads, stages)}"
+
     def __str__(self) -> str:
         return f"{self.model} at {self.height}x{self.width}, batch {self.batch}, {self.dtype}: {self.setting}"
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _on_lines(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,18 @@ from bratune.report.attention_map import Look, block_at, look
 pytest.importorskip("PIL")
 from PIL import Image
 
-from bratune.report.attention_page import attention_html, describe, draw, open_image
+from bratune.report.attention_page import (
+    BAR,
+    GAP,
+    SIDE,
+    THEMES,
+    TITLE,
+    attention_html,
+    describe,
+    draw,
+    open_image,
+    shape_of,
+)
 
 
 @functools.cache
@@ -165,18 +177,83 @@ def test_a_head_is_one_map_and_none_is_their_mean() -> None:
 def test_strong_responses_are_drawn_strong_and_routed_regions_stay_clear() -> None:
     image = Image.new("RGB", (64, 64), (40, 80, 160))
     drawn = draw(image, [seen_by_hand()], head=1)
-    half = drawn.width // 2
-    cell = half // 4
+    cell = SIDE // 4
     routed, other = (
-        drawn.getpixel((int(2.5 * cell), int(2.5 * cell))),
-        drawn.getpixel((int(2.5 * cell), cell)),
+        drawn.getpixel((int(2.5 * cell), TITLE + int(2.5 * cell))),
+        drawn.getpixel((int(2.5 * cell), TITLE + cell)),
     )
     assert routed == (40, 80, 160)
     assert other != routed
-    strongest = drawn.crop((drawn.width - cell, 3 * cell, drawn.width, 4 * cell)).resize((1, 1))
+    right = SIDE + GAP + SIDE
+    strongest = drawn.crop((right - cell, TITLE + 3 * cell, right, TITLE + 4 * cell)).resize((1, 1))
     red, _, blue = strongest.tobytes()
     assert red > 180 > blue
     assert "2 regions" in describe(seen_by_hand(), None)
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_a_drawing_has_titles_and_a_scale_on_the_paper_of_its_theme(theme: str) -> None:
+    paper, _ = THEMES[theme]
+    drawn = draw(Image.new("RGB", (64, 32), (40, 80, 160)), [seen_by_hand()] * 2, theme=theme)
+    assert drawn.getpixel((SIDE + GAP // 2, TITLE + 5)) == paper
+    assert drawn.height == 2 * (TITLE + SIDE // 2) + GAP
+    for left in (0, SIDE + GAP):
+        title = drawn.crop((left, 0, left + SIDE, TITLE))
+        assert len(set(title.tobytes())) > 3, "a title is written"
+    bar = drawn.crop((2 * (SIDE + GAP), TITLE, 2 * (SIDE + GAP) + BAR, TITLE + SIDE // 2))
+    red, _, blue = bar.crop((5, 2, 6, 3)).tobytes()
+    assert red > 180 > blue
+    assert bar.getpixel((5, bar.height - 1)) == (150, 150, 150)
+    numbers = drawn.crop((2 * (SIDE + GAP) + BAR, 0, drawn.width, drawn.height))
+    assert len(set(numbers.tobytes())) > 3
+
+
+def test_regions_of_padding_alone_are_counted_and_not_drawn() -> None:
+    seen = dataclasses.replace(seen_by_hand(), routed=((0, 0, 2, 2), (4, 0, 4, 2), (0, 4, 2, 4)))
+    assert seen.inside == ((0, 0, 2, 2),)
+    draw(Image.new("RGB", (64, 64)), [seen])
+    assert "routed to 3 regions, 2 of them padding" in describe(seen, None)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [((320, 224), (224, 320)), ((100, 190), (416, 224)), ((50, 50), (224, 224))]
+)
+def test_the_model_sees_a_picture_in_its_own_shape(
+    tmp_path: Path, size: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    file = tmp_path / "x.png"
+    Image.new("RGB", size).save(file)
+    assert shape_of(file, 224) == shape
+
+
+def test_a_strip_is_refused_with_what_would_work(tmp_path: Path) -> None:
+    file = tmp_path / "x.png"
+    Image.new("RGB", (900, 30)).save(file)
+    with pytest.raises(UsageError, match="--res 64x64 would cut a square"):
+        shape_of(file, 64)
+
+
+@pytest.mark.parametrize("model", ["biformer_tiny", "biformer_stl"])
+def test_maps_that_the_regions_do_not_divide_are_drawn(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At 64 pixels, stage 2 has 8x8 tokens in 7x7 regions: most regions are padding alone."""
+    file = tmp_path / "in.png"
+    Image.new("RGB", (60, 50), "green").save(file)
+    asked = f"visualize --image {file} --model {model} --res 64 --stage 2 -o {tmp_path / 'a.html'}"
+    assert run([*asked.split(), "--pictures", str(tmp_path / "p")]) == 0
+    assert "64x64 pixels, stage 2, block 2 of 2" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["attention-dark.png", "attention-light.png"]
+
+
+def test_a_checkpoint_of_ten_classes_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    weights, file = tmp_path / "w.pth", tmp_path / "in.png"
+    torch.save(build("biformer_tiny", num_classes=10).state_dict(), weights)
+    Image.new("RGB", (64, 64), "green").save(file)
+    asked = f"visualize --image {file} --checkpoint {weights} --res 64 --stage 1 -o {tmp_path / 'a.html'}"
+    assert run(asked.split()) == 0
+    assert "means nothing" not in capsys.readouterr().err
 
 
 def test_a_portrait_keeps_its_shape(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from bratune.report.figures.section import Section, Source
 
 __all__ = [
     "BIFORMER",
+    "COLOURS",
     "MOST_BARS",
     "OTHERS",
     "PUBLISHED",
@@ -40,6 +41,7 @@ __all__ = [
     "lanes",
     "panels",
     "section",
+    "value_text",
 ]
 
 # What a colour means in this chart.
