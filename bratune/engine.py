@@ -49,7 +49,8 @@ class ComparingEngine(Engine, Protocol):
         """The rows of cells that take turns, pass after pass, each pass in a fresh process.
 
         It is a comparison of its own: what was measured before does not answer it, nor do its rows answer
-        anything else. The same comparison again goes on where it ended.
+        anything else. The same comparison again goes on where it ended; passes that were disturbed are
+        made again.
 
         Args:
             cells: Who takes turns.

@@ -28,6 +28,7 @@ from bratune.cell import Cell
 from bratune.machine import Machine
 from bratune.measure.meter import Meter, meter_for
 from bratune.measure.settings import MeterSettings
+from bratune.measure.verdict import BUSY_PCT
 from bratune.record import Record
 from bratune.run.measure_cell import Result, run_cell
 from bratune.run.repro import command_for
@@ -441,7 +442,7 @@ class CellEngine:
         if isinstance(self._runner, Comparison):
             return self._runner.in_turn(cells, base)
         how = f"{self._settings.sampling}{IN_TURN_WITH}{base.cell_id}"
-        rows = {cell: self._cache.find_all(cell, sampling=how) for cell in cells}
+        rows = {cell: [*filter(_is_quiet, self._cache.find_all(cell, sampling=how))] for cell in cells}
         for number in range(1, (1 if isinstance(self._runner, LocalRunner) else passes) + 1):
             missing = [cell for cell in cells if _lacks(rows[cell], number)]
             if not missing:
@@ -592,6 +593,11 @@ def _lacks(rows: Sequence[Record], number: int) -> bool:
     A row that was no part of a series of passes, and is sampled like one, is the first.
     """
     return not any((row.pass_number or 1) == number or not row.ok for row in rows)
+
+
+def _is_quiet(row: Record) -> bool:
+    """Whether a pass of a comparison may decide something; one that may not is made again."""
+    return (row.cpu_wait_pct or 0.0) <= BUSY_PCT
 
 
 def _one_of(rows: Sequence[Record]) -> Record:

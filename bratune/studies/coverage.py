@@ -283,6 +283,8 @@ def show_command(output: Path) -> None:
         figures[f"delay {delay:g} %"] = asdict(seen)
         click.echo(f"a true +{delay:g} %: SLOWER in {seen.slower} of {seen.n} cells")
     if rows := regret.stored_regrets(output):
+        if busy := regret.disturbed(output):
+            click.echo(busy)
         figures["tune"] = seen_plans = regret.summary(rows)
         for row in rows:
             against = f"{row.speedup:.3f}x the default {row.verdict}".rstrip()

@@ -25,8 +25,9 @@ from bratune.machine import detect
 from bratune.measure.settings import MeterSettings
 from bratune.run.engine import CellEngine
 from bratune.run.isolated import IsolatedEngine
+from bratune.run.passes import disturbance
 from bratune.run.replay import ReplayRunner
-from bratune.store import Store
+from bratune.store import Store, read_records
 from bratune.tune.bench import Bench
 from bratune.tune.closing import Closing, compare
 from bratune.tune.plan import Plan, load_plan
@@ -36,6 +37,7 @@ from bratune.tune.setting import Setting
 __all__ = [
     "LIMIT",
     "Regret",
+    "disturbed",
     "plans_of",
     "regrets_of",
     "settings_of",
@@ -142,6 +144,12 @@ def summary(rows: Sequence[Regret]) -> dict[str, object]:
         "slower": sum(row.verdict == "SLOWER" for row in rows),
         "plans": [asdict(row) for row in rows],
     }
+
+
+def disturbed(output: Path) -> str:
+    """What stands against believing the truth; see `bratune.run.passes.disturbance`."""
+    records = output / "truth"
+    return disturbance(read_records([records])) if records.exists() else ""
 
 
 def stored_regrets(output: Path) -> list[Regret]:

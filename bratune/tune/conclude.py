@@ -15,6 +15,7 @@ from bratune.cell import Cell
 from bratune.errors import UsageError
 from bratune.measure.verdict import Verdict
 from bratune.record import Record, utc_now
+from bratune.run.passes import disturbance
 from bratune.tune.closing import Closing, compare
 from bratune.tune.evidence import Evidence, prior_only
 from bratune.tune.lost_accuracy import ALLOWED_LOSS
@@ -134,6 +135,8 @@ def _decide(
         reason = f"the default is kept, nothing is shown to be faster: {told}"
     elif chosen is default:
         reason = found.reason if complete else f"of what was measured, the default is fastest; {_open(tuner)}"
+    busy = disturbance(row for rows in closing.rows.values() for row in rows)
+    reason = "; ".join(filter(None, [reason, busy]))
     return chosen, _end_to_end(closing, base, bench.model_cell(chosen.setting), official), reason
 
 

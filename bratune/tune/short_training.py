@@ -14,7 +14,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ from bratune.tune.request import Request
 from bratune.tune.setting import Setting
 from bratune.tune.show import Say
 from bratune.tune.space import Space
-
-if TYPE_CHECKING:
-    from bratune.tune.request import Request
 
 __all__ = [
     "Recipe",

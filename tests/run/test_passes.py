@@ -221,6 +221,23 @@ def test_a_comparison_is_answered_by_nothing_else_and_answers_nothing_else(tmp_p
     assert {row.evidence for row in told[gather]} == {"replayed"}
 
 
+def test_a_disturbed_pass_of_a_comparison_is_made_again_by_the_same_command(tmp_path: Path) -> None:
+    class Busy(FakeGroups):
+        def run_group(self, cells: Sequence[Cell], **more: Any) -> Iterator[tuple[Cell, Result]]:
+            for one, result in super().run_group(cells, **more):
+                wait = 40.0 if more["seed"] == 2 else 1.0
+                yield one, Result(result.record.replace(cpu_wait_pct=wait), result.samples_ms)
+
+    gather, dense = GROUPS[:2]
+    path, runner = tmp_path / "r.jsonl", FakeGroups()
+    busy = engine(Busy(), path).in_turn([gather, dense], gather, 3)
+    assert [row.cpu_wait_pct for row in busy[dense]] == [1.0, 40.0, 1.0]
+    quiet = engine(runner, path).in_turn([gather, dense], gather, 3)
+    assert runner.log == ["fresh", "2:0:gather+dense"]
+    assert sorted(row.pass_number or 0 for row in quiet[dense]) == [1, 2, 3]
+    assert 40.0 not in [row.cpu_wait_pct for row in quiet[dense]]
+
+
 def test_cells_of_this_process_have_one_pass_whatever_is_asked(tmp_path: Path) -> None:
     with LocalEngine(machine.detect("cpu"), SETTINGS) as local:
         rows = local.in_turn(GROUPS[:2], GROUPS[0], 6)
