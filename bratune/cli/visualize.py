@@ -88,7 +88,7 @@ def command(
             pictures.mkdir(parents=True, exist_ok=True)
             for theme in THEMES:
                 drawn = draw(image, seen, head=head, theme=theme)
-                drawn.quantize(128).save(pictures / f"attention-{theme}.png", optimize=True)
+                drawn.save(pictures / f"attention-{theme}.png", optimize=True)
     except OSError as error:
         raise BratuneError(f"the drawing cannot be written to {output}: {error.strerror}") from None
     click.echo(facts)

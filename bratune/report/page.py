@@ -15,7 +15,7 @@ from typing import Any
 from bratune.errors import MissingPackageError
 from bratune.record import EVIDENCE, Record
 from bratune.report import assets
-from bratune.report.figures.facts import told_apart
+from bratune.report.figures.facts import told_apart, with_bounds
 from bratune.report.figures.panel import Key, Panel
 from bratune.report.figures.section import Section
 from bratune.report.opening import opening
@@ -118,10 +118,11 @@ def _header(title: str, sentence: str, records: Sequence[Record]) -> str:
     if not any(r.evidence == "measured" and r.ok for r in records):
         period = "nothing in it was measured"
     facts = [f"{len(records)} records", ", ".join(models), period]
+    shown = {r.evidence for r in with_bounds(records)}
     legend = "".join(
         f'<li><span class="swatch {name}"></span><b>{name}</b> {EVIDENCE_WORDS[name]}</li>'
         for name in EVIDENCE
-        if any(r.evidence == name for r in records) or name == "bound"
+        if name in shown
     )
     return (
         f"<header><h1>{html.escape(title)}</h1>"

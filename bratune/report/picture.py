@@ -12,7 +12,9 @@ from bratune.report.figures.throughput import COLOURS, Bar, chart, infos, lanes,
 
 __all__ = ["THEMES", "throughput_svg"]
 
-WIDTH, LABELS, MARGIN = 860, 380, 16
+WIDTH, MARGIN = 860, 16
+# Room for a character of a name, and for a value with its evidence.
+CHARACTER, VALUE = 7.7, 130
 LANE, HEADING = 30, 34
 # Ink, soft ink, grid. The paper is the page's.
 THEMES = {"light": ("#25303a", "#5d6a76", "#d5dbe1"), "dark": ("#e4e8ec", "#9aa7b3", "#39444e")}
@@ -37,23 +39,25 @@ def _svg(bars: Sequence[Bar], theme: str) -> str:
     bottom = top + sum(LANE if lane.bar else HEADING for lane in lines)
     step = _step(max(b.hi for b in bars))
     reach = max(b.hi for b in bars) * 1.02
-    wide = WIDTH - LABELS - MARGIN
+    left = round(MARGIN + CHARACTER * max(len(lane.name) for lane in lines if lane.bar) + VALUE)
+    width = max(WIDTH, left + WIDTH // 2)
+    wide = width - left - MARGIN
     body = [_text(MARGIN, 26, title, ink, size=16, weight=600), _legend(bars, soft)]
     for number in range(int(reach / step) + 1):
-        x = LABELS + wide * number * step / reach
+        x = left + wide * number * step / reach
         body.append(f'<path d="M{x:.1f} {top}V{bottom}" stroke="{grid}"/>')
         body.append(_text(x, bottom + 18, f"{number * step:g}", soft, anchor="middle", size=12))
-    body.append(_text(LABELS + wide / 2, bottom + 38, "images per second", soft, anchor="middle", size=12))
+    body.append(_text(left + wide / 2, bottom + 38, "images per second", soft, anchor="middle", size=12))
     y = top
     for lane in lines:
         if lane.bar is None:
             body.append(_text(MARGIN, y + 23, lane.name, ink, weight=600))
         else:
-            body += _lane(lane.name, lane.bar, y, wide / reach, ink, soft)
+            body += _lane(lane.name, lane.bar, left, y, wide / reach, ink, soft)
         y += LANE if lane.bar else HEADING
     height = bottom + 50
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" aria-label="{html.escape(f"images per second: {title}")}" '
         f'font-family="{html.escape(FONT)}" font-size="13.5">\n{_patterns()}\n'
         + "\n".join(body)
@@ -61,7 +65,7 @@ def _svg(bars: Sequence[Bar], theme: str) -> str:
     )
 
 
-def _lane(name: str, bar: Bar, y: float, scale: float, ink: str, soft: str) -> list[str]:
+def _lane(name: str, bar: Bar, left: int, y: float, scale: float, ink: str, soft: str) -> list[str]:
     colour = COLOURS[bar.meaning]
     fill = (
         colour
@@ -69,11 +73,11 @@ def _lane(name: str, bar: Bar, y: float, scale: float, ink: str, soft: str) -> l
         else f"url(#hatch{list(COLOURS).index(bar.meaning)})"
     )
     middle = y + LANE / 2
-    lo, value, hi = (LABELS + scale * v for v in (bar.lo, bar.images_per_s, bar.hi))
+    lo, value, hi = (left + scale * v for v in (bar.lo, bar.images_per_s, bar.hi))
     return [
         _text(MARGIN, middle + 5, name, ink),
-        _text(LABELS - 10, middle + 5, value_text(bar), soft, anchor="end", size=12.5),
-        f'<rect x="{LABELS}" y="{y + 5}" width="{value - LABELS:.1f}" height="{LANE - 10}" fill="{fill}" '
+        _text(left - 10, middle + 5, value_text(bar), soft, anchor="end", size=12.5),
+        f'<rect x="{left}" y="{y + 5}" width="{value - left:.1f}" height="{LANE - 10}" fill="{fill}" '
         f'stroke="{colour}"/>',
         f'<path d="M{lo:.1f} {middle}H{hi:.1f}M{lo:.1f} {middle - 4}v8M{hi:.1f} {middle - 4}v8" '
         f'stroke="{ink}" fill="none"/>',

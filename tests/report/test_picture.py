@@ -34,6 +34,13 @@ def test_a_picture_names_every_bar_with_its_value_and_evidence(theme: str) -> No
     assert max(ends) < float(root.get("width", 0))
 
 
+def test_a_long_name_has_room_before_its_value() -> None:
+    root = ElementTree.fromstring(throughput_svg([measured(peer("n" * 60), 3.0)]))
+    (name,) = (t for t in root.iter(f"{SVG}text") if (t.text or "").startswith("nnn"))
+    (value,) = (t for t in root.iter(f"{SVG}text") if (t.text or "").endswith("measured"))
+    assert float(value.get("x", 0)) - float(name.get("x", 0)) > 7 * len(name.text or "") + 100
+
+
 def test_what_was_not_measured_is_hatched_and_several_machines_are_named() -> None:
     boards = [gpus.resolve(key) for key in ("a100", "h200")]
     root = ElementTree.fromstring(throughput_svg([predict_cell(model("triton"), b) for b in boards]))

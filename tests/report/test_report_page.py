@@ -8,6 +8,7 @@ import gzip
 import html.parser
 import io
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -149,6 +150,12 @@ def test_what_did_not_run_is_not_counted_as_measured(records: list[Record]) -> N
     late = [r.replace(evidence="measured", outcome="timeout", median_ms=None) for r in records[:3]]
     machines = page([*late, records[0].replace(evidence="measured")]).partition('id="machines"')[2]
     assert "1 measured, 3 without a number" in machines
+
+
+def test_the_legend_names_what_is_on_the_page(records: list[Record]) -> None:
+    cpu = records[0].replace(evidence="measured", gpu_key="cpu", gpu_name="Some CPU")
+    assert re.findall(r'class="swatch (\w+)"', page([cpu])) == ["measured"]
+    assert re.findall(r'class="swatch (\w+)"', page(records)) == ["measured", "modelled", "bound"]
 
 
 def test_the_demo_shows_three_gpus() -> None:

@@ -87,7 +87,9 @@ def _peers(gpu: str, points: Sequence[PeerPoint]) -> Panel:
         style.axis("10<sup>9</sup> multiply-adds per image", range=[0, 1.06 * max(p.gmacs for p in points)]),
         style.axis("images per second", range=[0, 1.12 * max(p.images_per_s for p in points)]),
     )
-    return Panel(gpu, data, layout, tuple(Key(g, c, "dot") for g, c in groups.items()))
+    drawn = {trace["legendgroup"] for trace in data}
+    keys = tuple(Key(g, c, "dot") for g, c in groups.items() if g in drawn)
+    return Panel(gpu, data, layout, keys)
 
 
 def _peer_points(group: str, rows: Sequence[PeerPoint], colour: str, evidence: str) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def _most_telling(bars: Sequence[Bar]) -> list[Bar]:
     models = by([b for b in ranked if b.meaning != OTHERS], "model")
     order = sorted(models, key=lambda m: (-len(models[m]), m))
     heads = [models[m][0] for m in order]
-    published = [next((b for b in models[m] if b.meaning == PUBLISHED), None) for m in order]
+    published = [_published(models[m]) for m in order]
     first = [
         *heads[:1],
         *published[:1],
@@ -160,6 +160,12 @@ def _most_telling(bars: Sequence[Bar]) -> list[Bar]:
         *ranked,
     ]
     return list(dict.fromkeys(b for b in first if b is not None))
+
+
+def _published(bars: Sequence[Bar]) -> Bar | None:
+    """The official composition where it ran, else gather everywhere."""
+    found = [b for b in bars if b.meaning == PUBLISHED]
+    return min(found, key=lambda b: not b.series.endswith("published"), default=None)
 
 
 def lanes(bars: Sequence[Bar]) -> tuple[str, list[Lane]]:
