@@ -29,6 +29,7 @@ __all__ = [
     "TOO_LONG",
     "Record",
     "check_fields",
+    "completed",
     "field_types",
     "new_run_id",
     "parse_fields",
@@ -190,8 +191,7 @@ class Record:
             raise StoreError(f"outcome {self.outcome!r} is not known; these are: {', '.join(OUTCOMES)}")
         if self.evidence not in EVIDENCE:
             raise StoreError(f"evidence {self.evidence!r} is not known; these are: {', '.join(EVIDENCE)}")
-        if self.outcome not in ("measured", "modelled", "started") and not self.reason:
-            raise StoreError(f"a row with outcome {self.outcome!r} needs a reason")
+        _require_reason(self.outcome, self.reason)
 
     @property
     def ok(self) -> bool:
@@ -324,15 +324,30 @@ class Record:
 
     @classmethod
     def _of_checked(cls, fields: Mapping[str, Any]) -> Record:
-        intern = sys.intern
-        known: dict[str, Any] = {
-            name: intern(value) if type(value) is str else value
-            for name, value in fields.items()
-            if name in _KINDS
-        }
-        if known.get("part") == "model" and "form" not in known:
-            known |= form_fields(str(known.get("backend", "")))
-        return cls(**known)
+        return cls(**completed(fields))
+
+
+def completed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a line, checked already, as those of a `Record`: what another version added is left out.
+
+    Raises:
+        StoreError: a row that failed has no reason.
+    """
+    intern = sys.intern
+    known: dict[str, Any] = {
+        name: intern(value) if type(value) is str else value
+        for name, value in fields.items()
+        if name in _KINDS
+    }
+    if known.get("part") == "model" and "form" not in known:
+        known |= form_fields(str(known.get("backend", "")))
+    _require_reason(known.get("outcome", "measured"), known.get("reason", ""))
+    return known
+
+
+def _require_reason(outcome: str, reason: str) -> None:
+    if outcome not in ("measured", "modelled", "started") and not reason:
+        raise StoreError(f"a row with outcome {outcome!r} needs a reason")
 
 
 def field_types() -> dict[str, type]:

@@ -8,8 +8,7 @@ unless the caller says otherwise. Several records of one cell in a set are passe
 from __future__ import annotations
 
 import importlib.resources
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 from bratune import gpus, store
 from bratune.errors import StoreError, UnknownNameError, UsageError
-from bratune.measure.verdict import CONFIDENCE, MARGIN, Verdict, judge_runs
+from bratune.measure.verdict import CONFIDENCE, MARGIN, Passes, Verdict, judge_runs
 from bratune.record import Record
 from bratune.store.pooled import passes_of
 
@@ -53,6 +52,7 @@ WHAT = (
     "route_distribution",
 )
 HOW = ("regime", "l2", "amp", "layout", "deterministic")
+_NOT_NEEDED = ("cell_id", "cell", "repro", "claimed_by", "timestamp_utc", "run_id")
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,20 @@ class RecordSet:
     """
 
     label: str
-    records: tuple[Record, ...]
+    records: Sequence[Record]
 
     @property
     def gpu_key(self) -> str:
         """The machine that the set speaks of."""
         return self.records[0].gpu_key
+
+
+class _Cell(NamedTuple):
+    """One cell of a set: what is compared of its rows, which are not held."""
+
+    what: str
+    passes: Passes
+    evidence: tuple[str, ...]
 
 
 class Compared(NamedTuple):
@@ -138,16 +146,16 @@ def load_set(argument: str) -> RecordSet:
 
 
 def _of_machine(label: str, path: Path, key: str) -> RecordSet:
-    rows = [r for r in store.read_records([path]) if r.ok and r.evidence != "bound"]
-    found = sorted({r.gpu_key for r in rows})
+    rows = store.read_rows([path], without=_NOT_NEEDED).timed().where("evidence", lambda e: e != "bound")
+    found = sorted(rows.different("gpu_key"))
     if key and key not in found:
         raise UsageError(f"{path} has no timed record of {key!r}; it has: {', '.join(found) or 'none'}")
     if not key and len(found) > 1:
         raise UsageError(f"{path} holds records of {', '.join(found)}; name one, e.g. {path}@{found[0]}")
-    rows = [r for r in rows if not key or r.gpu_key == key]
+    rows = rows.where("gpu_key", lambda other: not key or other == key)
     if not rows:
         raise StoreError(f"{path} holds no record with a time")
-    return RecordSet(label, tuple(rows))
+    return RecordSet(label, rows)
 
 
 def compare(
@@ -178,18 +186,18 @@ def compare(
     for other in sets[1:]:
         other_groups = _groups(other, across)
         other_work = {key[: len(WHAT)] for key in other_groups}
-        common: list[tuple[list[Record], list[Record]]] = []
+        common: list[tuple[_Cell, _Cell]] = []
         for key, mine in base_groups.items():
             theirs = other_groups.get(key)
             if theirs is not None:
                 common.append((mine, theirs))
             elif key[: len(WHAT)] in other_work:
                 refused += 1
-                mismatch = mismatch or _mismatch(base, mine[0], other)
+                mismatch = mismatch or _mismatch(base, key, other, other_groups)
             else:
                 alone += 1
         judged = judge_runs(
-            [(passes_of(mine), passes_of(theirs)) for mine, theirs in common],
+            [(mine.passes, theirs.passes) for mine, theirs in common],
             margin=margin,
             confidence=confidence,
         )
@@ -209,35 +217,38 @@ def compare(
     return Comparison(tuple(rows), alone, refused, tuple(drifts))
 
 
-def _groups(found: RecordSet, across: bool) -> dict[tuple[object, ...], list[Record]]:
-    groups: dict[tuple[object, ...], list[Record]] = defaultdict(list)
-    for record in found.records:
-        how = () if across else tuple(getattr(record, name) for name in HOW)
-        groups[(*(getattr(record, name) for name in WHAT), *how)].append(record)
-    return dict(groups)
+def _groups(found: RecordSet, across: bool) -> dict[tuple[object, ...], _Cell]:
+    names = WHAT if across else WHAT + HOW
+    groups: dict[tuple[object, ...], _Cell] = {}
+    for rows in store.Rows.of(found.records).groups(names):
+        first = rows[0]
+        evidence = tuple(sorted({row.evidence for row in rows}))
+        groups[tuple(getattr(first, name) for name in names)] = _Cell(
+            describe(first), passes_of(rows), evidence
+        )
+    return groups
 
 
-def _mismatch(base: RecordSet, record: Record, other: RecordSet) -> str:
-    same = [r for r in other.records if all(getattr(r, n) == getattr(record, n) for n in WHAT)]
-    differing = [n for n in HOW if getattr(record, n) != getattr(same[0], n)] if same else []
+def _mismatch(
+    base: RecordSet, key: tuple[object, ...], other: RecordSet, others: Iterable[tuple[object, ...]]
+) -> str:
+    theirs = next(k for k in others if k[: len(WHAT)] == key[: len(WHAT)])
     return "; ".join(
-        f"{name}: {getattr(record, name)} in {base.label}, {getattr(same[0], name)} in {other.label}"
-        for name in differing
+        f"{name}: {mine} in {base.label}, {its} in {other.label}"
+        for name, mine, its in zip(HOW, key[len(WHAT) :], theirs[len(WHAT) :], strict=True)
+        if mine != its
     )
 
 
-def _compared(
-    base: RecordSet, mine: Sequence[Record], other: RecordSet, theirs: Sequence[Record], verdict: Verdict
-) -> Compared:
-    kinds = sorted({r.evidence for r in mine}) + sorted({r.evidence for r in theirs})
+def _compared(base: RecordSet, mine: _Cell, other: RecordSet, theirs: _Cell, verdict: Verdict) -> Compared:
     return Compared(
-        what=describe(mine[0]),
+        what=mine.what,
         base=base.label,
         other=other.label,
-        base_ms=median(passes_of(mine).values),
-        other_ms=median(passes_of(theirs).values),
+        base_ms=median(mine.passes.values),
+        other_ms=median(theirs.passes.values),
         verdict=verdict,
-        evidence="/".join(dict.fromkeys(kinds)),
+        evidence="/".join(dict.fromkeys(mine.evidence + theirs.evidence)),
     )
 
 

@@ -6,9 +6,9 @@ every row (``evidence``), and a cell that was never measured is an error with th
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,10 +18,13 @@ from bratune.measure.settings import MeterSettings
 from bratune.record import Record
 from bratune.run.engine import CellEngine
 from bratune.run.measure_cell import Result
-from bratune.store import pool, read_records
-from bratune.store.pooled import alike
+from bratune.store import Rows, pool_each, read_rows
+from bratune.store.pooled import alike, sizes_of
 
 __all__ = ["ReplayEngine", "ReplayRunner"]
+
+# What a replayed row has from the cell that is asked for, or what only runs that measure look at.
+_NOT_NEEDED = ("cell", "claimed_by")
 
 
 class ReplayRunner:
@@ -39,8 +42,8 @@ class ReplayRunner:
     evidence = "replayed"
 
     def __init__(self, records: Iterable[Record], *, gpu: str = "", source: str = "the records") -> None:
-        measured = [row for row in records if row.evidence == "measured" and row.outcome != "started"]
-        keys = sorted({row.gpu_key for row in measured})
+        rows = Rows.of(records).where("evidence", lambda value: value == "measured")
+        keys = sorted(rows.different("gpu_key"))
         if not keys:
             raise TargetError(f"{source} cannot be replayed: nothing in them was measured")
         if gpu and gpu not in keys:
@@ -48,36 +51,46 @@ class ReplayRunner:
         if not gpu and len(keys) > 1:
             raise TargetError(f"{source} hold {', '.join(keys)}; --gpu says which of them to replay")
         self._source = source
-        own = [row for row in measured if row.gpu_key == (gpu or keys[0])]
-        self._rows: dict[str, Record] = {}
-        self._compared: dict[tuple[str, str], list[Record]] = {}
-        for row in own:
-            self._compared.setdefault((row.cell_id, row.baseline), []).append(row)
-        for row in pool(own):
-            if _better(row, self._rows.get(row.cell_id)):
-                self._rows[row.cell_id] = row
-        chosen = {alike(row) for row in self._rows.values()}
-        self._passes: dict[str, list[Record]] = defaultdict(list)
-        for row in own:
-            if alike(row) in chosen:
-                self._passes[row.cell_id].append(row)
-        self.machine = own[0].machine
+        chosen = gpu or keys[0]
+        self._own = rows.where("gpu_key", lambda key: key == chosen)
+        self._pooled = Rows.of(pool_each(self._own))
+        self.machine = self._own[0].machine
 
-    @property
+    @functools.cached_property
     def passes(self) -> int:
         """The most passes that a cell has."""
-        return max(map(len, self._passes.values()), default=1)
+        sizes = sizes_of(self._own)
+        for place in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
+            row = self._pooled[place]
+            answer = self._answer(row.cell_id)
+            if answer is not None and alike(answer) == alike(row):
+                return sizes[place]
+        return 1
 
     @classmethod
     def of(cls, paths: Iterable[str | os.PathLike[str]], *, gpu: str = "") -> ReplayRunner:
         """A replay of record files and folders; see `bratune.store.read_records`."""
         several = list(paths)
-        return cls(read_records(several), gpu=gpu, source=", ".join(map(str, several)))
+        rows = read_rows(several, without=_NOT_NEEDED)
+        return cls(rows, gpu=gpu, source=", ".join(map(str, several)))
 
     def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
         """See `bratune.run.engine.Runner.run`; takes no time."""
-        row = self._rows.get(cell.cell_id)
+        row = self._answer(cell.cell_id)
         return self._missing(cell) if row is None else self._replayed(cell, row)
+
+    def _answer(self, cell_id: str) -> Record | None:
+        """The pooled row that stands for a cell."""
+        found: Record | None = None
+        for row in self._pooled.named(cell_id):
+            found = row if _better(row, found) else found
+        return found
+
+    def _passes(self, cell_id: str) -> list[Record]:
+        """The rows behind it."""
+        answer = self._answer(cell_id)
+        rows = [] if answer is None else self._own.named(cell_id)
+        return [row for row in rows if answer is not None and alike(row) == alike(answer)]
 
     def _missing(self, cell: Cell) -> Result:
         reason = f"not replayed: {self._source} holds no row of this cell on {self.machine.gpu_key}"
@@ -91,8 +104,9 @@ class ReplayRunner:
         """See `bratune.run.engine.Comparison.in_turn`."""
         return {
             cell: [
-                row.replace(evidence="replayed")
-                for row in self._compared.get((cell.cell_id, base.cell_id), ())
+                self._replayed(cell, row).record
+                for row in self._own.named(cell.cell_id)
+                if row.baseline == base.cell_id
             ]
             for cell in cells
         }
@@ -108,7 +122,7 @@ class ReplayRunner:
     ) -> Iterator[tuple[Cell, Result]]:
         """See `bratune.run.engine.GroupRunner.run_group`: rows of pass ``seed``, of cells that have it."""
         for cell in cells:
-            rows = self._passes.get(cell.cell_id, [])
+            rows = self._passes(cell.cell_id)
             if not rows:
                 yield cell, self._missing(cell)
             elif len(rows) >= seed:

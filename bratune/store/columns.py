@@ -1,5 +1,8 @@
 """Columns: lines of records as columns of a table, without an object per row.
 
+Numbers are packed, of everything else each different value is held once, and what is the same in a whole
+batch of lines takes no room: a row of 90 fields needs some 200 bytes, where an object needs 1,700.
+
 A few columns are cut out of the lines by searching for their names, which takes a fraction of the time of
 parsing. That is sound because of how `bratune.record.Record.to_json` writes: flat, without blanks, the schema
 first; and because a quotation mark inside a text is escaped, so that ``,"name":`` is always a field. A line
@@ -12,7 +15,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bratune.errors import StoreError, UnknownNameError
 from bratune.record import LONGEST, SCHEMA, Record, check_fields, field_types
@@ -22,10 +25,14 @@ if TYPE_CHECKING:
     import numpy
     import pandas
 
-__all__ = ["Columns", "Unusual", "parse_together"]
+    Array = numpy.ndarray[Any, Any]
+
+__all__ = ["Coded", "Columns", "Names", "Numbers", "Unusual", "parse_together"]
 
 # With more columns than this, parsing whole lines is as fast.
 _FEW = 16
+# Rows that are packed at a time.
+_TOGETHER = 1024
 # Different values whose texts are remembered, so that each is decoded once.
 _MEMORY = 100_000
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
@@ -77,8 +84,9 @@ class Columns:
         self._started = started
         self._kinds = {name: kinds[name] for name in self.names}
         self._defaults = {name: defaults[name] for name in self.names}
-        self._chunks: dict[str, list[numpy.ndarray[Any, Any]]] = {name: [] for name in self.names}
+        self.packed: dict[str, Packed] = {name: _packed(name, kinds[name]) for name in self.names}
         self._known: dict[bytes, Any] = {}
+        self._waiting: list[Record] = []
         self._searched = len(self.names) <= _FEW and "schema" not in self.names
 
     def add_lines(self, lines: Sequence[bytes]) -> None:
@@ -110,7 +118,7 @@ class Columns:
                 at = find(key)
                 append(default if at < 0 else self._value(line, at + length, number))
         try:
-            self._keep(values, checked=False)
+            self._keep(values)
         except StoreError:
             raise Unusual from None
 
@@ -121,27 +129,25 @@ class Columns:
             StoreError: a field holds something else than it should.
         """
         kept = [row for row in rows if self._started or row.get("outcome") != "started"]
-        intern = sys.intern
-        values = {}
-        for name, default in self._defaults.items():
-            column = [row.get(name, default) for row in kept]
-            if self._kinds[name] is str:
-                # Most texts repeat from row to row: one object each is what lets millions of rows fit.
-                column = [intern(value) if type(value) is str else value for value in column]
-            values[name] = column
-        self._keep(values)
+        self._keep({name: [row.get(name, d) for row in kept] for name, d in self._defaults.items()})
+
+    def add_record(self, record: Record) -> None:
+        """Take in a row; many are packed together."""
+        self._waiting.append(record)
+        if len(self._waiting) >= _TOGETHER:
+            self.flush()
+
+    def flush(self) -> None:
+        """Pack the rows that `add_record` left waiting."""
+        waiting, self._waiting = self._waiting, []
+        self.add_rows([record.to_dict() for record in waiting])
 
     def table(self) -> pandas.DataFrame:
         """Everything that was taken in, one row per record."""
-        import numpy
         import pandas
 
-        found: dict[str, Any] = {}
-        for name in self.names:
-            chunks = self._chunks.pop(name, []) or [_array([], self._kinds[name], name)]
-            whole = numpy.concatenate(chunks)
-            chunks.clear()
-            found[name] = _texts(pandas, whole) if self._kinds[name] is str else whole
+        self.flush()
+        found = {name: self.packed[name].column() for name in self.names}
         return pandas.DataFrame(found, columns=self.names, copy=False)
 
     def _value(self, line: bytes, at: int, number: bool) -> Any:
@@ -169,13 +175,10 @@ class Columns:
         except (ValueError, RecursionError):
             raise Unusual from None
 
-    def _keep(self, values: Mapping[str, list[Any]], *, checked: bool = True) -> None:
-        made = {name: _array(column, self._kinds[name], name) for name, column in values.items()}
-        if not checked:
-            for name, column in made.items():
-                _require_range(name, column, values[name])
-        for name, column in made.items():
-            self._chunks[name].append(column)
+    def _keep(self, values: Mapping[str, list[Any]]) -> None:
+        made = {name: self.packed[name].pack(column) for name, column in values.items()}
+        for name, chunk in made.items():
+            self.packed[name].chunks.append(chunk)
 
 
 def _is_escaped(line: bytes, quote: int) -> bool:
@@ -186,40 +189,207 @@ def _is_escaped(line: bytes, quote: int) -> bool:
     return (quote - start) % 2 == 1
 
 
-def _array(values: list[Any], kind: type, name: str) -> numpy.ndarray[Any, Any]:
-    """Values as an array: numbers packed, where they are all there; an absent number is NaN."""
-    import numpy
+class Packed(Protocol):
+    """The values of one field, packed in chunks."""
 
-    if kind is str:
-        found = numpy.empty(len(values), dtype=object)
-        found[:] = values
-        return found
-    absent = None in values
-    dtype: Any = float if kind is float or (absent and kind is int) else kind
-    if kind is bool and absent:
-        dtype = object
-    try:
-        return numpy.array(values, dtype=dtype)
-    except (ValueError, TypeError, OverflowError):
-        wrong = next((v for v in values if v is not None and not isinstance(v, int | float)), values[0])
-        raise StoreError(f"{name} of a record should be a number and is {wrong!r}") from None
+    chunks: list[Array]
+
+    def pack(self, values: Sequence[Any]) -> Array:
+        """A chunk of values, not kept yet; raises `StoreError` where one is none of this field."""
+
+    def whole(self) -> Array:
+        """All chunks in one, as they are packed."""
+
+    def ids(self) -> Array:
+        """A number for each row, equal where the values are."""
+
+    def values(self, packed: Array) -> list[Any]:
+        """What packed values stand for, None for what is absent."""
+
+    def column(self) -> Any:
+        """All values as a table holds them; an absent number is NaN."""
 
 
-def _require_range(name: str, column: numpy.ndarray[Any, Any], values: Sequence[Any]) -> None:
-    """Raise `StoreError` where a column holds what `bratune.record.check_fields` refuses, or could."""
-    import numpy
+def _packed(name: str, kind: type) -> Packed:
+    if kind is float:
+        return Numbers(name)
+    return Names(name) if name == "cell_id" else Coded(name, kind)
 
-    if column.dtype == object:
-        known = {value for value in values if value is not None}
-        for value in known:
-            check_fields({name: value})
-    elif column.dtype.kind in "if" and column.size:
-        absent = int(numpy.isnan(column).sum())
+
+class Numbers:
+    """A field of numbers: eight bytes each, NaN where there is none."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.chunks: list[Array] = []
+
+    def pack(self, values: Sequence[Any]) -> Array:
+        """See `Packed.pack`."""
+        import numpy
+
+        try:
+            found = numpy.array(values, dtype=float)
+        except (ValueError, TypeError, OverflowError):
+            wrong = next((v for v in values if v is not None and not isinstance(v, int | float)), values[0])
+            raise StoreError(f"{self._name} of a record should be a number and is {wrong!r}") from None
+        absent = int(numpy.isnan(found).sum())
         if absent != values.count(None):  # NaN was written
-            raise StoreError(f"{name} should be a finite number")
-        if absent < column.size:
-            for value in (numpy.nanmin(column), numpy.nanmax(column)):
-                check_fields({name: value.item()})
+            raise StoreError(f"{self._name} should be a finite number")
+        if absent < found.size:
+            for value in (numpy.nanmin(found), numpy.nanmax(found)):
+                check_fields({self._name: value.item()})
+        return _folded(found)
+
+    def whole(self) -> Array:
+        """See `Packed.whole`."""
+        import numpy
+
+        return _joined(self.chunks, numpy.dtype(float))
+
+    def ids(self) -> Array:
+        """See `Packed.ids`."""
+        import numpy
+
+        return numpy.unique(self.whole(), return_inverse=True)[1]
+
+    def values(self, packed: Array) -> list[Any]:
+        """See `Packed.values`."""
+        return [None if value != value else value for value in packed.tolist()]
+
+    def column(self) -> Any:
+        """See `Packed.column`."""
+        return self.whole()
+
+
+class Coded:
+    """A field of texts, whole numbers or yes and no: each different value once, and a short code per row."""
+
+    def __init__(self, name: str, kind: type) -> None:
+        self._name, self._kind = name, kind
+        self.chunks: list[Array] = []
+        self.known: list[Any] = []
+        self._codes: dict[Any, int] = {}
+
+    def pack(self, values: Sequence[Any]) -> Array:
+        """See `Packed.pack`."""
+        import numpy
+
+        codes = self._codes
+        try:
+            for value in dict.fromkeys(values):
+                if value not in codes:
+                    check_fields({self._name: value})
+                    codes[value] = len(self.known)
+                    self.known.append(sys.intern(value) if type(value) is str else value)
+        except TypeError:  # a list or an object, which cannot be looked up
+            raise StoreError(f"{self._name} of a record should be a {self._kind.__name__}") from None
+        dtype = next(d for d in (numpy.uint8, numpy.uint16, numpy.uint32) if len(codes) <= numpy.iinfo(d).max)
+        return _folded(numpy.fromiter((codes[value] for value in values), dtype, len(values)))
+
+    def whole(self) -> Array:
+        """See `Packed.whole`."""
+        import numpy
+
+        return _joined(self.chunks, numpy.dtype(numpy.uint8))
+
+    def ids(self) -> Array:
+        """See `Packed.ids`."""
+        return self.whole()
+
+    def values(self, packed: Array) -> list[Any]:
+        """See `Packed.values`."""
+        known = self.known
+        return [known[code] for code in packed.tolist()]
+
+    def column(self) -> Any:
+        """See `Packed.column`."""
+        import numpy
+        import pandas
+
+        known: Array = numpy.empty(len(self.known), dtype=object)
+        known[:] = self.known
+        whole = self.whole()
+        if self._kind is str:
+            return _texts(pandas, known[whole])
+        used = [self.known[code] for code in numpy.unique(whole).tolist()]
+        if None not in used:
+            return known[whole].astype(self._kind)
+        return known[whole] if self._kind is bool else known[whole].astype(float)
+
+
+class Names:
+    """A field of short names of which most are different: their bytes, without an object for each."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.chunks: list[Array] = []
+
+    def pack(self, values: Sequence[Any]) -> Array:
+        """See `Packed.pack`."""
+        import numpy
+
+        for value in values:
+            if type(value) is not str:
+                check_fields({self._name: value})
+        try:
+            return numpy.array([value.encode("ascii") for value in values], dtype=bytes)
+        except UnicodeEncodeError:
+            found: Array = numpy.empty(len(values), dtype=object)
+            found[:] = [value.encode() for value in values]
+            return found
+
+    def whole(self) -> Array:
+        """See `Packed.whole`."""
+        import numpy
+
+        return _joined(self.chunks, numpy.dtype("S1"))
+
+    def ids(self) -> Array:
+        """See `Packed.ids`."""
+        import numpy
+
+        return numpy.unique(self.whole(), return_inverse=True)[1]
+
+    def values(self, packed: Array) -> list[Any]:
+        """See `Packed.values`."""
+        return [value.decode() for value in packed.tolist()]
+
+    def column(self) -> Any:
+        """See `Packed.column`."""
+        import numpy
+        import pandas
+
+        found: Array = numpy.empty(sum(map(len, self.chunks)), dtype=object)
+        found[:] = self.values(self.whole())
+        return _texts(pandas, found)
+
+
+def _folded(chunk: Array) -> Array:
+    """A chunk without the memory of its values where they are all the same."""
+    import numpy
+
+    same = chunk.size > 1 and ((chunk == chunk[0]).all() or (chunk != chunk).all())
+    return numpy.broadcast_to(chunk[0].copy(), chunk.shape) if same else chunk
+
+
+def _joined(chunks: list[Array], dtype: numpy.dtype[Any]) -> Array:
+    """Chunks as one, which takes their place; a chunk of one value stays without memory where it is alone."""
+    import numpy
+
+    if not chunks:
+        return numpy.empty(0, dtype)
+    if len(chunks) > 1:
+        first = chunks[0][:1]
+        if all(c.strides == (0,) and _same(c[:1], first) for c in chunks):
+            whole = numpy.broadcast_to(first[0], (sum(map(len, chunks)),))
+        else:
+            whole = numpy.concatenate(chunks)
+        chunks[:] = [whole]
+    return chunks[0]
+
+
+def _same(one: Array, other: Array) -> bool:
+    return bool((one == other).all() or ((one != one) & (other != other)).all())
 
 
 def _texts(pandas: Any, values: numpy.ndarray[Any, Any]) -> Any:

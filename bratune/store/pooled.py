@@ -6,20 +6,20 @@ Rows of earlier versions have no pass; each of them is one process.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bratune.measure.verdict import Estimate, Passes, Prior, estimate, priors
 from bratune.record import Record
-from bratune.store.lines import read_records
+from bratune.store.columns import Columns
+from bratune.store.rows import Rows, read_rows
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["IN_TURN_WITH", "alike", "passes_of", "pool", "pooled", "ratios_of"]
+__all__ = ["IN_TURN_WITH", "alike", "passes_of", "pool", "pool_each", "pooled", "ratios_of"]
 
 # In how a row was sampled: it belongs to a comparison of its own, and its ratio is to that cell.
 IN_TURN_WITH = ", in turn with "
@@ -57,11 +57,10 @@ def pooled(paths: Iterable[str | os.PathLike[str]]) -> pandas.DataFrame:
     Raises:
         StoreError: a path does not exist or cannot be read.
     """
-    import pandas
-
-    names = [field.name for field in dataclasses.fields(Record)]
-    rows = [row.to_dict() for row in pool(read_records(paths))]
-    return pandas.DataFrame(rows, columns=names)
+    made = Columns()
+    for row in pool_each(read_rows(paths)):
+        made.add_record(row)
+    return made.table()
 
 
 def alike(row: Record) -> tuple[Any, ...]:
@@ -74,14 +73,37 @@ def pool(rows: Iterable[Record]) -> list[Record]:
 
     "started" lines are left out, and rows of comparisons of their own (`IN_TURN_WITH`).
     """
-    cells: dict[tuple[Any, ...], list[Record]] = {}
-    for row in rows:
-        if row.outcome != "started" and IN_TURN_WITH not in row.sampling:
-            cells.setdefault(alike(row), []).append(row)
-    timed = {key: [row for row in found if row.ok] for key, found in cells.items()}
-    times = priors(passes_of(found) for found in timed.values() if found)
-    ratios = priors(one for found in timed.values() if (one := ratios_of(found)) is not None)
-    return [_pooled(found, timed[key], times, ratios) for key, found in cells.items()]
+    return list(pool_each(rows))
+
+
+def pool_each(rows: Iterable[Record]) -> Iterator[Record]:
+    """The rows of `pool`, made one after the other; what is read is held packed."""
+    packed = pooled_among(Rows.of(rows))
+
+    def repeated() -> Iterator[Sequence[Record]]:
+        return filter(None, map(_timed, packed.groups(_ALIKE, least=2)))
+
+    # Only cells of several passes say how passes scatter.
+    times = priors(passes_of(found) for found in repeated())
+    ratios: dict[str, Prior] = {}
+    if packed.different("ratio") != [None]:
+        ratios = priors(one for found in repeated() if (one := ratios_of(found)) is not None)
+    for found in packed.groups(_ALIKE):
+        yield _pooled(found, _timed(found), times, ratios)
+
+
+def pooled_among(rows: Rows) -> Rows:
+    """The rows that `pool` pools."""
+    return rows.where("sampling", lambda sampling: IN_TURN_WITH not in sampling)
+
+
+def sizes_of(rows: Rows) -> list[int]:
+    """How many rows each row of `pool` stands for."""
+    return pooled_among(rows).sizes(_ALIKE)
+
+
+def _timed(rows: Sequence[Record]) -> Sequence[Record]:
+    return rows.timed() if isinstance(rows, Rows) else [row for row in rows if row.ok]
 
 
 def passes_of(rows: Sequence[Record]) -> Passes:

@@ -1,7 +1,7 @@
-"""Scale study: how large records become and how long they take to read, measured.
+"""Scale study: how large records become, how long they take to read and in how much memory, measured.
 
-``python -m bratune.studies scale 1000000 -o FOLDER`` writes that many rows, each with numbers and an
-identity of its own, and times what a user does with them. The figures of docs/scale.md come from it.
+``python -m bratune.studies scale 1000000 -o FOLDER`` writes that many rows, each with numbers of its own and
+ten to a cell, and does with them what a user does. The figures of docs/scale.md come from it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import multiprocessing
+import os
+import re
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
@@ -19,6 +23,7 @@ import click
 
 from bratune import store
 from bratune.cell import Cell
+from bratune.errors import BratuneError
 from bratune.machine import detect
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
@@ -33,11 +38,33 @@ T = TypeVar("T")
 
 # What a user does with records, in an order in which each finds its files.
 # `drive` is what the driver of a cluster does: 128 devices that take no time hand it their rows.
-STEPS = ("drive", "write", "read", "read-all", "resume", "records", "compact", "read-parquet")
+STEPS = (
+    "drive",
+    "write",
+    "read",
+    "read-all",
+    "resume",
+    "pooled",
+    "report",
+    "compare",
+    "replay",
+    "records",
+    "compact",
+    "read-parquet",
+)
+# Those that are commands, each run as a user does.
+VERBS = {
+    "report": ("report", "{folder}", "-o", "{folder}-report.html"),
+    "compare": ("compare", "{folder}/before.jsonl", "{folder}/after.jsonl"),
+    "replay": ("profile", "--replay", "{folder}", "--model", "biformer_small", "-o", "{folder}-replayed"),
+}
 
 _MOST_DRIVEN = 2_000
 # More rows than this as objects would not fit a small machine.
 _MOST_OBJECTS = 1_000_000
+# Rows of a cell, and what differs from row to row.
+_PASSES = 10
+_TIMES = ("median_ms", "ci_lo_ms", "ci_hi_ms", "p10_ms", "p90_ms", "min_ms", "images_per_s")
 
 # What a comparison or a figure asks for.
 COLUMNS = (
@@ -155,58 +182,101 @@ def main(count: int, output: Path, steps: tuple[str, ...]) -> None:
 
     Each step runs in a process of its own, so that peaks of memory are its own.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"records-{count}.jsonl"
+    folder = output / f"records-{count}"
+    folder.mkdir(parents=True, exist_ok=True)
     for step in steps or STEPS:
         if step == "records" and not steps and count > _MOST_OBJECTS:
             continue
+        if step in VERBS:
+            click.echo(json.dumps(_verb(step, folder, count)))
+            continue
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            click.echo(json.dumps(pool.submit(_step, step, path, count).result()))
+            click.echo(json.dumps(pool.submit(_step, step, folder, count).result()))
 
 
-def _step(step: str, path: Path, count: int) -> dict[str, object]:
+def _verb(step: str, folder: Path, count: int) -> dict[str, object]:
+    """What a command takes, as `_step` says it."""
+    arguments = [part.format(folder=folder) for part in VERBS[step]]
+    start = time.perf_counter()
+    log = folder.with_name(f"{folder.name}-{step}.out")
+    with log.open("w") as out:
+        child = subprocess.Popen([sys.executable, "-m", "bratune", *arguments], stdout=out, stderr=out)
+        _, status, used = os.wait4(child.pid, 0)
+    wall = time.perf_counter() - start
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise BratuneError(f"bratune {' '.join(arguments)} failed; {log} says why")
+    found: dict[str, object] = {"step": step, "rows": count, "wall_s": round(wall, 1)}
+    return found | {
+        "cpu_s": round(used.ru_utime + used.ru_stime, 1),
+        "peak_gib": round(used.ru_maxrss / 2**20, 2),
+    }
+
+
+def _step(step: str, folder: Path, count: int) -> dict[str, object]:
     """What a step takes: wall time, time of all cores, peak of memory, size of what it wrote."""
     import pandas
 
-    copy = path.with_suffix(".parquet")
+    copy, before = folder / "records.parquet", folder / "before.jsonl"
     held: object
     match step:
         case "drive":
             count = min(count, _MOST_DRIVEN)
-            seconds, held = _timed(lambda: list(_driver(path.parent / "driven.jsonl").run(_cells(count))))
+            seconds, held = _timed(lambda: list(_driver(folder.parent / "driven.jsonl").run(_cells(count))))
         case "write":
             kinds = list(rows(min(count, 10_000)))  # making rows is not what is timed
-            seconds, held = _timed(lambda: _write(path, kinds, count))
+            seconds, held = _timed(lambda: _write(folder, kinds, count))
         case "read":
-            seconds, held = _timed(lambda: store.read(path, columns=COLUMNS))
+            seconds, held = _timed(lambda: store.read(folder, columns=COLUMNS))
         case "read-all":
-            seconds, held = _timed(lambda: store.read(path))
+            seconds, held = _timed(lambda: store.read(folder))
         case "resume":
-            seconds, held = _timed(lambda: store.Store(path).index())
+            count //= 2
+            seconds, index = _timed(lambda: store.Store(before).index())
+            assert len(index.rows(name_of(0))) == _PASSES // 2
+            held = None
+        case "pooled":
+            seconds, held = _timed(lambda: store.pooled([folder]))
+            count = -(-count // _PASSES)
         case "records":
-            seconds, held = _timed(lambda: store.Store(path).records())
+            seconds, held = _timed(lambda: list(store.read_records([folder])))
         case "compact":
-            seconds, held = _timed(lambda: upkeep.compact([path], copy))
+            seconds, held = _timed(lambda: upkeep.compact([folder], copy))
         case _:
             seconds, held = _timed(lambda: pandas.read_parquet(copy, columns=list(COLUMNS)))
     if isinstance(held, Sized):
         assert len(held) == count
     found: dict[str, object] = {"step": step, "rows": count, "wall_s": round(seconds, 1)}
     found |= {"cpu_s": round(time.process_time(), 1), "peak_gib": round(_peak_gib(), 2)}
-    written = {"write": path, "compact": copy}.get(step)
-    if written:
-        found["gb"] = round(written.stat().st_size / 1e9, 3)
+    if step in ("write", "compact"):
+        written = [copy] if step == "compact" else list(folder.glob("*.jsonl"))
+        found["gb"] = round(sum(path.stat().st_size for path in written) / 1e9, 3)
     return found
 
 
-def _write(path: Path, kinds: list[Record], count: int) -> None:
-    """Lines of all kinds in turn, each row a run and a cell of its own."""
-    lines = [kind.to_json() for kind in kinds]
-    with path.open("w") as file:
+def name_of(number: int) -> str:
+    """The identity of a cell of the study."""
+    return f"{number:016x}"
+
+
+def _write(folder: Path, kinds: list[Record], count: int) -> None:
+    """Lines of all kinds in turn, ten passes of each cell; the first half of all in a file of its own."""
+    templates = [_template(kind) for kind in kinds]
+    cells = -(-count // _PASSES)
+    with (folder / "before.jsonl").open("w") as before, (folder / "after.jsonl").open("w") as after:
         for number in range(count):
-            line = lines[number % len(lines)]
-            start = line.index('"run_id":"') + len('"run_id":"')
-            cell = line.index('"cell_id":"') + len('"cell_id":"')
-            file.write(
-                f"{line[:start]}{number // len(lines)}-{line[start:cell]}{number:016x}{line[cell + 16 :]}\n"
-            )
+            one, cell = divmod(number, cells)
+            median = (1 + (number * 7919 % 9973) / 9973) * (1 + cell % 101)
+            times = *(median * factor for factor in (1, 0.99, 1.01, 0.98, 1.05, 0.97)), 1e3 / median
+            names = f"run-{one}-{cell // 1000}", name_of(cell)
+            line = templates[cell % len(templates)] % (*names, one + 1, *times)
+            (before if number < count // 2 else after).write(line)
+
+
+def _template(row: Record) -> str:
+    """A line of a kind, with a place for its run, its cell, its pass and its times."""
+    line = row.replace(run_id="-", pass_number=1).to_json().replace("%", "%%")
+    for name in ("run_id", "cell_id"):
+        line = re.sub(rf'"{name}":"[^"]*"', f'"{name}":"%s"', line, count=1)
+    for name in ("pass_number", *_TIMES):
+        line = re.sub(rf'"{name}":[^,}}]*', f'"{name}":%s', line, count=1)
+    return line + "\n"
