@@ -52,18 +52,37 @@ STEPS = (
     "compact",
     "read-parquet",
 )
-# Those that are commands, each run as a user does.
+# What a run does that continues a store, beside what every run does.
+_RESUME = """
+from bratune.store import Store
+assert len(Store(sys.argv[1]).index().rows("0" * 16)) == int(sys.argv[2])
+"""
+_COMMAND = """
+from bratune.cli import run
+sys.exit(run())
+"""
+# The peak of a process, told by itself: the system's account of a child begins with the peak of its parent.
+_TELL_PEAK = """
+import atexit, re, sys
+@atexit.register
+def tell():
+    print("peak:", re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1], file=sys.stderr)
+"""
+_REPLAY = ("profile", "--replay", "{folder}", "--model", "biformer_small", "-o", "{folder}-replayed")
+# Rows of a cell.
+_PASSES = 10
+# Those that are run as a user does, or that need a process without what the study imports.
 VERBS = {
-    "report": ("report", "{folder}", "-o", "{folder}-report.html"),
-    "compare": ("compare", "{folder}/before.jsonl", "{folder}/after.jsonl"),
-    "replay": ("profile", "--replay", "{folder}", "--model", "biformer_small", "-o", "{folder}-replayed"),
+    "resume": (_RESUME, "{folder}/before.jsonl", str(_PASSES // 2)),
+    "report": (_COMMAND, "report", "{folder}", "-o", "{folder}-report.html"),
+    "compare": (_COMMAND, "compare", "{folder}/before.jsonl", "{folder}/after.jsonl"),
+    "replay": (_COMMAND, *_REPLAY),
 }
 
 _MOST_DRIVEN = 2_000
 # More rows than this as objects would not fit a small machine.
 _MOST_OBJECTS = 1_000_000
-# Rows of a cell, and what differs from row to row.
-_PASSES = 10
+# What differs from row to row.
 _TIMES = ("median_ms", "ci_lo_ms", "ci_hi_ms", "p10_ms", "p90_ms", "min_ms", "images_per_s")
 
 # What a comparison or a figure asks for.
@@ -196,19 +215,23 @@ def main(count: int, output: Path, steps: tuple[str, ...]) -> None:
 
 def _verb(step: str, folder: Path, count: int) -> dict[str, object]:
     """What a command takes, as `_step` says it."""
-    arguments = [part.format(folder=folder) for part in VERBS[step]]
+    code, *arguments = (part.format(folder=folder) for part in VERBS[step])
     start = time.perf_counter()
     log = folder.with_name(f"{folder.name}-{step}.out")
     with log.open("w") as out:
-        child = subprocess.Popen([sys.executable, "-m", "bratune", *arguments], stdout=out, stderr=out)
+        command = [sys.executable, "-c", _TELL_PEAK + code, *arguments]
+        child = subprocess.Popen(command, stdout=out, stderr=out)
         _, status, used = os.wait4(child.pid, 0)
     wall = time.perf_counter() - start
-    if os.waitstatus_to_exitcode(status) != 0:
-        raise BratuneError(f"bratune {' '.join(arguments)} failed; {log} says why")
-    found: dict[str, object] = {"step": step, "rows": count, "wall_s": round(wall, 1)}
-    return found | {
+    peak = re.findall(r"^peak: (\d+)$", log.read_text(), re.MULTILINE)
+    if os.waitstatus_to_exitcode(status) != 0 or not peak:
+        raise BratuneError(f"{step} of the records in {folder} failed; {log} says why")
+    return {
+        "step": step,
+        "rows": count if step != "resume" else count // 2,
+        "wall_s": round(wall, 1),
         "cpu_s": round(used.ru_utime + used.ru_stime, 1),
-        "peak_gib": round(used.ru_maxrss / 2**20, 2),
+        "peak_gib": round(int(peak[-1]) / 2**20, 2),
     }
 
 
@@ -216,7 +239,7 @@ def _step(step: str, folder: Path, count: int) -> dict[str, object]:
     """What a step takes: wall time, time of all cores, peak of memory, size of what it wrote."""
     import pandas
 
-    copy, before = folder / "records.parquet", folder / "before.jsonl"
+    copy = folder / "records.parquet"
     held: object
     match step:
         case "drive":
@@ -229,11 +252,6 @@ def _step(step: str, folder: Path, count: int) -> dict[str, object]:
             seconds, held = _timed(lambda: store.read(folder, columns=COLUMNS))
         case "read-all":
             seconds, held = _timed(lambda: store.read(folder))
-        case "resume":
-            count //= 2
-            seconds, index = _timed(lambda: store.Store(before).index())
-            assert len(index.rows(name_of(0))) == _PASSES // 2
-            held = None
         case "pooled":
             seconds, held = _timed(lambda: store.pooled([folder]))
             count = -(-count // _PASSES)
@@ -253,11 +271,6 @@ def _step(step: str, folder: Path, count: int) -> dict[str, object]:
     return found
 
 
-def name_of(number: int) -> str:
-    """The identity of a cell of the study."""
-    return f"{number:016x}"
-
-
 def _write(folder: Path, kinds: list[Record], count: int) -> None:
     """Lines of all kinds in turn, ten passes of each cell; the first half of all in a file of its own."""
     templates = [_template(kind) for kind in kinds]
@@ -267,7 +280,7 @@ def _write(folder: Path, kinds: list[Record], count: int) -> None:
             one, cell = divmod(number, cells)
             median = (1 + (number * 7919 % 9973) / 9973) * (1 + cell % 101)
             times = *(median * factor for factor in (1, 0.99, 1.01, 0.98, 1.05, 0.97)), 1e3 / median
-            names = f"run-{one}-{cell // 1000}", name_of(cell)
+            names = f"run-{one}-{cell // 1000}", f"{cell:016x}"
             line = templates[cell % len(templates)] % (*names, one + 1, *times)
             (before if number < count // 2 else after).write(line)
 
