@@ -60,9 +60,9 @@ def command(
     if not paths and not demo and not keys:
         raise UsageError("report needs records: a file, a folder, --gpu KEY for modelled rows, or --demo")
     records = demonstration.demo_records() if demo else []
-    rows = store.read_rows(paths, without=("repro", "claimed_by")) if paths else store.Rows.of(())
-    records += store.pool(rows)
-    passes = list(rows.where("part", lambda part: part == "model"))
+    stored = store.read_rows(paths, without=("repro", "claimed_by")) if paths else store.Rows.of(())
+    records += store.pool(stored)
+    passes = list(stored.where("part", lambda part: part == "model"))
     if keys:
         records += demonstration.modelled_records([gpus.resolve(key) for key in keys])
     gmacs: dict[str, float] = {}
