@@ -178,7 +178,8 @@ class Columns:
     def _keep(self, values: Mapping[str, list[Any]]) -> None:
         made = {name: self.packed[name].pack(column) for name, column in values.items()}
         for name, chunk in made.items():
-            self.packed[name].chunks.append(chunk)
+            if len(chunk):
+                self.packed[name].chunks.append(chunk)
 
 
 def _is_escaped(line: bytes, quote: int) -> bool:

@@ -120,7 +120,7 @@ class Rows(Sequence[Record]):
             Lists; of a group that is too large to be held as objects, `Rows`.
         """
         order, starts = self._sorted_by(names)
-        ends = [*starts[1:].tolist(), len(order)]
+        ends = [*starts.tolist(), len(order)][1:]
         waiting: list[tuple[int, int]] = []
         size = 0
         for start, end in zip(starts.tolist(), ends, strict=True):
@@ -176,6 +176,8 @@ class Rows(Sequence[Record]):
 
     def _made(self, places: Array) -> list[Record]:
         """Objects of the rows at some places of the columns."""
+        if not len(places):
+            return []
         names: list[str] = []
         columns: list[Iterable[Any]] = []
         for name, packed in self._columns.packed.items():

@@ -61,6 +61,12 @@ def test_packed_rows_are_the_records_that_were_written(
     assert list(found.timed()) == [row for row in wanted if row.ok]
 
 
+def test_no_rows_are_no_groups_and_no_table() -> None:
+    for rows in (Rows.of([]), Rows.of([Record(outcome="started")]), Rows.of([])[:1], Rows.of([]).timed()):
+        assert (len(rows), list(rows), list(rows.groups(["cell_id"])), rows.named("a")) == (0, [], [], [])
+        assert rows.different("gpu_key") == rows.sizes(["task"]) == pool(rows) == []
+
+
 def test_a_field_that_is_not_needed_has_its_default(tmp_path: Path) -> None:
     wanted = written(tmp_path / "a.jsonl", some_rows(20))
     assert list(read_rows([tmp_path], without=["cell"])) == [row.replace(cell="") for row in wanted]
