@@ -64,7 +64,7 @@ def test_packed_rows_are_the_records_that_were_written(
 def test_no_rows_are_no_groups_and_no_table() -> None:
     for rows in (Rows.of([]), Rows.of([Record(outcome="started")]), Rows.of([])[:1], Rows.of([]).timed()):
         assert (len(rows), list(rows), list(rows.groups(["cell_id"])), rows.named("a")) == (0, [], [], [])
-        assert rows.different("gpu_key") == rows.sizes(["task"]) == pool(rows) == []
+        assert (rows.different("gpu_key"), rows.sizes(["task"]), pool(rows)) == ([], [], [])
 
 
 def test_a_field_that_is_not_needed_has_its_default(tmp_path: Path) -> None:
