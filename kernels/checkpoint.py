@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from bratune.errors import CheckpointError, UnknownNameError
 
-__all__ = ["TRUST_VARIABLE", "Loaded", "classes_of", "convert_stl", "load_weights", "read_weights"]
+__all__ = [
+    "TRUST_VARIABLE",
+    "Loaded",
+    "classes_of",
+    "convert_stl",
+    "is_trusted",
+    "load_weights",
+    "read_weights",
+]
 
 # Set to 1, weights files may run code of their own in this process and in those that it starts.
 TRUST_VARIABLE = "BRATUNE_TRUST_CHECKPOINT"
@@ -93,7 +101,7 @@ def read_weights(path: str | Path, *, trust: bool = False, ema: bool = False) ->
         CheckpointError: the file cannot be read, needs trust, or holds no weights.
     """
     path = Path(path)
-    content = _by_name(_read(path, trust=trust or os.environ.get(TRUST_VARIABLE) == "1"))
+    content = _by_name(_read(path, trust=trust or is_trusted()))
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not weights by name")
     # YOLO trainers leave `model` empty once training is done: the averaged weights are the answer then.
@@ -108,6 +116,11 @@ def read_weights(path: str | Path, *, trust: bool = False, ema: bool = False) ->
     if not weights:
         raise CheckpointError(f"{path} holds no weights, only {_some(content)}")
     return _without_prefixes(weights)
+
+
+def is_trusted() -> bool:
+    """Whether the environment lets weights files run code; see `TRUST_VARIABLE`."""
+    return os.environ.get(TRUST_VARIABLE) == "1"
 
 
 def _by_name(content: Any) -> Any:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from bratune.cell import Cell
+from bratune.kernels.checkpoint import is_trusted
 from bratune.variant import TASKS, get_variant
 
 __all__ = ["command_for"]
@@ -53,6 +54,7 @@ def command_for(cell: Cell, *, extra: Sequence[str] = ()) -> str:
         words += ["--routes", cell.route_distribution] if cell.route_distribution != "recorded" else []
     for name, path in json.loads(cell.extra).items():
         words += [f"--{name}", path]
+        words += ["--trust-checkpoint"] if name == "checkpoint" and is_trusted() else []
     named = [] if cell.part == "model" and form else cell.backend.split(",")
     for name in dict.fromkeys(named):
         words += ["--backend", name] if name else []

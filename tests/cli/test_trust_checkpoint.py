@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import pytest
 import torch
 
 import bratune
-from bratune.cli import run
+from bratune.cli import VERBS, run
 from bratune.cli.options import TRUST_VARIABLE
 from bratune.kernels import checkpoint
+from bratune.machine import detect
+from bratune.run.repro import command_for
+from bratune.work.cells import scenes
+from bratune.work.request import make_request
 
 READERS = {
     "tune": ["tune", "--device", "cpu", "--dry-run"],
@@ -61,12 +66,29 @@ def test_a_whole_model_is_read_only_with_the_flag_and_only_by_that_command(
     assert run(asked) == 1
 
 
-@pytest.mark.parametrize("verb", ["profile", "tune", "validate-proxy", "visualize"])
-def test_every_command_that_reads_weights_has_the_flag(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([verb, "--help"]) == 0
-    said = capsys.readouterr().out
-    assert "--checkpoint" in said
-    assert "--trust-checkpoint" in said
+def test_every_command_that_reads_weights_has_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    reading = []
+    for verb in VERBS:
+        assert run([verb, "--help"]) == 0
+        said = capsys.readouterr().out
+        if re.search(r"^  --checkpoint ", said, re.MULTILINE):
+            assert "--trust-checkpoint" in said, verb
+            reading.append(verb)
+    assert {"export", "profile", "tune", "validate-proxy", "visualize"} <= set(reading)
+
+
+def test_the_command_of_a_row_asks_for_the_trust_that_it_was_measured_with(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = make_request(detect("cpu"), checkpoint=str(files["official"]))
+    (scene,) = scenes(request)
+    cells = [scene.model_cell(("gather",)), next(iter(scene.attention_cells(scene.stages[0])))]
+    for cell in cells:
+        assert "--trust-checkpoint" not in command_for(cell)
+    monkeypatch.setenv(TRUST_VARIABLE, "1")
+    for cell in cells:
+        assert f"--checkpoint {files['official']} --trust-checkpoint" in command_for(cell)
+    assert "--trust-checkpoint" not in command_for(cells[0].replace(extra="{}"))
 
 
 def test_visualize_takes_the_number_of_classes_from_the_file(tmp_path: Path, files: dict[str, Path]) -> None:
