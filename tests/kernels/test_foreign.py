@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +102,24 @@ def test_a_plan_names_backends_by_layer() -> None:
     found.restore()
     with pytest.raises(UnknownNameError, match=r"'stages\.0'.*alike"):
         accelerated(model, plan={"stages.0": "dense"})
+
+
+def test_the_layer_of_the_example_is_replaced() -> None:
+    path = Path(__file__).resolve().parents[2] / "examples" / "official_like.py"
+    spec = importlib.util.spec_from_file_location("official_like", path)
+    assert spec is not None
+    assert spec.loader is not None
+    example: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    network = example.make()
+    assert sum(isinstance(m, example.BiLevelRoutingAttention) for m in network.modules()) == 12
+    torch.manual_seed(0)
+    model = nn.Sequential(example.BiLevelRoutingAttention(16, 2, 2, 3)).eval()
+    x = torch.randn(2, 6, 4, 16)
+    expected = model(x)
+    found = bratune.accelerate(model, x)
+    assert found.swapped == {"0": "nhwc"}
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_a_backend_that_cannot_run_here_leaves_the_layer_with_its_reason() -> None:
