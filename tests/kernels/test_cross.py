@@ -68,8 +68,8 @@ def test_it_is_full_attention_under_the_mask_of_its_regions(backend: str) -> Non
         found = run(x.float(), context.float()) if single else run(x, context)
     except UnsupportedError as error:
         pytest.skip(str(error))
-    error = (found - expected).detach().abs().max() / expected.detach().abs().max()
-    assert float(error) < (1e-5 if single else 1e-12)
+    apart = (found - expected).detach().abs().max() / expected.detach().abs().max()
+    assert float(apart) < (1e-5 if single else 1e-12)
     along = torch.randn_like(expected)
     grads, wanted = (torch.autograd.grad(out, [x, context], along.to(out)) for out in (found, expected))
     for a, b in zip(grads, wanted, strict=True):
@@ -124,7 +124,8 @@ def attended(x: Tensor, numbers: Tensor, count: int, topk: int) -> Tensor:
     seen = torch.zeros(len(x), count, count, dtype=torch.bool).scatter_(2, routes, True)
     mask = seen[:, numbers][:, :, numbers]
     logits = (x.shape[-1] ** -0.5 * x @ x.transpose(1, 2)).masked_fill(~mask, float("-inf"))
-    return logits.softmax(-1) @ x
+    out: Tensor = logits.softmax(-1) @ x
+    return out
 
 
 def test_the_recipes_of_the_page_fold_sequences_and_volumes_exactly() -> None:
