@@ -498,6 +498,17 @@ def test_every_legend_entry_switches_a_trace_and_every_axis_has_its_unit() -> No
         json.dumps([panel.data, panel.layout], allow_nan=False)
 
 
+def test_titles_under_bars_fit_beside_the_names_on_a_phone() -> None:
+    """They are centred under the bars, which names leave a third of 390 pixels."""
+    titles = {
+        panel.layout["xaxis"]["title"]["text"]
+        for panel in all_panels()
+        if any(trace["type"] == "bar" for trace in panel.data)
+    }
+    assert titles == {"images per second", "ms per stage"}
+    assert max(map(len, titles)) <= 18
+
+
 def test_modelled_figures_hold_no_solid_mark() -> None:
     for panel in all_panels():
         for trace in panel.data:

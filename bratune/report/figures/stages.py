@@ -110,7 +110,7 @@ def _stack(title: str, times: Sequence[PartTime]) -> Panel:
     order = _spaced([(lane[0], names[lane]) for lane in lanes])
     layout = style.layout(
         64 + ROW_PX * len(lanes) + ROW_PX // 2 * (len(order) - len(lanes)),
-        style.axis("milliseconds, all blocks of the stage"),
+        style.axis("ms per stage"),
         style.axis(
             "",
             type="category",
