@@ -319,8 +319,16 @@ def _model_engine(job: _Job, asked: dict[str, Any]) -> Engine:
     assert job.target.absent is not None
     model = ModelEngine(job.target.absent, fit.stored_coefficients().on_host(asked["host"]))
     choice = f"; {gpus.describe_choice(asked['gpu'])}" if asked["gpu"] != "auto" else ""
-    click.echo(f"{model.notice}{choice}", err=True)
+    _say_once(f"{model.notice}{choice}")
     return model
+
+
+def _say_once(text: str) -> None:
+    """A message on stderr, the first time that the command has it to say: every S and top-k would say it."""
+    said = click.get_current_context().meta.setdefault("bratune.said", set())
+    if text not in said:
+        said.add(text)
+        click.echo(text, err=True)
 
 
 def _engine(job: _Job, asked: dict[str, Any], progress: Progress) -> CellEngine:
@@ -361,7 +369,7 @@ def _say_what_is_padded(job: _Job, asked: dict[str, Any]) -> None:
     """Whoever did not choose S learns that it pads maps, and whose S would not."""
     if not asked["n_win"]:
         for note in job.request.padding_notes():
-            click.echo(note, err=True)
+            _say_once(note)
 
 
 def _say_what_was_reused(job: _Job, engine: CellEngine) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bratune.cli import options
 from bratune.errors import BratuneError, UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     help="Benchmark CSV of timm, drawn as somebody else's numbers; repeatable.",
 )
 @click.option("--gpu", "keys", multiple=True, help="Add modelled rows for this GPU; repeatable.")
+@options.host_option
 @click.option("--demo", is_flag=True, help="The records that ship, beside modelled rows for three GPUs.")
 @click.option("--images", type=click.Choice(["png", "svg"]), help="Also write every figure as an image.")
 @click.option(
@@ -44,6 +46,7 @@ def command(
     plan: Path | None,
     tables: tuple[Path, ...],
     keys: tuple[str, ...],
+    host: str | None,
     demo: bool,
     images: str | None,
     pictures: Path | None,
@@ -64,7 +67,9 @@ def command(
     records += store.pool(stored)
     passes = list(stored.where("part", lambda part: part == "model"))
     if keys:
-        records += demonstration.modelled_records([gpus.resolve(key) for key in keys])
+        records += demonstration.modelled_records([gpus.resolve(key) for key in keys], host=host)
+    elif host:
+        raise UsageError("--host is about the modelled rows of --gpu KEY; one of them is missing")
     gmacs: dict[str, float] = {}
     for table in tables:
         rows, work = read_timm(table)

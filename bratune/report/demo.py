@@ -50,17 +50,27 @@ def modelled_records(
     model: str = "biformer_small",
     task: str = "classification",
     batches: Sequence[int] = (1, 64),
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
+    host: str | None = None,
 ) -> list[Record]:
-    """Modelled and bound rows of a model on boards: parts, backends, and attention over resolution."""
-    coefficients = stored_coefficients()
+    """Modelled and bound rows of a model on boards: parts, backends, and attention over resolution.
+
+    Args:
+        boards: The boards.
+        model: The model.
+        task: The task.
+        batches: Images per call.
+        dtype: By default that of each board.
+        host: Of the boards; see `bratune.predict.coefficients.host_us_of`.
+    """
+    coefficients = stored_coefficients().on_host(host)
     rows = []
     for board in boards:
         request = make_request(
             absent_machine(board), models=(model,), task=task, batches=batches, dtype=dtype, backends=BACKENDS
         )
         cells = [cell for scene in scenes(request) for cell in _model_cells(scene)]
-        for cell in cells + _scaling_cells(model, dtype):
+        for cell in cells + _scaling_cells(model, request.dtype):
             rows.append(predict_cell(cell, board, coefficients))
             if cell.part == "model":
                 rows.append(bound_cell(cell, board))

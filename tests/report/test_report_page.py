@@ -241,3 +241,13 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path: Path, text: str
     assert not console, console
     count = text.count('class="plot"')
     assert f'data-said="{count} of {count} drawn, 0 too wide, "' in done.stdout, done.stdout[:2000]
+
+
+def test_modelled_rows_take_the_dtype_of_the_board_and_the_host_that_is_said() -> None:
+    board = gpus.resolve("t4")
+    times = []
+    for host in ("fast", "60us"):
+        rows = modelled_records([board], batches=(1,), host=host)
+        assert {row.dtype for row in rows} == {"float16"}
+        times.append(next(r.median_ms for r in rows if r.part == "model" and r.launch_bound) or 0.0)
+    assert times[1] == pytest.approx(times[0] * 60 / 8)
