@@ -46,7 +46,12 @@ BATCHES = (1, 64)
     metavar="PATH",
     help="Print the model's error on the measured records at PATH instead.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also append the rows to this .jsonl.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Also append the rows to this .jsonl, new ones only.",
+)
 @click.option("--format", "style", type=click.Choice(["table", "json"]), default="table", show_default=True)
 def command(
     keys: tuple[str, ...],
@@ -104,9 +109,9 @@ def command(
         click.echo(reason, err=True)
     every = [*itertools.chain(*rows.values())]
     if output:
-        from bratune.store import Store
+        from bratune.store.maintenance import append_new
 
-        Store(output).extend(every)
+        append_new(output, every)
     if style == "json":
         for row in every:
             click.echo(row.to_json())

@@ -268,6 +268,7 @@ def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> tuple[list[list[Record]
     """The rows of every job, and those of the passes behind them; several jobs run side by side."""
     from bratune.cli.progress import Progress
     from bratune.run import fleet, session
+    from bratune.store.maintenance import append_new
 
     progress = Progress(sum(len(job.planned) for job in jobs), budget_s=asked["budget"])
     rows: list[list[Record]] = [[] for _ in jobs]
@@ -283,7 +284,7 @@ def _run(jobs: Sequence[_Job], asked: dict[str, Any]) -> tuple[list[list[Record]
                 model = _model_engine(jobs[0], asked)
                 _say_what_is_padded(jobs[0], asked)
                 rows[0] += measure(0, model)
-                Store(jobs[0].path).extend(rows[0])
+                append_new(jobs[0].path, rows[0])
                 return rows, passes
             _say_what_is_padded(jobs[0], asked)
             engines = [stack.enter_context(_engine(job, asked, progress)) for job in jobs]

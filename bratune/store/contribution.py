@@ -181,7 +181,7 @@ def _of_the_gate(timed: Sequence[Record], single_process: bool) -> list[str]:
         row
         for row in timed
         if row.tolerance is None
-        and (row.part in ("attention", "block") or (row.part == "model" and row.form not in _JUDGES))
+        and (row.part in ("attention", "block", "mixer") or (row.part == "model" and row.form not in _JUDGES))
         and not (single_process and row.part == "model")
     ]
     failed = [row for row in timed if row.tolerance is not None and not _proved(row)]

@@ -18,7 +18,7 @@ from bratune.record import SCHEMA, Record, field_types, parse_fields, parse_line
 from bratune.store import SAMPLES_SUFFIX, Store, batches, locked, mend_end, read_fields, read_records
 from bratune.text import is_name
 
-__all__ = ["BAD_SUFFIX", "compact", "import_records", "merge", "prune", "repair"]
+__all__ = ["BAD_SUFFIX", "append_new", "compact", "import_records", "merge", "prune", "repair"]
 
 # Where `repair` puts lines that are no records: after the name of their file.
 BAD_SUFFIX = ".bad-lines"
@@ -31,6 +31,25 @@ _BATCH = 65_536
 _PARSED_BYTES = 1 << 24
 # Rows per write of a merge, each of which goes to the disk before the next.
 _AT_ONCE = 4096
+
+
+def append_new(path: Path, rows: Iterable[Record]) -> int:
+    """Append rows that a file does not hold yet, whenever and in whichever run; returns how many.
+
+    For rows that nobody measured: asked again, a model says the same again.
+
+    Raises:
+        StoreError: the file cannot be read or written.
+    """
+    store = Store(path)
+    held = {_timeless(row) for row in store.records()}
+    new = [row for row in rows if _timeless(row) not in held]
+    store.extend(new)
+    return len(new)
+
+
+def _timeless(row: Record) -> str:
+    return row.replace(timestamp_utc="", run_id="").to_json()
 
 
 def merge(into: Path, paths: Paths) -> int:

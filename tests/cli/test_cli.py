@@ -95,7 +95,7 @@ BAD = [
     ("explain --model resnet50", 2, "no model is called 'resnet50'"),
     ("explain --res abc", 2, "is not a size"),
     ("explain --fit 24XB", 2, "memory '24XB' is not an amount; 24GB, 80GiB or 512MB would be"),
-    ("list cars", 2, "no list is called 'cars'; these are: backends, models, tasks, suites, gpus"),
+    ("list cars", 2, "no list is called 'cars'; these are: backends, models, mixers, tasks"),
     ("list", 2, "Missing argument"),
     ("dance", 2, "no command is called 'dance'; these are: profile, tune"),
     ("proflie", 2, "did you mean profile?"),
@@ -370,6 +370,25 @@ def test_every_s_of_a_profile_has_its_own_tables(tmp_path: Path, capsys: pytest.
     ]
     _, out, _ = bratune(asked + "json", capsys)
     assert {row["n_win"] for row in json.loads(out) if row["part"] == "attention"} == {"7", "14"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "profile --gpu a100 --stage 1 --backend gather -o {folder}",
+        "predict --gpu a100 -b 1 --backend gather --no-compile -o {folder}/records.jsonl",
+    ],
+)
+def test_a_model_that_is_asked_again_adds_no_rows(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, file = words.format(folder=tmp_path), tmp_path / "records.jsonl"
+    bratune(asked, capsys)
+    before = file.read_bytes()
+    assert bratune(asked, capsys)[0] == 0
+    assert file.read_bytes() == before
+    assert bratune(f"{asked} --host slow", capsys)[0] == 0
+    assert len(file.read_bytes()) > len(before), "another host is another answer"
 
 
 def test_a_slow_host_makes_modelled_launches_slow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
