@@ -311,8 +311,6 @@ def commands() -> Iterator[Line]:
         with tempfile.TemporaryDirectory() as folder:
             found = story(Path(folder))  # raises where the end is not that of an undisturbed run
         again = sum(number > 1 for number in found.times.values())
-        if name == "tune":  # default and pick are measured again on purpose, to close the search
-            again = max(0, again - 2)
         yield Line(
             f"{name} killed with -9 at random moments",
             "the end of an undisturbed run",
