@@ -28,6 +28,9 @@ class Backend(Protocol):
     Contract: `forward` gives the result of the ``reference`` backend within the tolerance of the dtype
     for every problem that `why_not` accepts; gradients of q, k and v come through autograd. Any layout
     change that it needs is part of its cost and happens inside `forward`.
+
+    A backend that raises `bratune.errors.ProblemError` for routes that are out of range says so by an
+    attribute ``checks_routes = True``; for others, `bratune.kernels.api.routed_attention` looks on a CPU.
     """
 
     @property

@@ -119,7 +119,9 @@ def _attend(
     problem, chosen, planned = found
     if _is_empty(q):
         return _nothing(q, k, v)
-    if routes.device.type == "cpu" and not (is_observed(routes) or is_transformed()):
+    if routes.device.type == "cpu" and not (
+        getattr(chosen, "checks_routes", False) or is_observed(routes) or is_transformed()
+    ):
         _check_range(routes, problem.kv_regions)
     return chosen.forward(q, k, v, routes, problem, planned if config is None else config)
 

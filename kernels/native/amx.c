@@ -8,7 +8,8 @@
        output  A = weights [M, 32 keys]       B = values [16 key pairs, 16 channels]
 
    A region of an odd number of keys gets one more, without weight. Rows of A and C cost time, rows of B do not: regions
-   of fewer than 16 queries use tiles of as many rows. The softmax between the products is AVX-512's, in float32. */
+   of fewer than 16 queries use tiles of as many rows. Up to FEW_QUERIES they fill so little of a tile that AVX-512 is
+   faster: four take it half the time. The softmax between the products is AVX-512's, in float32. */
 #include "call.h"
 
 #if defined(HAVE_AMX)
@@ -32,7 +33,7 @@
 #define A1 5
 #define A2 6
 #define A3 7
-enum { TILES = 8 };
+enum { TILES = 8, FEW_QUERIES = 4 };
 enum { TILE = 16, DEEP = 32 }; /* rows, and numbers of a sum that one product takes */
 
 typedef struct {
@@ -129,17 +130,14 @@ static uint32_t *amx_block_of(const amx_job_t *j, amx_scratch_t *m, int64_t b, i
     return keys;
 }
 
-/* n words side by side; compilers make one move of a length they know, and 4 is that of regions of 2x2. */
+/* n words side by side. */
 INLINE void move_words(uint32_t *to, const uint32_t *from, int64_t n)
 {
-    if (n == 4)
-        memcpy(to, from, 16);
-    else if (n % 16 == 0)
-        for (int64_t i = 0; i < n; i += 16)
-            _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
-    else
-        for (int64_t i = 0; i < n; i++)
-            to[i] = from[i];
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+    if (i < n)
+        copy_few((float *)to + i, (const float *)from + i, n - i);
 }
 
 /* S [M, 16 keys] of one column of tiles; `ld` words from one channel pair to the next. */
@@ -173,11 +171,11 @@ INLINE void score_column(float *to, int64_t keys, const uint32_t *columns, int64
 /* 2^x for x <= 0 to 1e-4 of its value, which is finer than the weights are stored; NaN of NaN, 0 of minus infinity. */
 INLINE V coarse_exp2(V x)
 {
-    V held = larger(splat(-256.0f), x), n = _mm512_roundscale_ps(held, 0), f = held - n;
+    V held = larger(splat(-126.0f), x), n = _mm512_roundscale_ps(held, 0), f = held - n;
     V p = splat(5.51716685e-2f) * f + splat(2.42611125e-1f);
     p = p * f + splat(6.93260968e-1f);
     p = p * f + splat(9.99928057e-1f);
-    return _mm512_scalef_ps(p, n);
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, n);
 }
 
 /* A row of scores becomes weights in bfloat16; gives their sum, and the largest logit. */
@@ -322,7 +320,7 @@ extern const variant_t avx512_variant;
 
 static int64_t amx_forward(const attention_t *c)
 {
-    if (c->dtype != BFLOAT16)
+    if (c->dtype != BFLOAT16 || c->region_h * c->region_w <= FEW_QUERIES)
         return avx512_variant.forward(c);
     amx_job_t j = {.call = c};
     j.deep = ceil_div(c->head_dim, DEEP) * DEEP;

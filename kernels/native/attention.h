@@ -263,8 +263,7 @@ static int64_t routed_columns(const shape_t *s, int64_t topk, float *const *bloc
                 memcpy(to + d * s->kp, from + d * 4, 16);
         else if (s->tk < LANES)
             for (int64_t d = 0; d < s->d; d++)
-                for (int64_t j = 0; j < s->tk; j++)
-                    to[d * s->kp + j] = from[d * s->tk + j];
+                copy_few(to + d * s->kp, from + d * s->tk, s->tk);
         else
             for (int64_t d = 0; d < s->d; d++)
                 memcpy(to + d * s->kp, from + d * s->tk, (size_t)s->tk * 4);

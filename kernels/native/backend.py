@@ -27,6 +27,7 @@ class NativeBackend:
     """Fused attention in C: any strides, regions, padding and routes, three data types, both directions."""
 
     name = "native"
+    checks_routes = True
 
     def why_not(self, problem: Problem, machine: Machine) -> tuple[str, ...]:
         """What stands in its way: the machine, a missing compiler, the data type or the size of a head."""

@@ -135,5 +135,6 @@ def _check(answer: int, routes: Tensor, k: Tensor, call: Call) -> None:
     regions = ceil_div(k.shape[1], call.kv_region[0]) * ceil_div(k.shape[2], call.kv_region[1])
     place = [int(x) for x in torch.unravel_index(torch.tensor(answer - 1), routes.shape)]
     raise ProblemError(
-        f"routes{place} is {int(routes[tuple(place)])}; there are {regions} key regions, 0 to {regions - 1}"
+        f"route {int(routes[tuple(place)])} at {place} is out of range: there are {regions} key regions, "
+        f"0 to {regions - 1}"
     )

@@ -65,12 +65,13 @@ INLINE float largest_of(V x)
 /* 2^x for x <= 0, to 2e-7 of its value above 2^-126; NaN of NaN, 0 of minus infinity.
 
    x = n + f with |f| <= 1/2; 2^f is a polynomial of degree 5 (minimax under p(0) = 1, error 9.2e-8). AVX-512 rounds and
-   scales in one instruction each. Elsewhere adding and taking away 1.5 * 2^23 rounds to the nearest whole number, and
-   n is added to the exponent; what is below 2^-126 becomes exactly 0. */
+   scales in one instruction each, but takes a hundred times as long where the result is too small to be normal; such
+   results are zeros. Elsewhere adding and taking away 1.5 * 2^23 rounds to the nearest whole number, and
+   n is added to the exponent. What is below 2^-126 becomes exactly 0. */
 INLINE V exp2_of(V x)
 {
 #if LANES == 16
-    V held = larger(splat(-256.0f), x), n = _mm512_roundscale_ps(held, 0), f = held - n;
+    V held = larger(splat(-126.0f), x), n = _mm512_roundscale_ps(held, 0), f = held - n;
 #else
     V held = larger(splat(-126.0f), x), magic = splat(12582912.0f), shifted = held + magic;
     V f = held - (shifted - magic);
@@ -81,7 +82,7 @@ INLINE V exp2_of(V x)
     p = p * f + splat(6.931470037e-1f);
     p = p * f + splat(1.0f);
 #if LANES == 16
-    return _mm512_scalef_ps(p, n);
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, n);
 #else
     V result = (V)((VI)p + ((VI)shifted << 23));
     return (V)((VI)result & ~(VI)(x < splat(-126.0f)));
@@ -290,6 +291,21 @@ INLINE void write_row(char *to, const float *from, int64_t dtype, int64_t step, 
 #define LOW2(a, b) (V)_mm256_unpacklo_pd((__m256d)(a), (__m256d)(b))
 #define HIGH2(a, b) (V)_mm256_unpackhi_pd((__m256d)(a), (__m256d)(b))
 #endif
+
+/* n < LANES floats. */
+INLINE void copy_few(float *to, const float *from, int64_t n)
+{
+#if LANES == 16
+    __mmask16 these = (__mmask16)((1 << n) - 1);
+    _mm512_mask_storeu_ps(to, these, _mm512_maskz_loadu_ps(these, from));
+#elif LANES == 8
+    __m256i these = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    _mm256_maskstore_ps(to, these, _mm256_maskload_ps(from, these));
+#else
+    for (int64_t i = 0; i < n; i++)
+        to[i] = from[i];
+#endif
+}
 
 /* LANES floats out of LANES / 4 blocks, four from each. */
 INLINE V load_quads(const float *const *blocks, int64_t at)

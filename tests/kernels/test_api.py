@@ -70,7 +70,9 @@ def test_a_wrong_call_is_an_error_that_says_what_was_found(
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per-head"])
 @pytest.mark.parametrize("wrong", [-1, 12])
-@pytest.mark.parametrize("backend", ["auto", "reference", "gather", "gather-sdpa", "dense", "sparse", "flex"])
+@pytest.mark.parametrize(
+    "backend", ["auto", "reference", "gather", "gather-sdpa", "dense", "sparse", "flex", "native"]
+)
 def test_a_route_out_of_range_is_an_error_that_names_it(backend: str, wrong: int, per_head: bool) -> None:
     routes = route(*qkv()[:2], region=(4, 4), topk=3)
     where = [1, 7, 2]
