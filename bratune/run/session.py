@@ -80,7 +80,9 @@ def run(
         yield from _yours(request, engine)
         return
     if request.mixers:
-        yield from engine.run(_mixer_cells(request, stages))
+        compared = Baselines()
+        for record in engine.run(_mixer_cells(request, stages)):
+            yield compared.compared(record.to_cell(), record)
         return
     if getattr(engine, "slots", 1) > 1 or getattr(engine, "passes", 1) > 1:
         yield from _together(request, engine, stages, answer_first=answer_first)

@@ -22,7 +22,7 @@ from bratune.kernels.accounting import count
 from bratune.kernels.mixers import registry
 from bratune.kernels.mixers.windows import GridAttention, WindowAttention
 from bratune.machine import Machine, detect
-from bratune.predict.model import predict_cell
+from bratune.predict.model import ModelEngine, predict_cell
 from bratune.record import Record
 from bratune.report.answer import answer
 from bratune.report.figures.facts import timed
@@ -361,6 +361,17 @@ def test_what_is_not_counted_is_not_modelled_and_says_why() -> None:
     (scene,) = scenes(make_request(CPU, models=("biformer_stl",), image=(224, 224), dtype="float16"))
     plain = predict_cell(scene.model_cell(("gather",)), board)
     assert whole.median_ms == pytest.approx(plain.median_ms)
+
+
+def test_modelled_mixers_are_compared_with_the_window() -> None:
+    engine = ModelEngine(gpus.resolve("a100"), compiled=False)
+    request = ask("full", "window", image=(224, 224), dtype="float16", parts=False)
+    rows = {row.backend: row for row in session.run(request, engine)}
+    window, full = rows["window"].median_ms, rows["full"].median_ms
+    assert window is not None
+    assert full is not None
+    assert rows["full"].speedup == pytest.approx(window / full)
+    assert rows["full"].baseline == "window"
 
 
 def test_convolutions_are_counted_with_their_gradients() -> None:
