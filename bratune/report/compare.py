@@ -18,7 +18,7 @@ from bratune import gpus, store
 from bratune.errors import StoreError, UnknownNameError, UsageError
 from bratune.measure.verdict import CONFIDENCE, MARGIN, Passes, Verdict, judge_runs
 from bratune.record import Record
-from bratune.store.pooled import passes_of
+from bratune.store.pooled import IN_TURN_WITH, passes_of
 
 __all__ = [
     "Compared",
@@ -33,6 +33,7 @@ __all__ = [
 WHAT = (
     "model",
     "part",
+    "form",
     "stage",
     "backend",
     "config",
@@ -147,6 +148,7 @@ def load_set(argument: str) -> RecordSet:
 
 def _of_machine(label: str, path: Path, key: str) -> RecordSet:
     rows = store.read_rows([path], without=_NOT_NEEDED).timed().where("evidence", lambda e: e != "bound")
+    rows = rows.where("sampling", lambda how: IN_TURN_WITH not in how)  # a comparison of its own, not passes
     found = sorted(rows.different("gpu_key"))
     if key and key not in found:
         raise UsageError(f"{path} has no timed record of {key!r}; it has: {', '.join(found) or 'none'}")
@@ -223,10 +225,16 @@ def _groups(found: RecordSet, across: bool) -> dict[tuple[object, ...], _Cell]:
     for rows in store.Rows.of(found.records).groups(names):
         first = rows[0]
         evidence = tuple(sorted({row.evidence for row in rows}))
-        groups[tuple(getattr(first, name) for name in names)] = _Cell(
+        groups[tuple(_value(first, name) for name in names)] = _Cell(
             describe(first), passes_of(rows), evidence
         )
     return groups
+
+
+def _value(record: Record, name: str) -> object:
+    """A field as cells are told apart by it; rows of earlier versions name no form."""
+    value: object = getattr(record, name)
+    return value or "plain" if name == "form" else value
 
 
 def _mismatch(
@@ -253,15 +261,26 @@ def _compared(base: RecordSet, mine: _Cell, other: RecordSet, theirs: _Cell, ver
 
 
 def describe(record: Record) -> str:
-    """A cell in a few words: model, stage, part, backend, image, batch, dtype."""
+    """A cell in a few words: model, stage, part, form, backend, S and top-k, image, batch, dtype."""
     where = f"stage {record.stage}" if record.stage else ""
     size = f"{record.image_height}x{record.image_width}" if record.image_height else ""
-    words = [record.model, where, record.part, record.backend, size, f"b{record.batch}", record.dtype]
-    if record.direction != "fwd":
-        words.append(record.direction)
-    if record.regime != "eager":
-        words.append(record.regime)
+    form = record.form if record.form not in ("", "plain") else ""
+    words = [record.model, where, record.part, form, record.backend, _grid(record), size]
+    words += [f"b{record.batch}", record.dtype]
+    words += [record.direction] if record.direction != "fwd" else []
+    words += [record.regime] if record.regime != "eager" else []
+    words += (
+        [f"{record.route_distribution} routes"] if record.route_distribution not in ("", "recorded") else []
+    )
+    words += [record.config] if record.config not in ("", "{}") else []
     return " ".join(word for word in words if word)
+
+
+def _grid(record: Record) -> str:
+    """S and top-k, of a whole model stage by stage; nothing for a model that has none."""
+    if not record.topk or record.form == "timm":
+        return ""
+    return f"S={record.n_win.replace(',', '/')} k={record.topk.replace(',', '/')}"
 
 
 def regressions(comparison: Comparison, limit: float) -> list[Compared]:

@@ -1,14 +1,16 @@
 """Coverage: whether printed intervals hold the next run's median, and whether changes are found.
 
-    $ python -m bratune.studies coverage run -o out              # eight runs of `make profile`'s cells
+    $ python -m bratune.studies coverage run -o out              # eight runs of attention and whole models
     $ python -m bratune.studies coverage run -o out --busy       # the same beside one busy process
-    $ python -m bratune.studies coverage run -o out --delay 0    # what the next is compared with
-    $ python -m bratune.studies coverage run -o out --delay 10   # a backend that really is 10 % slower
+    $ python -m bratune.studies coverage run -o out --delay 0    # gather, and a backend that is gather too
+    $ python -m bratune.studies coverage run -o out --delay 10   # that backend really is 10 % slower
     $ python -m bratune.studies coverage tune -o out             # how much slower plans are than the best
-    $ python -m bratune.studies coverage show -o out
+    $ python -m bratune.studies coverage show -o out             # what they say, and out/coverage-study.json
+    $ python -m bratune.studies coverage table out/coverage-study.json
 
-Every run is a `bratune profile` in processes and a folder of its own; the same command goes on
-where it ended. A delay is waited inside a backend, not multiplied into samples.
+Every run is a process and a folder of its own and measures as `bratune profile` does, but for the parts of
+blocks; the same command goes on where it ended. A delay is waited inside a backend, not multiplied into
+samples.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 from torch import Tensor
@@ -32,17 +35,36 @@ from torch import Tensor
 from bratune import store
 from bratune.backend import Config
 from bratune.errors import StoreError
+from bratune.kernels import registry
 from bratune.kernels.gather import GatherBackend
+from bratune.machine import detect
+from bratune.measure.settings import EFFORTS, MeterSettings
 from bratune.measure.verdict import Passes, estimate, priors
 from bratune.problem import Problem
-from bratune.record import Record
+from bratune.record import Record, new_run_id
 from bratune.report.compare import RecordSet, compare
+from bratune.run.isolated import IsolatedEngine
+from bratune.run.summary import is_base, judged
+from bratune.store import Store
 from bratune.studies import regret
+from bratune.work.cells import scenes
+from bratune.work.request import make_request
 
-__all__ = ["Coverage", "Delayed", "Found", "Pairs", "coverage", "found", "pairs"]
+__all__ = [
+    "Coverage",
+    "Delayed",
+    "Found",
+    "Pairs",
+    "coverage",
+    "found",
+    "found_in_turn",
+    "pairs",
+    "study_of",
+    "table_of",
+]
 
 DELAY_VARIABLE = "BRATUNE_STUDY_DELAY"
-_PAIRS = 20
+_PAIRS, _FEWEST_RUNS = 20, 3
 
 
 class Delayed(GatherBackend):
@@ -128,7 +150,7 @@ def coverage(runs: Sequence[Sequence[Record]], value: Callable[[Record], Interva
     Raises:
         StoreError: no cell is in all runs, or there are fewer than three.
     """
-    if len(runs) < 3:
+    if len(runs) < _FEWEST_RUNS:
         raise StoreError(f"coverage needs three runs or more, not {len(runs)}")
     by_cell = [{row.cell_id: (row.part, said) for row in run if (said := value(row))} for run in runs]
     common = [cell for cell in by_cell[0] if all(cell in run for run in by_cell)]
@@ -167,13 +189,26 @@ def pairs(runs: Sequence[RecordSet], most: int = _PAIRS) -> Pairs:
 
 
 def found(before: Sequence[RecordSet], after: Sequence[RecordSet]) -> Found:
-    """How often the backend `delayed` is SLOWER after than before."""
+    """How often `bratune compare` calls the backend `delayed` SLOWER after than before, over all pairs."""
     n = slower = 0
-    for a, b in zip(before, after, strict=False):
+    for a, b in itertools.product(before, after):
         for row in compare([a, b]).rows:
             if Delayed.name in row.what.split():
                 n += 1
                 slower += row.verdict.verdict == "SLOWER"
+    return Found(n, slower)
+
+
+def found_in_turn(runs: Sequence[RecordSet]) -> Found:
+    """How often the table of one run calls `delayed` SLOWER than `gather`, beside which it took turns."""
+    n = slower = 0
+    for run in runs:
+        rows = [row for row in store.pool(run.records) if row.part == "attention"]
+        base = {row.stage: row for row in rows if is_base(row)}
+        pairs = [(row, base[row.stage]) for row in rows if row.backend == Delayed.name and row.stage in base]
+        verdicts = judged(pairs, run.records)
+        n += len(verdicts)
+        slower += sum(verdict is not None and verdict.verdict == "SLOWER" for verdict in verdicts)
     return Found(n, slower)
 
 
@@ -226,71 +261,196 @@ main.add_command(regret.tune_command)
 @click.option("--busy", is_flag=True, help="With one busy process beside.")
 @click.option(
     "--delay",
-    type=float,
+    type=click.FloatRange(0),
     metavar="PERCENT",
     help="Only attention by gather and by `delayed`, which waits this much; 0 is what it is compared with.",
 )
-@click.argument("profile_options", nargs=-1, type=click.UNPROCESSED)
-def run_command(
-    output: Path, runs: int, busy: bool, delay: float | None, profile_options: tuple[str, ...]
-) -> None:
-    """Take the measurements; options after ``--`` go to `bratune profile`."""
+@click.option("--effort", type=click.Choice(EFFORTS), help="[default: quick; standard with --delay]")
+@click.option("--passes", type=click.IntRange(2), help="Fresh processes.  [default: by effort]")
+@click.option("--stage", "stages", type=click.IntRange(1, 4), multiple=True, help="[default: all]")
+@click.option("--res", type=click.IntRange(32), default=224, show_default=True, help="Side of the images.")
+@click.option("--smoke", is_flag=True, help="Shorter than short: shows that it works, and nothing else.")
+def run_command(output: Path, runs: int, busy: bool, delay: float | None, **how: Any) -> None:
+    """Take the measurements."""
     kind = "busy" if busy else "quiet" if delay is None else f"delay{delay:g}"
     env = dict(os.environ)
-    options = list(profile_options)
     if delay is not None:
         _install(output / "package")
         env |= {DELAY_VARIABLE: f"{delay:g}", "BRATUNE_BACKENDS": Delayed.name}
         here = [str((output / "package").resolve()), *sys.path]
         env["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in here)
-        options += ["--no-whole-model", "--backend", "gather", "--backend", Delayed.name]
+    how["effort"] = how["effort"] or ("quick" if delay is None else "standard")
+    options = [
+        f"--{name}={value}" for name, value in how.items() if name in ("effort", "passes", "res") and value
+    ]
+    options += [f"--stage={stage}" for stage in how["stages"]] + ["--smoke"] * how["smoke"]
+    options += ["--delayed"] * (delay is not None)
     with _neighbour(busy):
         for number in range(1, runs + 1):
-            folder = output / f"{kind}-{number}"
-            click.echo(f"{folder} ...", err=True)
-            command = [sys.executable, "-m", "bratune", "profile", "-o", str(folder), *options]
-            subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+            folder, start = output / f"{kind}-{number}", time.monotonic()
+            command = [sys.executable, "-m", "bratune.studies", "coverage", "one", str(folder), *options]
+            subprocess.run(command, env=env, check=True)
+            click.echo(f"{folder}: {time.monotonic() - start:.0f} s", err=True)
+
+
+@main.command("one", hidden=True)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--effort", default="quick")
+@click.option("--passes", type=int)
+@click.option("--stage", "stages", type=int, multiple=True)
+@click.option("--res", type=int, default=224)
+@click.option("--smoke", is_flag=True)
+@click.option("--delayed", is_flag=True)
+def one_command(
+    folder: Path,
+    effort: str,
+    passes: int | None,
+    stages: tuple[int, ...],
+    res: int,
+    smoke: bool,
+    delayed: bool,
+) -> None:
+    """One run, in this process and its workers."""
+    machine = detect("auto")
+    wanted = ("gather", Delayed.name) if delayed else ("gather", "native", "gather-sdpa", "dense")
+    names = tuple(name for name in wanted if delayed or name in registry.BACKENDS)
+    request = make_request(machine, image=(res, res), backends=names)
+    (scene,) = scenes(request)
+    chosen = [stage for stage in scene.stages if stage.kind == "routed" or not delayed]
+    chosen = [stage for stage in chosen if not stages or stage.index in stages]
+    cells = [cell for stage in chosen for cell in scene.attention_cells(stage)]
+    cells += [] if delayed else scene.form_cells()
+    settings = MeterSettings.for_effort(effort, **({"passes": passes} if passes else {}))
+    if smoke:
+        settings = settings.replace(min_time_s=0.0, warmup_s=0.0, max_noise_pct=100.0, min_samples=6)
+    with IsolatedEngine(
+        machine,
+        settings.per_pass(),
+        passes=settings.passes,
+        store=Store(folder / "records.jsonl"),
+        run_id=new_run_id(),
+    ) as engine:
+        for row in engine.run(cells):
+            if not row.ok:
+                click.echo(
+                    f"{row.stage or ''} {row.backend or row.form}: {row.outcome}: {row.reason}", err=True
+                )
 
 
 @main.command("show")
 @click.option("-o", "--output", type=click.Path(path_type=Path, exists=True), required=True)
 def show_command(output: Path) -> None:
-    """What the runs that are there say; also written to figures.json in the folder."""
-    figures: dict[str, object] = {}
-    for kind in ("quiet", "busy"):
-        sets = _sets(output, kind)
-        if len(sets) < 3:
-            continue
-        runs = [store.pool(one.records) for one in sets]
-        for name, value in (("times", _time), ("ratios", _ratio)):
-            result = coverage(runs, value)
-            figures[f"{kind} {name}"] = asdict(result)
-            share = 100 * result.inside / result.n
-            click.echo(
-                f"{kind:6} {name:7} {result.inside} of {result.n} intervals ({share:.0f} %)"
-                f" hold the median of the other runs; half-width {result.half_width_pct:.1f} %, "
-                f"scatter between runs {result.scatter_pct:.1f} %"
+    """What the runs that are there say; also written to coverage-study.json in the folder."""
+    figures = study_of(output)
+    (output / "coverage-study.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if busy := regret.disturbed(output):
+        click.echo(busy, err=True)
+    click.echo(table_of(figures))
+
+
+@main.command("table")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def table_command(file: Path) -> None:
+    """What a coverage-study.json says, as the table of docs/measuring.md."""
+    click.echo(table_of(json.loads(file.read_text())))
+
+
+def study_of(output: Path) -> dict[str, Any]:
+    """Everything that the runs in a folder say, as numbers.
+
+    Raises:
+        StoreError: there are no runs.
+    """
+    kinds = sorted({path.parent.name.rpartition("-")[0] for path in output.glob("*-*/records.jsonl")})
+    sets = {kind: _sets(output, kind) for kind in kinds}
+    sets = {kind: found for kind, found in sets.items() if found}
+    plans = regret.stored_regrets(output)
+    if not sets and not plans:
+        raise StoreError(f"{output} holds no runs; `coverage run -o {output}` makes them")
+    figures: dict[str, Any] = {"kinds": {}}
+    if sets:
+        row = next(iter(sets.values()))[0].records[0]
+        names = ("gpu_name", "threads", "torch", "triton", "bratune", "git_sha", "model", "dtype")
+        figures["machine"] = {name: getattr(row, name) for name in (*names, "image_height")}
+    if plans:
+        figures["tune"] = regret.summary(plans)
+    for kind, runs in sets.items():
+        figures["kinds"][kind] = _kind_figures(runs, kind, sets.get("delay0", []))
+    return figures
+
+
+def _kind_figures(sets: Sequence[RecordSet], kind: str, undelayed: Sequence[RecordSet]) -> dict[str, Any]:
+    rows = [row for one in sets for row in one.records]
+    waits = [row.cpu_wait_pct for row in rows if row.cpu_wait_pct is not None]
+    figures: dict[str, Any] = {
+        "runs": len(sets),
+        "passes": max(row.passes or 1 for row in rows),
+        "sampling": rows[0].sampling,
+        "cpu_wait_pct": median(waits) if waits else None,
+        "from_utc": min(row.timestamp_utc for row in rows),
+        "to_utc": max(row.timestamp_utc for row in rows),
+    }
+    if kind.startswith("delay"):
+        figures["in_turn"] = asdict(found_in_turn(sets))
+        if kind != "delay0" and undelayed:
+            figures["compared"] = asdict(found(undelayed, sets))
+        return figures
+    if len(sets) >= _FEWEST_RUNS:
+        pooled = [store.pool(one.records) for one in sets]
+        figures["times"] = asdict(coverage(pooled, _time))
+        figures["ratios"] = asdict(coverage(pooled, _ratio))
+        figures["pairs"] = asdict(pairs(sets))
+    return figures
+
+
+def table_of(figures: Mapping[str, Any]) -> str:
+    """The figures of a study as Markdown."""
+    lines = ["| what | runs x passes | found |", "| --- | --- | --- |"]
+    for kind, one in figures["kinds"].items():
+        runs = f"{one['runs']} x {one['passes']}"
+        wait = "" if one["cpu_wait_pct"] is None else f", waiting {one['cpu_wait_pct']:.0f} %"
+        for name in ("times", "ratios"):
+            if name in one:
+                seen = one[name]
+                widths = f"half-width {seen['half_width_pct']:.1f} %, scatter {seen['scatter_pct']:.1f} %"
+                held = f"{_share(seen['inside'], seen['n'])} hold the median of the other runs"
+                lines.append(f"| intervals of {name}, {kind}{wait} | {runs} | {held}; {widths} |")
+        if "pairs" in one:
+            seen = one["pairs"]
+            lines.append(
+                f"| same code against itself, {kind} | {seen['n']} pairs | "
+                f"{_share(seen['wrong'], seen['n'])} with a false claim; "
+                f"{seen['claimed']} of {seen['cells']} cells |"
             )
-        same = pairs(sets)
-        figures[f"{kind} pairs"] = asdict(same)
-        click.echo(
-            f"{kind:6} same code: {same.wrong} of {same.n} pairs with a claim "
-            f"({same.claimed} of {same.cells} cells)"
-        )
-    before = _sets(output, "delay0")
-    for delay in sorted({float(p.name.split("-")[0][5:]) for p in _folders(output, "delay*")} - {0.0}):
-        seen = found(before, _sets(output, f"delay{delay:g}"))
-        figures[f"delay {delay:g} %"] = asdict(seen)
-        click.echo(f"a true +{delay:g} %: SLOWER in {seen.slower} of {seen.n} cells")
-    if rows := regret.stored_regrets(output):
-        if busy := regret.disturbed(output):
-            click.echo(busy)
-        figures["tune"] = seen_plans = regret.summary(rows)
-        for row in rows:
-            against = f"{row.speedup:.3f}x the default {row.verdict}".rstrip()
-            click.echo(f"tune seed {row.seed}: regret {100 * row.regret:.1f} %, {against}: {row.plan}")
-        click.echo(
-            f"tune: regret of {seen_plans['within']} of {seen_plans['n']} plans at most "
-            f"{100 * regret.LIMIT:g} %, {seen_plans['slower']} slower than the default; best: {rows[0].best}"
-        )
-    (output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+        percent = kind.removeprefix("delay")
+        if "in_turn" in one:
+            seen = one["in_turn"]
+            lines.append(
+                f"| a true +{percent} %, in turn within a run | {runs} | "
+                f"{_share(seen['slower'], seen['n'])} SLOWER |"
+            )
+        if "compared" in one:
+            seen = one["compared"]
+            lines.append(
+                f"| a true +{percent} %, two runs compared | {runs} | "
+                f"{_share(seen['slower'], seen['n'])} SLOWER |"
+            )
+    if "tune" in figures:
+        lines += _tune_lines(figures["tune"])
+    return "\n".join(lines)
+
+
+def _tune_lines(found: Mapping[str, Any]) -> list[str]:
+    plans = found["plans"]
+    within = f"regret of {found['within']} of {found['n']} plans at most {100 * regret.LIMIT:g} %"
+    slower = f"{found['slower']} slower than the default"
+    lines = [f"| plans of tune | {found['n']} seeds | {within}, {slower}; best: {plans[0]['best']} |"]
+    for row in plans:
+        against = f"{row['speedup']:.3f}x the default {row['verdict']}".rstrip()
+        text = f"regret {100 * row['regret']:.1f} %, {against}: {row['plan']}"
+        lines.append(f"| plan of tune | seed {row['seed']} | {text} |")
+    return lines
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({100 * part / whole:.0f} %)" if whole else "none"

@@ -57,6 +57,31 @@ def write(
     return path
 
 
+def test_cells_that_differ_have_labels_that_differ(tmp_path: Path) -> None:
+    at = cell().replace(n_win="7", topk="1")
+    whole = cell().replace(part="model", stage=0, n_win="7,7,7,7", topk="1,4,16,-2", backend="auto")
+    cells = [
+        at,
+        at.replace(topk="4"),
+        at.replace(n_win="8"),
+        at.replace(route_distribution="same"),
+        at.replace(config='{"a":1}'),
+        whole,
+        whole.replace(form="runtime"),
+        whole.replace(topk="4,8,16,-2"),
+    ]
+    for name in ("a", "b"):
+        target = Store(tmp_path / name / "records.jsonl")
+        for number, one in enumerate(cells):
+            for which in (1, 2, 3):
+                target.append(Record.of(one, machine(), median_ms=1.0 + number, pass_number=which))
+    rows = compare([load_set(str(tmp_path / name)) for name in ("a", "b")]).rows
+    assert [row.base_ms for row in rows] == pytest.approx([1.0 + number for number in range(len(cells))])
+    assert len({row.what for row in rows}) == len(cells)
+    assert "S=7 k=4" in rows[1].what
+    assert "runtime auto S=7/7/7/7 k=1/4/16/-2" in rows[6].what
+
+
 @pytest.mark.parametrize("samples", [True, False])
 def test_every_common_cell_gets_a_verdict(tmp_path: Path, samples: bool) -> None:
     a = write(tmp_path / "a.jsonl", 1.0, samples=samples)

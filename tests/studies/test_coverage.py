@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from bratune.machine import Machine
 from bratune.problem import Problem
 from bratune.record import Record
 from bratune.store import Store
-from bratune.studies.coverage import main
+from bratune.studies.coverage import main, study_of
 
 CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="CPU")
 PROBLEM = Problem(batch=1, height=8, width=8, heads=2, head_dim=32, region=(4, 4), topk=2)
@@ -44,10 +45,25 @@ def write(
             target.append(row.replace(ratio=2 * t, ratio_lo=1.998 * t, ratio_hi=2.002 * t))
 
 
-def figures(folder: Path) -> dict[str, dict[str, float]]:
+def write_beside(folder: Path, ratio: float) -> None:
+    """Three stages of `gather` with `delayed`, which is ``ratio`` times as fast in every round."""
+    target = Store(folder / "records.jsonl")
+    for stage in (1, 2, 3):
+        for which in (1, 2, 3):
+            for name, own in (("gather", None), ("delayed", ratio * (1 + 0.001 * which))):
+                cell = Cell(part="attention", problem=PROBLEM, backend=name, model="m", stage=stage)
+                row = Record.of(cell, CPU, median_ms=1.0 + which, pass_number=which, passes=3, run_id="r")
+                if own is not None:
+                    row = row.replace(ratio=own, ratio_lo=0.998 * own, ratio_hi=1.002 * own)
+                target.append(row)
+
+
+def figures(folder: Path) -> dict[str, Any]:
     result = CliRunner().invoke(main, ["show", "-o", str(folder)])
     assert result.exit_code == 0, result.output
-    found: dict[str, dict[str, float]] = json.loads((folder / "figures.json").read_text())
+    again = CliRunner().invoke(main, ["table", str(folder / "coverage-study.json")])
+    assert again.output == result.output
+    found: dict[str, Any] = json.loads((folder / "coverage-study.json").read_text())["kinds"]
     return found
 
 
@@ -55,24 +71,48 @@ def test_intervals_cover_where_runs_differ_by_what_passes_show(tmp_path: Path) -
     for number in range(8):
         write(tmp_path / f"quiet-{number}", seed=number)
     seen = figures(tmp_path)
-    assert seen["quiet times"]["n"] == seen["quiet ratios"]["n"] == 8 * CELLS
-    assert seen["quiet times"]["inside"] >= 0.9 * 8 * CELLS
-    assert (seen["quiet pairs"]["n"], seen["quiet pairs"]["wrong"] <= 2) == (20, True)
+    assert seen["quiet"]["times"]["n"] == seen["quiet"]["ratios"]["n"] == 8 * CELLS
+    assert seen["quiet"]["times"]["inside"] >= 0.9 * 8 * CELLS
+    assert (seen["quiet"]["pairs"]["n"], seen["quiet"]["pairs"]["wrong"] <= 2) == (20, True)
 
 
 def test_intervals_do_not_cover_where_runs_differ_by_more(tmp_path: Path) -> None:
     for number in range(8):
         write(tmp_path / f"busy-{number}", seed=number, scatter=0.002, run_effect=0.2)
     seen = figures(tmp_path)
-    assert seen["busy times"]["inside"] < 0.8 * 8 * CELLS
-    assert seen["busy pairs"]["wrong"] > 10
+    assert seen["busy"]["times"]["inside"] < 0.8 * 8 * CELLS
+    assert seen["busy"]["pairs"]["wrong"] > 10
 
 
 def test_a_true_slowdown_is_counted_where_it_is_found(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path / f"delay0-{number}", seed=number, scatter=0.005)
         write(tmp_path / f"delay10-{number}", seed=10 + number, scatter=0.005, slower=1.1)
-    assert figures(tmp_path)["delay 10 %"] == {"n": 3, "slower": 3}
+    assert figures(tmp_path)["delay10"]["compared"] == {"n": 9, "slower": 9}  # every pair of them
+
+
+def test_a_true_slowdown_is_counted_in_turn_within_a_run(tmp_path: Path) -> None:
+    for delay, ratio in ((0, 1.0), (10, 1 / 1.1)):
+        for number in range(2):
+            write_beside(tmp_path / f"delay{delay}-{number}", ratio)
+    seen = figures(tmp_path)
+    assert seen["delay0"]["in_turn"] == {"n": 6, "slower": 0}
+    assert seen["delay10"]["in_turn"] == {"n": 6, "slower": 6}
+
+
+def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="holds no runs; `coverage run -o"):
+        study_of(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_is_taken_in_processes_of_its_own_and_shown(tmp_path: Path) -> None:
+    short = ["--runs=1", "--smoke", "--res=64", "--stage=3", "--passes=2"]
+    result = CliRunner().invoke(main, ["run", "-o", str(tmp_path), "--delay=10", *short])
+    assert result.exit_code == 0, result.output
+    seen = figures(tmp_path)
+    assert (seen["delay10"]["runs"], seen["delay10"]["passes"]) == (1, 2)
+    assert seen["delay10"]["in_turn"]["n"] == 1
 
 
 def test_too_few_runs_or_nothing_in_common_is_said(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_regret_is_what_a_plan_takes_beyond_the_best_swap(tmp_path: Path) -> Non
         f"regret of {within} of {len(rows)} plans at most 3 %, {slower} slower than the default"
         in result.output
     )
-    assert json.loads((tmp_path / "figures.json").read_text())["tune"]["within"] == within
+    assert json.loads((tmp_path / "coverage-study.json").read_text())["tune"]["within"] == within
 
 
 def test_a_plan_outside_the_swaps_is_part_of_the_truth() -> None:
