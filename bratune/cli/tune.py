@@ -81,6 +81,13 @@ FORMATS = ("table", "json", "csv", "md")
     help="Trainings that differ in the seed only; two are the fewest with a standard error.",
 )
 @click.option(
+    "--train-most-seeds",
+    type=click.IntRange(2),
+    default=6,
+    show_default=True,
+    help="With --train-trials: add paired seeds up to so many where fewer do not decide.",
+)
+@click.option(
     "--calibration-images",
     type=click.IntRange(8),
     default=1000,
@@ -258,6 +265,7 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
         train_trials=asked["train_trials"] or 0,
         train_steps=asked["train_steps"],
         train_seeds=asked["train_seeds"],
+        train_most_seeds=asked["train_most_seeds"],
         calibration_images=asked["calibration_images"],
         confidence=asked["confidence"],
         allow_model_changes=asked["allow_model_changes"],

@@ -76,10 +76,28 @@ def shared_run(*, gain: float, error: float, seeds: int) -> Evidence:
     return Evidence(level="E1", text=text, values={"gain": gain, "standard_error": error, "seeds": seeds})
 
 
-def short_trainings(*, gain: float, error: float, seeds: int, steps: int) -> Evidence:
-    """E1: difference between short trainings of a setting and of the reference, as `shared_run`."""
-    text = f"short trainings, {_difference(gain, error)} ({seeds} seeds of {steps} steps)"
-    values = {"gain": gain, "standard_error": error, "seeds": seeds, "steps": steps}
+def short_trainings(*, gain: float, error: float, seeds: int, steps: int, not_worse: float) -> Evidence:
+    """E1: difference between short trainings of a setting and of the reference, in points.
+
+    Args:
+        gain: Of validation accuracy.
+        error: Its standard error.
+        seeds: Pairs of trainings behind it.
+        steps: Of each training.
+        not_worse: Loss up to which a setting is called not worse.
+    """
+    low, high = gain - 2 * error, gain + 2 * error
+    if high < 0:
+        verdict = "worse"
+    elif low >= -not_worse:
+        verdict = f"not worse by more than {not_worse:g} points"
+    else:
+        verdict = f"undecided, up to {-low:.1f} points may be lost"
+    pairs = f"{seeds} paired seed{'s' * (seeds != 1)} of {steps} steps"
+    text = (
+        f"short trainings, {gain:+.1f} +- {2 * error:.1f} points against the reference: {verdict} ({pairs})"
+    )
+    values = {"gain": gain, "standard_error": error, "seeds": seeds, "steps": steps, "not_worse": not_worse}
     return Evidence(level="E1", text=text, values=values)
 
 

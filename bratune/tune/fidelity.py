@@ -21,7 +21,6 @@ __all__ = [
     "feature_distance",
     "mean_interval",
     "paired_change",
-    "total_variation",
 ]
 
 
@@ -39,13 +38,6 @@ def divergence(reference: Tensor, candidate: Tensor, valid: Tensor | None = None
     _check_alike(reference, candidate)
     p, q = reference.float().log_softmax(1), candidate.float().log_softmax(1)
     return _mean_over_positions((p.exp() * (p - q)).sum(1).clamp_min(0), valid)
-
-
-def total_variation(reference: Tensor, candidate: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Half the absolute difference of the class probabilities of each image, in [0, 1]; as `divergence`."""
-    _check_alike(reference, candidate)
-    p, q = reference.float().softmax(1), candidate.float().softmax(1)
-    return _mean_over_positions(0.5 * (p - q).abs().sum(1), valid)
 
 
 def agreement(reference: Tensor, candidate: Tensor) -> Tensor:

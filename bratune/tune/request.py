@@ -55,6 +55,7 @@ class Request:
         train_trials: Without weights: judge by short trainings of so many settings.
         train_steps: Steps of a short training.
         train_seeds: Short trainings that differ in nothing else.
+        train_most_seeds: How many at most, where those do not decide (train_trials).
         objective: Second objective beside latency: ``auto`` (fidelity where it is measured, else memory),
             ``fidelity`` or ``memory``.
         constraints: Texts for `bratune.tune.pick.parse_constraint`.
@@ -90,6 +91,7 @@ class Request:
     train_trials: int = 0
     train_steps: int = 300
     train_seeds: int = 2
+    train_most_seeds: int = 6
     calibration_images: int = 1000
     confidence: float = CONFIDENCE
     allow_model_changes: bool = False
@@ -269,7 +271,7 @@ class Request:
     @property
     def study_name(self) -> str:
         """A name that is equal for requests that may share their trials."""
-        loose = ("budget_s", "pick", "trials", "effort", "seed", "sampler")
+        loose = ("budget_s", "pick", "trials", "effort", "seed", "sampler", "train_most_seeds")
         data = {k: v for k, v in self.to_dict().items() if k not in loose}
         data["train_trials"] = bool(self.train_trials)  # more of them go on with the same study
         text = json.dumps(data, sort_keys=True)

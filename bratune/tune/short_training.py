@@ -13,7 +13,7 @@ import functools
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from bratune.tune import evidence
 from bratune.tune.checkpoint_fidelity import BACKEND, outputs, reroute
 from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.ledger import derived_seed
+from bratune.tune.lost_accuracy import ALLOWED_LOSS
 from bratune.tune.pictures import Pictures, load_pictures
 from bratune.tune.request import Request
 from bratune.tune.setting import Setting
@@ -47,6 +48,8 @@ __all__ = [
 
 # Validation pictures below which no difference between settings could be seen.
 FEWEST = 20
+# A loss of accuracy, as a fraction, that a setting may have and be called not worse.
+NOT_WORSE = ALLOWED_LOSS["balanced"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,8 @@ class Recipe:
     Attributes:
         steps: Of every seed.
         seeds: Trainings that differ in nothing else; two are the fewest that give a standard error.
+        most_seeds: Where these do not decide, pairs are added up to so many; the same study goes on with
+            another number.
         norm_batches: Batches on which a shared run takes running statistics anew for every setting.
     """
 
@@ -64,6 +69,7 @@ class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     seeds: int = 2
+    most_seeds: int = field(default=0, repr=False)
     norm_batches: int = 8
 
 
@@ -95,7 +101,7 @@ class TrainedSource:
 
 def recipe_of(request: Request) -> Recipe:
     """The recipe that a request asks for."""
-    return Recipe(steps=request.train_steps, seeds=request.train_seeds)
+    return Recipe(steps=request.train_steps, seeds=request.train_seeds, most_seeds=request.train_most_seeds)
 
 
 def labelled_halves(request: Request) -> tuple[Pictures, Pictures]:
@@ -178,6 +184,11 @@ def train_shared(
         if not model.training:
             model.train()
     return losses
+
+
+def decides(gain: float, error: float) -> bool:
+    """Whether a gain is surely a loss, or surely not a loss of more than `NOT_WORSE`."""
+    return gain + 2 * error < 0 or gain - 2 * error >= -NOT_WORSE
 
 
 def paired_gain(own: Sequence[Tensor], reference: Sequence[Tensor]) -> tuple[float, float]:

@@ -3,7 +3,8 @@
 The objective is the share of validation pictures that are classified wrongly, mean over seeds. The first
 seed reports it while it trains, and what falls behind the median of the others at the same step is stopped
 (Optuna's median pruner). Every seed starts from the same weights and sees the same pictures in the same
-order whatever the setting, so that differences to the reference are paired. Which picture was classified
+order whatever the setting, so that differences to the reference are paired. Where the pairs do not decide
+whether a setting is worse, more seeds of both are trained, up to a limit. Which picture was classified
 correctly is kept in the study: a run that goes on compares with what was trained before.
 """
 
@@ -28,8 +29,10 @@ from bratune.tune.request import Request
 from bratune.tune.sampling import Encoding
 from bratune.tune.setting import Setting
 from bratune.tune.short_training import (
+    NOT_WORSE,
     Recipe,
     TrainedSource,
+    decides,
     fresh_model,
     labelled_halves,
     paired_gain,
@@ -136,11 +139,41 @@ class TrainTrials(TrainedSource):
             steps = own.user_attrs.get("steps", 0)
             found = evidence.stopped_training(steps=steps, of=self.recipe.steps)
             return Fidelity(loss=1.0, evidence=found, usable=False)
-        gain, error = paired_gain(_unpacked(own), _unpacked(reference))
+        gain, error, seeds = self._paired(setting, _unpacked(own), _unpacked(reference))
         found = evidence.short_trainings(
-            gain=100 * gain, error=100 * error, seeds=self.recipe.seeds, steps=self.recipe.steps
+            gain=100 * gain,
+            error=100 * error,
+            seeds=seeds,
+            steps=self.recipe.steps,
+            not_worse=100 * NOT_WORSE,
         )
         return Fidelity(loss=max(0.0, -gain - 2 * error), evidence=found)
+
+    def _paired(
+        self, setting: Setting, own: list[Tensor], reference: list[Tensor]
+    ) -> tuple[float, float, int]:
+        """Gain over the reference, its standard error, and the pairs behind them, as many as decide."""
+        gain, error = paired_gain(own, reference)
+        same = self.space.model_key(setting) == self.space.model_key(self.reference)
+        while not same and not decides(gain, error) and len(own) < self.recipe.most_seeds:
+            self.say(
+                f"training {setting}: {gain:+.1%} +- {2 * error:.1%} after {len(own)} pairs decides nothing; "
+                "another pair"
+            )
+            reference.append(self._one_more(self.reference, len(own)))
+            own.append(self._one_more(setting, len(own)))
+            gain, error = paired_gain(own, reference)
+        return gain, error, len(own)
+
+    def _one_more(self, setting: Setting, index: int) -> Tensor:
+        """The pictures that one more seed of a setting classifies correctly; trained once per study."""
+        name = f"seed {index} of {self.space.model_key(setting)}"
+        packed = self.ledger.study.user_attrs.get(name)
+        if packed is not None:
+            return _bits(packed, len(self.valid))
+        correct = self._train_one(setting, index, None)
+        self.ledger.study.set_user_attr(name, _hex(correct))
+        return correct
 
     def trained(self) -> list[Setting]:
         """Settings that were trained to the end."""
@@ -220,7 +253,7 @@ class TrainTrials(TrainedSource):
             self.ledger.prune(trial, text, steps=stopped.steps)
             return f"training {setting}: stopped, {text}"
         error = 1.0 - float(torch.stack(correct).double().mean())
-        packed = [np.packbits(one.numpy()).tobytes().hex() for one in correct]
+        packed = [_hex(one) for one in correct]
         self.ledger.complete(trial, [error], correct=packed, pictures=len(self.valid))
         return (
             f"training {setting}: {error:.1%} of {len(self.valid)} validation pictures wrong, mean of "
@@ -277,5 +310,13 @@ def _unpacked(trial: FrozenTrial) -> list[Tensor]:
     """Per seed, whether each validation picture was classified correctly, ``[N]`` bool."""
     count: int = trial.user_attrs["pictures"]
     texts: Any = trial.user_attrs["correct"]
-    bits = [np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))[:count] for text in texts]
-    return [torch.from_numpy(one.astype(bool)) for one in bits]
+    return [_bits(text, count) for text in texts]
+
+
+def _hex(correct: Tensor) -> str:
+    return np.packbits(correct.numpy()).tobytes().hex()
+
+
+def _bits(text: str, count: int) -> Tensor:
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))[:count]
+    return torch.from_numpy(bits.astype(bool))

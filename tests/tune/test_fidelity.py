@@ -20,7 +20,6 @@ from bratune.tune.fidelity import (
     feature_distance,
     mean_interval,
     paired_change,
-    total_variation,
 )
 from bratune.tune.pictures import Pictures, load_pictures
 from bratune.tune.recall import model_recall, recall_curves
@@ -54,7 +53,6 @@ def test_divergence_is_the_textbook_sum() -> None:
     p, q = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.5, 0.5]])
     expected = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
     assert divergence(p.log(), q.log()).item() == pytest.approx(expected, abs=1e-6)
-    assert total_variation(p.log(), q.log()).item() == pytest.approx(0.4, abs=1e-6)
 
 
 def test_equal_outputs_have_no_divergence_even_in_half_precision() -> None:

@@ -82,7 +82,7 @@ def test_tuned_setting_was_trained_and_says_how_well(
     worker.search()
     plan = conclude(worker)
     assert plan.evidence.level == "E1"
-    assert "(2 seeds of 4 steps)" in plan.evidence.text
+    assert "paired seeds of 4 steps)" in plan.evidence.text
     assert worker.trainings is not None
     done = {t.user_attrs["key"] for t in worker.trainings.ledger.trials("COMPLETE") if "key" in t.user_attrs}
     assert worker.space.model_key(plan.setting) in done
@@ -199,3 +199,51 @@ def test_requests_that_would_train_on_nothing_are_refused(changes: dict[str, Any
 def test_more_trainings_go_on_with_the_same_study() -> None:
     assert request(train_trials=8).study_name == request().study_name
     assert request(train_steps=9).study_name != request().study_name
+
+
+class Counted(TrainTrials):
+    """Trainings of a known outcome: how many of 400 pictures each seed classifies correctly."""
+
+    gains: list[int]
+    asked: list[tuple[str, int]]
+
+    def _train_one(self, setting: Any, index: int, trial: Any) -> Tensor:
+        self.asked.append((self.space.model_key(setting), index))
+        right = 300 if setting == self.reference else 300 + self.gains[index]
+        # The same pictures are right, apart from those that are gained or lost.
+        return torch.arange(400) < right
+
+
+@pytest.mark.parametrize(
+    ("gains", "seeds", "verdict"),
+    [
+        ([-40] * 9, 2, "worse"),
+        ([0] * 9, 2, "not worse by more than 0.5 points"),
+        ([40] * 9, 2, "not worse by more than 0.5 points"),
+        ([8, -8, 0, 0, 0, 0, 0, 0, 0], 5, "undecided"),
+        ([8, -30, -30, -30, -30, -30, -30], 4, "worse"),
+    ],
+)
+def test_pairs_are_added_until_they_decide_or_none_is_left(
+    tmp_path: Path, gains: list[int], seeds: int, verdict: str
+) -> None:
+    labels = torch.zeros(400, dtype=torch.int64)
+    pictures = Pictures(images=torch.zeros(400, 3, 64, 64), labels=labels, classes=("a",), key="p")
+    recipe = Recipe(steps=4, seeds=2, most_seeds=5)
+
+    def made() -> Counted:
+        found = Counted(seeded, request().space, request().reference, pictures, pictures, recipe, most=3)
+        found.gains, found.asked = gains, []
+        found.open(f"journal:///{tmp_path}/study.journal", "run", "random")
+        return found
+
+    source = made()
+    other = source.space.setting(4, (1, 1, 1, -2))
+    evidence = source.joint(other).evidence
+    assert evidence.values["seeds"] == seeds
+    assert verdict in evidence.text
+    assert f"({seeds} paired seeds of 4 steps)" in evidence.text
+    assert len(source.asked) == len(set(source.asked)) == 2 * seeds
+    again = made()
+    assert again.joint(other).evidence == evidence
+    assert again.asked == []  # the pairs that were added are in the study, too
