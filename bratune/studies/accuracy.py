@@ -42,12 +42,14 @@ __all__ = [
     "Size",
     "Trial",
     "keys_of",
+    "overlap",
     "rank_of",
     "read_cases",
     "run_case",
     "run_study",
     "small_model",
     "small_space",
+    "spread",
 ]
 
 # Settings that weights are trained with: S = 4 in every stage (16 regions).
@@ -96,6 +98,7 @@ class Trial:
         differ: Of those, how many have another top class.
         test_lost: Of the test pictures, how many became wrong.
         test_gained: Of those, how many became right.
+        test_loss: Of mIoU on the test pictures, where that is what is lost.
     """
 
     setting: str
@@ -106,11 +109,12 @@ class Trial:
     differ: int
     test_lost: int
     test_gained: int
+    test_loss: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One trained network and every setting that was tried on it."""
+    """One trained network and every setting that was tried on it; ``top1`` is what ``measure`` names."""
 
     data: str
     seed: int
@@ -120,6 +124,7 @@ class Case:
     test_images: int
     trials: tuple[Trial, ...] = field(repr=False)
     created_utc: str = ""
+    measure: str = "top-1"
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -127,7 +132,9 @@ class Case:
         return self.data, self.seed, self.trained
 
     def drop(self, trial: Trial) -> float:
-        """Loss of top-1 on the test pictures, as a fraction."""
+        """Loss of top-1, or of mIoU, on the test pictures, as a fraction."""
+        if trial.test_loss is not None:
+            return trial.test_loss
         return (trial.test_lost - trial.test_gained) / self.test_images
 
     def to_json(self) -> str:
@@ -183,7 +190,7 @@ def run_case(data: str, seed: int, trained: str, size: Size, *, say: Say = lambd
     before, before_test = _observe(model, own, proxy.images), _observe(model, own, test.images)
     right, right_test = before.top == proxy.labels, before_test.top == test.labels
     trials = []
-    for setting in _spread(space, own, size.settings, seed):
+    for setting in spread(space, own, size.settings, seed):
         after, after_test = _observe(model, setting, proxy.images), _observe(model, setting, test.images)
         now, now_test = after.top == proxy.labels, after_test.top == test.labels
         same = agreement(before.logits, after.logits)
@@ -196,7 +203,7 @@ def run_case(data: str, seed: int, trained: str, size: Size, *, say: Say = lambd
                     "disagreement": float((~same).float().mean()),
                     "margin": float((before.margin * ~same).mean()),
                     "features": _apart(before.features, after.features),
-                    "routing": 1 - _overlap(before.seen, after.seen),
+                    "routing": 1 - overlap(before.seen, after.seen),
                 },
                 lost=int((right & ~now).sum()),
                 gained=int((~right & now).sum()),
@@ -324,7 +331,7 @@ def _apart(own: Tensor, other: Tensor) -> float:
     return float(((own - other).norm(dim=1) / own.norm(dim=1).clamp_min(1e-12)).mean())
 
 
-def _overlap(own: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+def overlap(own: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Share of what tokens saw that they still see, mean over layers."""
     shares = [float((a & b).sum() / a.sum()) for a, b in zip(own, other, strict=True)]
     return sum(shares) / len(shares)
@@ -339,7 +346,7 @@ def keys_of(space: Space, setting: Setting) -> int:
     return found
 
 
-def _spread(space: Space, own: Setting, count: int, seed: int) -> list[Setting]:
+def spread(space: Space, own: Setting, count: int, seed: int) -> list[Setting]:
     """Settings near and far from the weights' own: half differ from it in one stage, half in any."""
     rng = random.Random(seed)
     found: dict[str, Setting] = {}

@@ -32,12 +32,12 @@ from bratune.studies.accuracy import (
     spread,
 )
 from bratune.studies.data_sets import PHOTOGRAPHS, SIDE, texture_halves
+from bratune.tune.checkpoint_fidelity import reroute
 from bratune.tune.fidelity import divergence, feature_distance
-from bratune.tune.progress import Say
 from bratune.tune.recall import routed_regions
-from bratune.tune.rerouting import reroute
 from bratune.tune.setting import Setting
 from bratune.tune.short_training import Recipe
+from bratune.tune.show import Say
 
 __all__ = ["SCENES", "Segmenter", "mean_iou", "run_dense_case", "scenes"]
 
@@ -83,7 +83,9 @@ class Segmenter(nn.Module):
         super().__init__()
         self.backbone = small_model(features_only=True)
         self.heads = nn.ModuleList(
-            nn.Conv2d(norm.normalized_shape[0], classes, 1) for norm in self.backbone.extra_norms
+            nn.Conv2d(norm.weight.numel(), classes, 1)
+            for norm in self.backbone.extra_norms
+            if isinstance(norm, nn.LayerNorm)
         )
 
     def from_maps(self, maps: Sequence[Tensor]) -> Tensor:

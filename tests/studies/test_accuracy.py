@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bratune.studies import accuracy
 from bratune.studies.accuracy import PROXIES, SMOKE, Case, Trial, run_study
 from bratune.studies.accuracy_findings import findings_of, tables_of
 from bratune.studies.data_sets import DATA_SETS, get_data_set, texture_halves
+from bratune.studies.dense import Segmenter, mean_iou, run_dense_case, scenes
 from bratune.tune.checkpoint_fidelity import reroute
 from bratune.tune.recall import routed_regions
 
@@ -116,6 +118,71 @@ def test_findings_tell_a_proxy_that_ranks_from_one_that_does_not() -> None:
     assert json.loads(json.dumps(found)) == found
 
 
+def a_case_with_a_pick(data: str, seed: int) -> Case:
+    """Of the settings that it tries, one loses next to nothing."""
+    case = a_case(data, seed)
+    near: dict[str, Any] = {"lost": 3, "gained": 2, "differ": 5, "test_lost": 12, "test_gained": 8}
+    return dataclasses.replace(case, trials=(*case.trials[:-1], dataclasses.replace(case.trials[-1], **near)))
+
+
+def test_networks_whose_seed_and_set_chose_nothing_check_the_claims() -> None:
+    cases = [a_case_with_a_pick(data, seed) for data in ("digits", "textures") for seed in range(2)]
+    found = findings_of(cases)["held_out"]
+    assert {row["cases"] for row in found.values()} == {4}
+    assert found["3"] == {
+        "cases": 4,
+        "proxies": {"divergence": 4},
+        "picks": 4,
+        "within": 4,
+        "claims": 40,
+        "broken": 0,
+    }
+    # On one network other pictures lose ten times what the proxy's pictures said.
+    worse = dataclasses.replace(
+        cases[0],
+        trials=tuple(
+            dataclasses.replace(t, test_lost=t.test_lost + 900, test_gained=0) for t in cases[0].trials
+        ),
+    )
+    found = findings_of([worse, *cases[1:]])["held_out"]["3"]
+    assert (found["picks"], found["within"]) == (4, 3)
+    assert found["broken"] == 10
+    alone = findings_of([case for case in cases if case.data == "digits"])["held_out"]["3"]
+    assert alone["cases"] == 0
+
+
+def test_scenes_are_repeatable_and_a_segmenter_scores_every_pixel() -> None:
+    pytest.importorskip("skimage", reason="brings the photographs")
+    images, labels = scenes(4, part="train", seed=0)
+    again = scenes(4, part="train", seed=0)
+    assert torch.equal(images, again[0])
+    assert torch.equal(labels, again[1])
+    assert not torch.equal(images, scenes(4, part="test", seed=0)[0])
+    assert images.shape == (4, 3, 64, 64)
+    assert len(set(labels.flatten().tolist())) > 2
+    assert Segmenter().eval()(images).shape == (4, 5, 64, 64)
+
+
+def test_mean_iou_counts_classes_that_occur() -> None:
+    labels = torch.tensor([[0, 0, 1, 1]])
+    assert mean_iou(labels, labels) == 1.0
+    # Class 0: one of two pixels and of the two that either names; class 1: two of three.
+    assert mean_iou(torch.tensor([[0, 1, 1, 1]]), labels) == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+@pytest.mark.slow
+def test_a_dense_case_ranks_and_bounds_nothing() -> None:
+    pytest.importorskip("skimage", reason="brings the photographs")
+    case = run_dense_case("scenes", 0, "sparse", SMOKE)
+    assert case.measure == "mIoU"
+    assert len(case.trials) == SMOKE.settings
+    assert any(case.drop(trial) for trial in case.trials)
+    assert Case.from_json(case.to_json()) == case
+    found = findings_of([case, a_case("digits", 0)])
+    assert set(found["data"]) == {"digits", "scenes"}
+    assert all(row["settings"] == 10 for row in found["claims"].values())
+
+
 def test_a_study_without_cases_says_nothing() -> None:
     with pytest.raises(UsageError, match="no case yet"):
         findings_of([])
@@ -128,5 +195,6 @@ def test_the_smoke_study_runs_from_the_command_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(command, ["--study", "accuracy", "--smoke", "-o", str(tmp_path)])
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "accuracy-study.json").read_text())
-    assert found["cases"] == 6
+    assert found["cases"] == 8
+    assert found["data"]["scenes"]["networks"] == 2
     assert json.loads((tmp_path / "accuracy-study.figure.json").read_text())["data"]
