@@ -62,7 +62,8 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
 @click.option(
     "--forms",
     metavar="NAME,NAME",
-    help="Forms of whole models: published, runtime, lean (in training), auto, or a backend everywhere.  "
+    help="Forms of whole models: published, runtime, lean (in training), auto, a backend everywhere, "
+    "onnxruntime, openvino, openvino-bf16.  "
     "[default: published,gather,auto,runtime; lean in training]",
 )
 @click.option(
