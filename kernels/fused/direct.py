@@ -44,7 +44,8 @@ def _how() -> str:
 # How kernels are launched: ``directly``, or why not.
 HOW = _how()
 _DIRECTLY = HOW == "directly"
-_run = getattr(JITFunction, "run", None)
+# By its name: what is in its place when this module is imported need not be it.
+_RUN = "JITFunction.run"
 
 
 class _Launch:
@@ -109,7 +110,7 @@ def _in_other_hands(kernel: Any) -> bool:
     """Whether a launch of Triton would do more than launch."""
     runtime = knobs.runtime
     return bool(
-        JITFunction.run is not _run
+        JITFunction.run.__qualname__ != _RUN
         or kernel.pre_run_hooks
         or runtime.launch_enter_hook.calls
         or runtime.launch_exit_hook.calls

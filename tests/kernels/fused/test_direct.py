@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,6 +157,17 @@ def gather_fwd_kernel() -> Any:
     from bratune.kernels.fused.gather_fwd import gather_fwd_kernel as found
 
     return found
+
+
+def test_kernels_that_are_compiled_first_of_all_are_not_launched() -> None:
+    code = (
+        "from bratune.predict.offline import attention_launches; from bratune.problem import Problem; "
+        "p = Problem(batch=1, height=8, width=8, heads=1, head_dim=32, region=(8, 8), topk=1); "
+        "print(*attention_launches(p, 'sm80', {'forward': 'gather'}))"
+    )
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
+    assert done.stdout.split() == ["gather_fwd"], done.stderr
 
 
 def test_a_program_that_never_repeats_itself_keeps_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
