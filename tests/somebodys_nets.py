@@ -76,6 +76,41 @@ class BiLevelRoutingAttention(nn.Module):
         return out.permute(0, 3, 1, 2) if self.outside == "nchw" else out  # type: ignore[no-any-return]
 
 
+class GatheredBRA(BiLevelRoutingAttention):
+    """The same with pooled keys, or with keys and values weighed by how well their region fits."""
+
+    def __init__(
+        self, dim: int, *, pool: nn.Module | None = None, soft: bool = False, diff: bool = False
+    ) -> None:
+        super().__init__(dim)
+        self.kv_down, self.soft_routing, self.diff_routing = pool or nn.Identity(), soft, diff
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width, dim = x.shape
+        q, k, v = self.qkv(x).chunk(3, -1)
+        sides = height // 2, width // 2
+
+        def regions(t: Tensor) -> Tensor:
+            return t.unfold(1, *sides[:1] * 2).unfold(2, *sides[1:] * 2).flatten(1, 2)  # [B, R, C, h, w]
+
+        rq, rk, rv = map(regions, (q, k, v))
+        means = [t.mean((3, 4)) if self.diff_routing else t.mean((3, 4)).detach() for t in (rq, rk)]
+        fits = self.scale * means[0] @ means[1].transpose(1, 2)
+        weights, routes = fits.topk(self.topk, -1)
+        rk, rv = (self.kv_down(t.flatten(0, 1)).unflatten(0, (batch, -1)).flatten(3) for t in (rk, rv))
+        images = torch.arange(batch)[:, None, None]
+        rk, rv = (t[images, routes] for t in (rk, rv))  # [B, R, topk, C, tokens]
+        if self.soft_routing:
+            rk, rv = (weights.softmax(-1)[..., None, None] * t for t in (rk, rv))
+        heads = (batch, 4, self.num_heads, dim // self.num_heads)
+        rq = rq.reshape(*heads, -1)
+        rk, rv = (t.transpose(2, 3).reshape(*heads, -1) for t in (rk, rv))
+        out = rv @ (self.scale * rk.transpose(-1, -2) @ rq).softmax(-2)
+        out = out.reshape(batch, 2, 2, dim, *sides).permute(0, 1, 4, 2, 5, 3).reshape(x.shape)
+        local = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.wo(out + local)  # type: ignore[no-any-return]
+
+
 class ConvolvedBRA(nn.Module):
     """The NCHW layer of the refactoring, under another name."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from somebodys_nets import UNetLike, YOLOLike
+from somebodys_nets import GatheredBRA, UNetLike, YOLOLike
 from torch import Tensor, nn
 
 import bratune
@@ -102,6 +102,43 @@ def test_a_plan_names_backends_by_layer() -> None:
     found.restore()
     with pytest.raises(UnknownNameError, match=r"'stages\.0'.*alike"):
         accelerated(model, plan={"stages.0": "dense"})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GatheredBRA(8),
+        lambda: GatheredBRA(8, pool=nn.AdaptiveAvgPool2d(2)),
+        lambda: GatheredBRA(8, pool=nn.AdaptiveMaxPool2d(1)),
+        lambda: GatheredBRA(8, pool=nn.AvgPool2d(2)),
+        lambda: GatheredBRA(8, soft=True),
+        lambda: GatheredBRA(8, soft=True, diff=True),
+    ],
+    ids=["plain", "ada-avg", "ada-max", "avg", "soft", "differentiable"],
+)
+def test_pooled_keys_and_soft_routing_are_replaced(make: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(make()).eval()
+    x = torch.randn(2, 8, 12, 8)
+    expected = model(x)
+    found = bratune.accelerate(model, x)
+    assert found.swapped == {"0": "nhwc"}, str(found)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_soft_routing_with_other_weights_is_left() -> None:
+    class Sharper(GatheredBRA):
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale *= 2
+            try:
+                return super().forward(x)
+            finally:
+                self.scale /= 2
+
+    torch.manual_seed(0)
+    found = bratune.accelerate(nn.Sequential(Sharper(8, soft=True)), torch.randn(1, 8, 12, 8))
+    assert found.swapped == {}
+    assert "nhwc: differs" in found.left["0"]
 
 
 def test_the_layer_of_the_example_is_replaced() -> None:
