@@ -27,6 +27,7 @@ __all__ = [
     "cost_of",
     "executed_instructions",
     "hub_us",
+    "l1_hits",
     "work_of",
 ]
 
@@ -48,6 +49,8 @@ _MATRIX_SHARE = 0.60
 # Of every SM, per clock.
 _SCHEDULERS = 4
 _EXPS_PER_CLOCK = 16
+# What the L1 cache keeps at least.
+_LINE_BYTES = 128
 # Programs that saturate the memory, as a share of the SMs.
 _FEEDING_SHARE = 0.5
 # Warps on an SM that keep its schedulers and its loads going.
@@ -109,7 +112,7 @@ def board_of(architecture: str) -> GPU:
     return resolve(BOARDS[architecture])
 
 
-def work_of(kind: str, problem: Problem, settings: Mapping[str, int]) -> Work:
+def work_of(kind: str, problem: Problem, settings: Mapping[str, int], *, l1_hits: float = 0.0) -> Work:
     """The counted work of an attention kernel.
 
     Args:
@@ -117,6 +120,8 @@ def work_of(kind: str, problem: Problem, settings: Mapping[str, int]) -> Work:
         problem: The attention call.
         settings: What is compiled into the kernel: ``BLOCK_M``, ``BLOCK_N`` and, where it has them,
             ``TAIL`` (keys of a last, shorter tile), ``GROUP`` and ``REGIONS_PER_PROGRAM``.
+        l1_hits: Share of the gathered keys and values that programs of ``kv_stationary_fwd`` find in L1, see
+            `l1_hits`.
 
     Raises:
         UnknownNameError: no kernel is of that kind.
@@ -150,8 +155,13 @@ def work_of(kind: str, problem: Problem, settings: Mapping[str, int]) -> Work:
     backward = 4 * queries + 4 * keys + stats
     table = {
         "gather_fwd": (forward, 2 * queries + gathered, routed_scores, 2, key_steps),
-        # K and V of a head stay in L1 while its program goes through the regions.
-        "kv_stationary_fwd": (forward, forward, routed_scores, 2, resident_steps),
+        "kv_stationary_fwd": (
+            forward,
+            2 * queries + (1.0 - l1_hits) * gathered,
+            routed_scores,
+            2,
+            resident_steps,
+        ),
         "image_fwd": (forward, 2 * queries + image_reads, image_scores, 2, image_steps),
         "gather_dq": (
             4 * queries + 2 * keys + 2 * stats,
@@ -182,6 +192,26 @@ def work_of(kind: str, problem: Problem, settings: Mapping[str, int]) -> Work:
     )
 
 
+def l1_hits(launch: Launch, problem: Problem, sm_count: int) -> float:
+    """The share of the keys and values that a launch of ``kv_stationary_fwd`` finds in the L1 cache.
+
+    A program reads the regions that its query regions were routed to; by chance, some of them again. Of
+    those it finds as large a share as the cache holds of what the programs of an SM read, a line for
+    every row of a head, which may be half of it. A cache that evicts what was used longest ago does that
+    with reads in random order.
+    """
+    p, target = problem, launch.target
+    regions = launch.settings.get("REGIONS_PER_PROGRAM", p.regions)
+    distinct = p.kv_regions * (1.0 - (1.0 - min(1.0, p.topk / p.kv_regions)) ** regions)
+    again = 1.0 - distinct / (regions * p.topk)
+    programs = launch.resources.resident_warps // launch.num_warps
+    programs = max(1, min(programs, ceil_div(launch.programs, sm_count)))
+    capacity = target.l1_kib * 1024 - programs * (launch.metadata_shared + target.smem_reserved)
+    row = ceil_div(p.head_dim * p.item_bytes, _LINE_BYTES) * _LINE_BYTES
+    read = programs * 2 * distinct * p.kv_region_tokens * row
+    return float(again * min(1.0, max(0.0, capacity) / read))
+
+
 def executed_instructions(listing: Listing, *, iterations: float, exps: float) -> float:
     """Instructions that a warp executes on its way through a kernel that loops over tiles.
 
@@ -207,8 +237,9 @@ def cost_of(launch: Launch, kind: str, problem: Problem, board: GPU) -> Cost:
     Raises:
         UsageError: no source gives one of the board's peaks.
     """
-    work = work_of(kind, problem, launch.settings)
     peak = rates(board, problem.dtype)
+    hits = l1_hits(launch, problem, peak.sm_count) if kind == "kv_stationary_fwd" else 0.0
+    work = work_of(kind, problem, launch.settings, l1_hits=hits)
     lanes = launch.programs * launch.num_warps * launch.target.warp_size
     instructions = executed_instructions(
         launch.listing, iterations=work.iterations, exps=work.scores / lanes / work.iterations

@@ -1,7 +1,7 @@
 """Targets: GPUs that kernels are compiled for without having one, with the limits that decide occupancy.
 
 The limits belong to the compute capability, not to the board: shared memory from NVIDIA's CCCL
-(`arch_traits.h`), warps and blocks from the CUDA programming guide's table of compute capabilities. What
+(`arch_traits.h`), warps, blocks and L1 from the CUDA programming guide's table of compute capabilities. What
 depends on the board (number of SMs, clock, bandwidth) is in `bratune.gpus`.
 """
 
@@ -13,6 +13,8 @@ from bratune.errors import UnknownNameError
 from bratune.machine import Machine
 
 __all__ = ["TARGETS", "Target", "get_target", "target_of"]
+
+_SCHEDULERS = 4
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -31,6 +33,7 @@ class Target:
         smem_kib: Shared memory of an SM, in KiB.
         smem_block_kib: Shared memory that one block may use, in KiB.
         smem_reserved: Bytes of shared memory that the system takes from every block.
+        l1_kib: What L1 cache and shared memory of an SM have together, in KiB.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Target:
     smem_kib: int
     smem_block_kib: int
     smem_reserved: int = 1024
+    l1_kib: int
 
     def resident_warps(self, *, registers: int, shared_bytes: int, num_warps: int) -> int:
         """Warps of one kernel that an SM holds at a time; 0 when not even one block fits.
@@ -54,10 +58,12 @@ class Target:
             num_warps: Warps of a block.
         """
         warp_registers = -(-registers * self.warp_size // self.register_unit) * self.register_unit
+        # Each of the four schedulers has a quarter of the registers, for warps of its own.
+        warps = _SCHEDULERS * (self.registers // _SCHEDULERS // max(1, warp_registers))
         blocks = min(
             self.max_blocks,
             self.max_warps // num_warps,
-            self.registers // max(1, warp_registers * num_warps),
+            warps // num_warps,
             self.smem_kib * 1024 // max(1, shared_bytes + self.smem_reserved),
         )
         return blocks * num_warps
@@ -73,6 +79,7 @@ TARGETS = {
             max_warps=64,
             max_blocks=32,
             smem_kib=164,
+            l1_kib=192,
             smem_block_kib=163,
         ),
         Target(
@@ -82,6 +89,7 @@ TARGETS = {
             max_warps=48,
             max_blocks=16,
             smem_kib=100,
+            l1_kib=128,
             smem_block_kib=99,
         ),
         Target(
@@ -91,6 +99,7 @@ TARGETS = {
             max_warps=48,
             max_blocks=24,
             smem_kib=100,
+            l1_kib=128,
             smem_block_kib=99,
         ),
         Target(
@@ -100,6 +109,7 @@ TARGETS = {
             max_warps=64,
             max_blocks=32,
             smem_kib=228,
+            l1_kib=256,
             smem_block_kib=227,
         ),
         Target(
@@ -109,6 +119,7 @@ TARGETS = {
             max_warps=64,
             max_blocks=32,
             smem_kib=228,
+            l1_kib=256,
             smem_block_kib=227,
         ),
         Target(
@@ -118,6 +129,7 @@ TARGETS = {
             max_warps=48,
             max_blocks=24,
             smem_kib=100,
+            l1_kib=128,
             smem_block_kib=99,
         ),
         # Four SIMD units of 512 vector registers for each of 64 lanes; eight waves per unit.
@@ -131,6 +143,7 @@ TARGETS = {
             registers=4 * 512 * 64,
             register_unit=8 * 64,
             smem_kib=64,
+            l1_kib=64 + 32,
             smem_block_kib=64,
             smem_reserved=0,
         ),

@@ -58,7 +58,19 @@ def _norm(side: int, channels: int) -> Callable[[str], dict[str, Launch]]:
 CASES: Mapping[str, Callable[[str], dict[str, Launch]]] = {
     "224 stage 1": _attention(batch=128, height=56, width=56, region=(8, 8), topk=1),
     "224 stage 2": _attention(batch=128, height=28, width=28, heads=4, region=(4, 4), topk=4),
-    "224 stage 3": _attention(batch=128, height=14, width=14, heads=8, region=(2, 2), topk=16),
+    "224 stage 3": _attention(
+        {"forward": "image"}, batch=128, height=14, width=14, heads=8, region=(2, 2), topk=16
+    ),
+    "224 stage 3, stationary": _attention(
+        {"forward": "stationary"},
+        batch=128,
+        height=14,
+        width=14,
+        heads=8,
+        region=(2, 2),
+        topk=16,
+        direction="fwd",
+    ),
     "512 stage 1": _attention(height=128, width=128, region=(16, 16), topk=1),
     "512 stage 3": _attention(
         batch=128, height=32, width=32, heads=8, region=(4, 4), topk=16, direction="fwd"

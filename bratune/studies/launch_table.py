@@ -59,10 +59,10 @@ def problems(suites: Sequence[str] = ()) -> tuple[Problem, ...]:
     Calls that differ in the number of images and heads alone follow each other.
 
     Args:
-        suites: Names of suites; by default all of them.
+        suites: Names of suites; by default all that compare backends.
     """
     found: dict[tuple[int, ...], Problem] = {}
-    for name in suites or names():
+    for name in suites or [name for name in names() if not load(name).mixers]:
         suite = load(name)
         calls = [
             stage.problem
@@ -245,10 +245,16 @@ def _machine_code(kind: str, problem: Problem, config: str, architecture: str) -
 
 
 def kinds_of(problem: Problem) -> tuple[str, ...]:
-    """The kernels of the families that a problem prefers, with and without a backward pass."""
+    """The kernels of the families that a problem may prefer, with and without a backward pass."""
     training, inference = (problem.replace(direction=name) for name in ("fwd-bwd", "fwd"))
-    forward = {kind: None for p in (training, inference) for kind in FORWARD[forward_families(p)[0]].values()}
+    families = {f: None for p in (training, inference) for f in _contenders(forward_families(p))}
+    forward = {kind: None for family in families for kind in FORWARD[family].values()}
     return (*forward, *BACKWARD[backward_families(training)[0]].values())
+
+
+def _contenders(legal: tuple[str, ...]) -> tuple[str, ...]:
+    """The family that rules prefer, and on small maps the one that may be cheaper."""
+    return (legal[0], "stationary") if {"image", "stationary"} <= set(legal) else legal[:1]
 
 
 _Job = tuple[str, Problem, str, Mapping[str, int] | None]

@@ -88,8 +88,9 @@ class TritonBackend:
         """The table's settings for the preferred families, then other families and other tiles."""
         default = full_config(problem, {}, machine)
         found = [default, *_variants(default, problem, machine)]
-        for family in forward_families(problem)[1:]:
-            found.append(full_config(problem, {"forward": family}, machine))
+        for family in forward_families(problem):
+            if family != default["forward"]:
+                found.append(full_config(problem, {"forward": family}, machine))
         if problem.backward:
             for family in backward_families(problem)[1:]:
                 found.append(full_config(problem, {"backward": family}, machine))

@@ -143,7 +143,7 @@ def full_config(problem: Problem, given: Mapping[str, int | str], machine: Machi
     """
     chosen = {}
     for key, legal in (("forward", forward_families(problem)), ("backward", backward_families(problem))):
-        family = str(given.get(key, legal[0]))
+        family = str(given.get(key) or _preferred(key, legal, problem, machine))
         if family not in legal:
             raise ConfigError(
                 f"{key} family {family!r} cannot compute {problem}; these can: {', '.join(legal)}"
@@ -158,6 +158,15 @@ def full_config(problem: Problem, given: Mapping[str, int | str], machine: Machi
             raise ConfigError(f"setting {key!r} is not one of {', '.join(config)}")
         config[key] = setting if key in chosen else int(setting)
     return config
+
+
+def _preferred(direction: str, legal: tuple[str, ...], problem: Problem, machine: Machine) -> str:
+    """The family that is taken: of the two that suit small maps the cheaper one, as far as that is known."""
+    rivals = [family for family in ("image", "stationary") if family in legal]
+    if direction == "forward" and len(rivals) == 2:
+        kinds = {FORWARD[family]["fwd"]: family for family in rivals}
+        return kinds.get(launch.cheapest(tuple(kinds), problem, machine), legal[0])
+    return legal[0]
 
 
 def statistics_planes(dtype: str) -> int:

@@ -79,7 +79,8 @@ def forward_families(problem: Problem) -> tuple[str, ...]:
     ):
         legal.insert(0 if _keeps_keys(problem, row_bytes) else 1, "stationary")
     if _is_small_map(problem):
-        # Counted instructions: routing pays below about a 23rd of the map per token of a region.
+        # Counted instructions: routing pays below about a 23rd of the map per token of a region. Where the
+        # launch table knows what both families take, that decides instead (`bratune.kernels.fused.call`).
         pays = 23 * problem.topk < problem.region_tokens * problem.kv_regions
         legal.insert(1 if pays and not problem.backward else 0, "image")
     return tuple(legal)

@@ -19,7 +19,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bratune.errors import UnknownNameError
@@ -32,6 +32,7 @@ __all__ = [
     "Settings",
     "architecture",
     "architecture_of",
+    "cheapest",
     "hub_chunk",
     "lookup",
     "next_power_of_2",
@@ -137,6 +138,29 @@ def lookup(kind: str, what: Mapping[str, int], architecture: str) -> Settings | 
     best = min(rows, key=lambda row: (_distance(row["class"], what), json.dumps(row["class"])))
     settings: Settings = best["settings"]
     return settings
+
+
+def cheapest(kinds: Sequence[str], problem: Problem, machine: Machine) -> str:
+    """Which of several kernels takes least, by the table's times for the nearest problem class.
+
+    Args:
+        kinds: Kernels that compute the same, of `KINDS`.
+        problem: The attention call.
+        machine: Where it runs.
+
+    Returns:
+        One of them; empty where the table has no class of this geometry, with one evidence, for all.
+    """
+    what, architecture = problem_class(problem), architecture_of(machine)
+    times: list[dict[str, float]] = []
+    for kind in kinds:
+        rows = [r for r in _table().get((kind, architecture), ()) if _geometry(r["class"]) == _geometry(what)]
+        times.append({json.dumps([r["class"], r["evidence"]], sort_keys=True): r["us"] for r in rows})
+    common = set(times[0]).intersection(*times)
+    if not common:
+        return ""
+    nearest = min(common, key=lambda key: (_distance(json.loads(key)[0], what), key))
+    return min(zip(kinds, times, strict=True), key=lambda pair: pair[1][nearest])[0]
 
 
 def _geometry(what: Mapping[str, int]) -> tuple[int | None, ...]:

@@ -175,8 +175,15 @@ def test_every_case_has_a_budget_for_every_target_and_no_other() -> None:
 
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "expected"),
-    [(62, 12 * 1024, 4, 32), (255, 0, 4, 8), (32, 100 * 1024, 4, 8), (32, 0, 1, 32), (32, 228 * 1024, 4, 0)],
-    ids=["registers", "most registers", "shared memory", "blocks", "nothing fits"],
+    [
+        (62, 12 * 1024, 4, 32),
+        (255, 0, 4, 8),
+        (32, 100 * 1024, 4, 8),
+        (32, 0, 1, 32),
+        (32, 228 * 1024, 4, 0),
+        (104, 0, 1, 16),  # registers of an SM would do for 19, those of a scheduler for 4
+    ],
+    ids=["registers", "most registers", "shared memory", "blocks", "nothing fits", "schedulers"],
 )
 def test_resident_warps_are_what_the_scarcest_resource_allows(
     registers: int, shared: int, warps: int, expected: int

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,15 @@ import pytest
 from bratune.errors import UnknownNameError
 from bratune.kernels.fused.launch import ARCHITECTURES, KINDS
 from bratune.predict.compile import Launch
-from bratune.predict.cost import BOARDS, board_of, cost_of, executed_instructions, hub_us, work_of
+from bratune.predict.cost import (
+    BOARDS,
+    board_of,
+    cost_of,
+    executed_instructions,
+    hub_us,
+    l1_hits,
+    work_of,
+)
 from bratune.predict.offline import attention_launches, depthwise_launches, routing_launches
 from bratune.predict.sass import Listing, Loop
 from bratune.problem import Problem
@@ -116,6 +126,58 @@ def test_a_grid_smaller_than_the_gpu_gets_a_part_of_it() -> None:
     one = STAGE_1.replace(batch=1)
     few, many = (cost_of(launch_of(programs=n), "gather_fwd", one, board_of("sm90")) for n in (13, 132))
     assert few.us > many.us
+
+
+def stationary_launch(warps: int, regions: int, programs: int = 512) -> Launch:
+    found = launch_of(programs=programs)
+    settings = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_D": 32, "GROUP": 1, "REGIONS_PER_PROGRAM": regions}
+    changed = dataclasses.replace(found, settings=settings, metadata_shared=20 * 1024)
+    changed.__dict__["resources"] = type("R", (), {"resident_warps": warps})()
+    return changed
+
+
+def simulated_hits(problem: Problem, launch: Launch, programs: int) -> float:
+    """Hits in a cache that evicts what was used longest ago, programs taking a region in turn."""
+    generator = random.Random(0)
+    lines = (launch.target.l1_kib * 1024 - programs * (launch.metadata_shared + 1024)) // 128
+    cache: collections.OrderedDict[tuple[int, int, int], None] = collections.OrderedDict()
+    hits = reads = 0
+    for _ in range(launch.settings["REGIONS_PER_PROGRAM"]):
+        for program in range(programs):
+            for region in generator.sample(range(problem.kv_regions), problem.topk):
+                for row in range(2 * problem.kv_region_tokens):
+                    place = (program, region, row)
+                    reads += 1
+                    if place in cache:
+                        hits += 1
+                        cache.move_to_end(place)
+                    else:
+                        cache[place] = None
+                        if len(cache) > lines:
+                            cache.popitem(last=False)
+    return hits / reads
+
+
+@pytest.mark.parametrize(("programs", "regions"), [(1, 49), (2, 49), (4, 49), (1, 13)])
+def test_hits_in_l1_are_those_of_a_cache_that_is_simulated(programs: int, regions: int) -> None:
+    launch = stationary_launch(4 * programs, regions)
+    modelled = l1_hits(launch, STAGE_2, 132)
+    assert modelled == pytest.approx(simulated_hits(STAGE_2, launch, programs), abs=0.08)
+
+
+def test_keys_that_l1_does_not_keep_come_through_the_last_level_cache() -> None:
+    settings = dict(stationary_launch(4, 49).settings)
+    gathered = 2 * 128 * 49 * 64 * 4 * 32 * 2
+    all_missed, all_hit = (
+        work_of("kv_stationary_fwd", STAGE_2, settings, l1_hits=share).cache_bytes for share in (0.0, 1.0)
+    )
+    assert all_hit == PASS  # queries and output: each half as large as those of stage 1
+    assert all_missed - all_hit == gathered
+    crowded, alone = (
+        cost_of(stationary_launch(4 * n, 49), "kv_stationary_fwd", STAGE_2, board_of("sm90")).cache_us
+        for n in (4, 1)
+    )
+    assert crowded > 2 * alone
 
 
 def test_unknown_kinds_and_architectures_are_named() -> None:

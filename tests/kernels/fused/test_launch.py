@@ -9,6 +9,7 @@ import pytest
 
 from bratune.errors import UnknownNameError
 from bratune.kernels.fused import launch
+from bratune.kernels.fused.call import full_config
 from bratune.machine import Machine
 from bratune.problem import Problem
 from bratune.studies import launch_table
@@ -155,3 +156,29 @@ def test_rules_give_powers_of_two_that_matrix_units_take(
     powers = {n: v for n, v in settings.items() if n.startswith(("block", "num_warps", "heads"))}
     assert all(value & (value - 1) == 0 for value in powers.values())
     assert min(settings["block_m"], settings["block_n"]) >= 16
+
+
+SMALL = Problem(batch=16, height=14, width=14, heads=8, head_dim=32, region=(2, 2), topk=16, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("image", "stationary"), [(2.0, 1.0), (1.0, 2.0)], ids=["stationary", "image"])
+def test_small_maps_take_the_family_that_takes_less(
+    table: Callable[[Rows], None], image: float, stationary: float
+) -> None:
+    def row(us: float, evidence: str = "modelled") -> dict[str, Any]:
+        settings = {"block_m": 16, "block_n": 64, "num_warps": 4, "num_stages": 1}
+        return entry(SMALL, **settings) | {"evidence": evidence, "us": us}
+
+    kinds = ("image_fwd", "kv_stationary_fwd")
+    table({("image_fwd", "sm90"): (row(image),), ("kv_stationary_fwd", "sm90"): (row(stationary),)})
+    expected = "stationary" if stationary < image else "image"
+    assert launch.cheapest(kinds, SMALL, gpu("9.0")) == f"{'kv_' * (expected != 'image')}{expected}_fwd"
+    assert full_config(SMALL, {}, gpu("9.0"))["forward"] == expected
+    assert full_config(SMALL, {"forward": "gather"}, gpu("9.0"))["forward"] == "gather"
+    # Nothing is known of another architecture, and a measured time is not compared with a modelled one.
+    assert launch.cheapest(kinds, SMALL, gpu("8.0")) == ""
+    assert full_config(SMALL, {}, gpu("8.0"))["forward"] == "image"
+    table(
+        {("image_fwd", "sm90"): (row(image, "measured"),), ("kv_stationary_fwd", "sm90"): (row(stationary),)}
+    )
+    assert launch.cheapest(kinds, SMALL, gpu("9.0")) == ""
