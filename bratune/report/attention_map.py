@@ -19,6 +19,7 @@ from bratune.kernels.blocks import Residual
 from bratune.kernels.full_attention import FullAttention
 from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bratune.kernels.nhwc import to_nhwc
+from bratune.work.parts import queries_and_keys
 
 __all__ = ["Look", "block_at", "block_number", "blocks_of", "look"]
 
@@ -173,12 +174,9 @@ def _routed(
     image: tuple[int, int],
 ) -> Look:
     height, width = tokens.shape[1:3]
-    if isinstance(attn, BiLevelRoutingAttention):
-        if not isinstance(attn.kv_down, nn.Identity):
-            raise UnsupportedError("visualize", ["keys are pooled within regions, so no token has a weight"])
-        tokens = attn.pad(tokens)
-    q, k, _ = attn.project(tokens)
-    rh, rw = attn.region_of(*q.shape[1:3])
+    if isinstance(attn, BiLevelRoutingAttention) and not isinstance(attn.kv_down, nn.Identity):
+        raise UnsupportedError("visualize", ["keys are pooled within regions, so no token has a weight"])
+    q, k, (rh, rw) = queries_and_keys(attn, tokens)
     routes = attn.route(q, k)[0]
     # The NCHW module pads after the projection: its padded keys are zeros and take part.
     bottom, right = -q.shape[1] % rh, -q.shape[2] % rw

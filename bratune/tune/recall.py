@@ -11,15 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bratune.kernels import layout
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bratune.kernels.layout import to_head_regions
 from bratune.kernels.nhwc import to_nhwc
 from bratune.kernels.routing import region_means
+from bratune.problem import ceil_div
 from bratune.tune.evidence import LayerRecall
+from bratune.work.parts import queries_and_keys
 
 __all__ = ["model_recall", "recall_curves", "routed_regions"]
 
@@ -45,7 +47,7 @@ def model_recall(model: Backbone, images: Tensor, *, batch: int = 8) -> tuple[La
 
     def read(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            q, k, region = _queries_and_keys(module, inputs[0])
+            q, k, region = queries_and_keys(module, _map_of(module, inputs[0]))
             attn: Any = module
             curves = recall_curves(q, k, region=region, heads=attn.num_heads, scale=attn.scale)
             weighted = [len(q) * curve.double() for curve in curves]
@@ -92,13 +94,16 @@ def routed_regions(model: Backbone, images: Tensor) -> tuple[Tensor, ...]:
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         attn: Any = module
-        q, k, (rh, rw) = _queries_and_keys(module, inputs[0])
+        tokens = _map_of(module, inputs[0])
+        q, k, (rh, rw) = queries_and_keys(module, tokens)
         routes = attn.route(q, k)  # [N, R, topk]
         count = routes.shape[1]
         regions = torch.zeros(len(q), count, count, dtype=torch.bool).scatter_(2, routes.cpu(), True)
-        rows, columns = q.shape[1], q.shape[2]
+        rows, columns = layout.sides(q)
         of_row, of_column = torch.arange(rows) // rh, torch.arange(columns) // rw
-        region = (of_row[:, None] * (columns // rw) + of_column)[: inputs[0].shape[1], : inputs[0].shape[2]]
+        region = (of_row[:, None] * ceil_div(columns, rw) + of_column)[
+            : inputs[0].shape[1], : inputs[0].shape[2]
+        ]
         region = region.flatten()
         seen.append(regions[:, region][:, :, region])
 
@@ -119,7 +124,7 @@ def recall_curves(
     """Attention mass that the first k regions hold, for every k at once.
 
     Args:
-        q: Queries ``[B, H, W, C]`` of a map that regions tile.
+        q: Queries ``[B, H, W, C]``; where regions do not tile the map, zeros fill it up for level two alone.
         k: Keys, the same shape.
         region: In tokens.
         heads: Attention heads.
@@ -154,13 +159,6 @@ def _is_read(module: nn.Module) -> bool:
     return isinstance(module, NCHWBiLevelRoutingAttention)
 
 
-def _queries_and_keys(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """What level two compares in a layer, and the region; padding counts as tokens, as in the layer."""
-    attn: Any = module
-    if isinstance(module, NCHWBiLevelRoutingAttention):
-        q, k, _ = attn.project(to_nhwc(x))
-        rh, rw = attn.region_of(*q.shape[1:3])
-        margin = (0, 0, 0, -q.shape[2] % rw, 0, -q.shape[1] % rh)
-        return F.pad(q, margin), F.pad(k, margin), (rh, rw)
-    q, k, _ = attn.project(attn.pad(x))
-    return q, k, attn.region_of(*q.shape[1:3])
+def _map_of(module: nn.Module, x: Tensor) -> Tensor:
+    """The input of a layer as ``[B, H, W, C]``."""
+    return to_nhwc(x) if isinstance(module, NCHWBiLevelRoutingAttention) else x

@@ -23,7 +23,7 @@ from bratune.kernels.blocks import Residual
 from bratune.kernels.full_attention import AttentionLePE
 from bratune.kernels.nhwc import conv_nhwc
 
-__all__ = ["State", "Step", "steps_of"]
+__all__ = ["State", "Step", "queries_and_keys", "steps_of"]
 
 State = dict[str, Tensor]
 
@@ -70,6 +70,23 @@ def steps_of(block: Residual) -> tuple[Step, ...]:
     if getattr(attn, "lepe", None) is None:
         absent.add("lepe")
     return tuple(step for step in steps if step.part not in absent)
+
+
+def queries_and_keys(attn: nn.Module, y: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """What level two of a routed layer compares.
+
+    Args:
+        attn: The layer, of either layout, with a key for every token.
+        y: Its input, ``[B, H, W, C]``.
+
+    Returns:
+        Queries and keys, ``[B, Hp, Wp, C]`` each, as the layer routes by them, and the region ``(rh, rw)``.
+        Where regions do not tile the map, the NHWC module has padded its input; the NCHW module adds zeros
+        to these.
+    """
+    layer: Any = attn
+    state = _project(layer, y)
+    return state["q"], state["k"], layer.region_of(*layout.sides(state["q"]))
 
 
 def _project(attn: Any, y: Tensor) -> State:
