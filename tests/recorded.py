@@ -12,7 +12,7 @@ from bratune.store import Store
 from bratune.store.pooled import IN_TURN_WITH
 from bratune.tune import session
 from bratune.tune.bench import registry_offers
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.synthetic import MACHINE, SyntheticWorld
 
 NAMES = ("gather", "gather-sdpa", "dense")
@@ -51,7 +51,7 @@ class Recorder(SyntheticWorld):
 def record(folder: Path) -> None:
     """Leave the rows (``rows``) and the plan (``run``) of a whole run in a folder."""
     engine = Recorder(folder / "rows" / "records.jsonl")
-    request = Request(
+    request = TuneRequest(
         model="biformer_tiny",
         task="classification",
         height=224,

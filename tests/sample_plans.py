@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bratune.machine import Machine
-from bratune.measure.verdict import Estimate
+from bratune.measure.verdict import MedianOfPasses
 from bratune.tune.evidence import prior_only
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
 from bratune.tune.space import Space
@@ -63,13 +63,13 @@ def make_plan(
             {1: {"default_ms": 2.0, "tuned_ms": 1.5, "ci": (1.4, 1.6), "n": 30, "complete": True}},
         ),
         end_to_end=EndToEnd(
-            published=Estimate(20.0, 19.0, 21.0, 6),
-            default=Estimate(10.0, 9.8, 10.2, 6),
-            tuned=Estimate(9.0, 8.9, 9.1, 6),
+            published=MedianOfPasses(20.0, 19.0, 21.0, 6),
+            default=MedianOfPasses(10.0, 9.8, 10.2, 6),
+            tuned=MedianOfPasses(9.0, 8.9, 9.1, 6),
             passes=6,
             verdict="FASTER",
-            speedup_vs_default=Estimate(1.11, 1.08, 1.13, 6),
-            speedup_vs_published=Estimate(2.2, 2.1, 2.3, 6),
+            speedup_vs_default=MedianOfPasses(1.11, 1.08, 1.13, 6),
+            speedup_vs_published=MedianOfPasses(2.2, 2.1, 2.3, 6),
         ),
         evidence=prior_only(unchanged=False),
         machine=machine,

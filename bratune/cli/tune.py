@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from bratune.run.engine import CellEngine
     from bratune.run.replay import ReplayRunner
     from bratune.tune.fidelity_source import FidelitySource
-    from bratune.tune.request import Request
-    from bratune.tune.session import Result
+    from bratune.tune.request import TuneRequest
+    from bratune.tune.session import TuneResult
 
 FORMATS = ("table", "json", "csv", "md")
 
@@ -221,9 +221,9 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     return 0
 
 
-def _request(asked: dict[str, Any], machine: Machine) -> Request:
+def _request(asked: dict[str, Any], machine: Machine) -> TuneRequest:
     from bratune import defaults
-    from bratune.tune.request import Request
+    from bratune.tune.request import TuneRequest
     from bratune.variant import get_task
 
     usual = defaults.defaults_for(machine)
@@ -241,7 +241,7 @@ def _request(asked: dict[str, Any], machine: Machine) -> Request:
     if asked["l2"] == "both":
         raise UsageError("a plan is made for one cache state and --l2 both is two; cold or warm would do")
     n_win = asked["n_win"] or ()
-    return Request(
+    return TuneRequest(
         model=models[0],
         task=task.name,
         height=height,
@@ -293,7 +293,7 @@ def _say_what_disturbs(asked: dict[str, Any], machine: Machine) -> None:
         click.echo(text, err=True)
 
 
-def _engine(asked: dict[str, Any], request: Request, folder: Path) -> CellEngine:
+def _engine(asked: dict[str, Any], request: TuneRequest, folder: Path) -> CellEngine:
     """Who measures, as `bratune profile` would in each of its passes, so that each finds the other's rows."""
     from bratune.measure.settings import MeterSettings
     from bratune.run.engine import CellEngine, LocalEngine
@@ -357,14 +357,14 @@ def _machine(asked: dict[str, Any]) -> Machine:
     return target.machine
 
 
-def _fidelity(request: Request, machine: Machine) -> FidelitySource | None:
+def _fidelity(request: TuneRequest, machine: Machine) -> FidelitySource | None:
     from bratune.tune.fidelity_source import open_fidelity
 
     return open_fidelity(request, machine, say=lambda text: click.echo(text, err=True))
 
 
 def _join(asked: dict[str, Any]) -> int:
-    from bratune.tune.request import Request
+    from bratune.tune.request import TuneRequest
     from bratune.tune.storage import open_storage, serves_several
     from bratune.tune.tuner import Tuner
 
@@ -384,7 +384,7 @@ def _join(asked: dict[str, Any]) -> int:
     name = asked["study"] or (open_ones[0] if len(open_ones) == 1 else "")
     if name not in open_ones:
         raise UsageError(f"--study must name one of: {', '.join(open_ones) or 'none is there yet'}")
-    request = Request.from_dict(known[name]["request"])
+    request = TuneRequest.from_dict(known[name]["request"])
     folder = asked["output"] or Path("runs") / "tune" / f"{name}-joined"
     with _engine(asked, request, folder) as engine:
         tuner = Tuner(
@@ -399,7 +399,7 @@ def _join(asked: dict[str, Any]) -> int:
     return 0
 
 
-def _show_space(request: Request, machine: Machine) -> None:
+def _show_space(request: TuneRequest, machine: Machine) -> None:
     from bratune.tune.bench import registry_offers
 
     space, offers = request.space, registry_offers(machine, request.backends)
@@ -431,7 +431,7 @@ def _again() -> str:
     return shlex.join(["bratune", *(without_password(word) for word in sys.argv[1:])])
 
 
-def _show(result: Result, style: str) -> None:
+def _show(result: TuneResult, style: str) -> None:
     if style == "json":
         click.echo(json.dumps({"plan": result.plan.to_dict(), "front": result.rows}, indent=1))
         return

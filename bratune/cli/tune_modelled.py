@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bratune.gpus import GPU
     from bratune.machine import Machine
     from bratune.tune.modelled import Modelled
-    from bratune.tune.request import Request
+    from bratune.tune.request import TuneRequest
 
 __all__ = ["absent_boards", "run"]
 
@@ -68,7 +68,7 @@ def absent_boards(asked: Mapping[str, Any]) -> tuple[GPU, ...]:
 def run(
     asked: Mapping[str, Any],
     boards: Sequence[GPU],
-    request_for: Callable[[Machine], Request],
+    request_for: Callable[[Machine], TuneRequest],
     command: str,
 ) -> int:
     """Model every board, show what came out and write the plans; returns the exit code.

@@ -30,8 +30,8 @@ __all__ = [
     "MARGIN",
     "VERDICTS",
     "WORDS",
-    "Estimate",
     "Judgement",
+    "MedianOfPasses",
     "Passes",
     "Prior",
     "Verdict",
@@ -198,7 +198,7 @@ def _fit(cells: Sequence[tuple[float, int]]) -> Prior:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MedianOfPasses:
     """The median of passes and its interval.
 
     Attributes:
@@ -219,7 +219,7 @@ class Estimate:
         return None if self.lo is None or self.hi is None else 50 * (self.hi - self.lo) / self.value
 
 
-def estimate(one: Passes, prior: Prior | None = None, *, confidence: float = CONFIDENCE) -> Estimate:
+def estimate(one: Passes, prior: Prior | None = None, *, confidence: float = CONFIDENCE) -> MedianOfPasses:
     """The median of passes with the interval that their moderated scatter gives.
 
     Args:
@@ -230,11 +230,11 @@ def estimate(one: Passes, prior: Prior | None = None, *, confidence: float = CON
     middle = statistics.median(one.logs)
     count = len(one.values)
     if count < 2:
-        return Estimate(math.exp(middle), None, None, count)
+        return MedianOfPasses(math.exp(middle), None, None, count)
     variance, degrees = (prior or Prior()).moderated(one.variance, count - 1)
     error = math.sqrt(max(variance, one.within) * _median_variance(count))
     reach = min(_WIDEST, student_t(0.5 + confidence / 2, degrees) * error)
-    return Estimate(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach), count)
+    return MedianOfPasses(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach), count)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from typing import Any
 
 from bratune.errors import UnsupportedError, UsageError
 from bratune.predict.sass import Listing, parse_amdgcn, parse_sass
-from bratune.predict.targets import TARGETS, Target, get_target
+from bratune.predict.targets import TARGETS, CompileTarget, get_target
 
 __all__ = ["Launch", "Resources", "compile_for", "offline_driver", "record_launches"]
 
@@ -71,7 +71,7 @@ class Launch:
     """
 
     kernel: str
-    target: Target
+    target: CompileTarget
     grid: tuple[int, int, int]
     settings: Mapping[str, Any]
     num_warps: int
@@ -115,7 +115,7 @@ class Launch:
         )
 
 
-def compile_for(target: str | Target, launch: Callable[[], object]) -> tuple[Launch, ...]:
+def compile_for(target: str | CompileTarget, launch: Callable[[], object]) -> tuple[Launch, ...]:
     """The kernels that a call launches, compiled for a target.
 
     Args:
@@ -134,7 +134,7 @@ def compile_for(target: str | Target, launch: Callable[[], object]) -> tuple[Lau
 
 @contextlib.contextmanager
 def record_launches(
-    target: str | Target, then: Callable[[Launch, tuple[tuple[str, Any], ...]], None] | None = None
+    target: str | CompileTarget, then: Callable[[Launch, tuple[tuple[str, Any], ...]], None] | None = None
 ) -> Iterator[list[Launch]]:
     """Compile every launch of a ``with`` block for a target; see `compile_for`.
 
@@ -192,7 +192,7 @@ def _grid(sizes: Sequence[int]) -> tuple[int, int, int]:
     return int(x), int(y), int(z)
 
 
-def _compile(target: Target, kernel: Any, compile_kernel: Callable[[], Any]) -> Any:
+def _compile(target: CompileTarget, kernel: Any, compile_kernel: Callable[[], Any]) -> Any:
     """The compiled kernel; raises `UnsupportedError` where a launch on the target would fail."""
     try:
         compiled = compile_kernel()
@@ -212,7 +212,7 @@ def _compile(target: Target, kernel: Any, compile_kernel: Callable[[], Any]) -> 
     return compiled
 
 
-def offline_driver(target: Target) -> Any:
+def offline_driver(target: CompileTarget) -> Any:
     """A driver for Triton that knows what to compile for and has nothing to run it on."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase

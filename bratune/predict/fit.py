@@ -27,7 +27,7 @@ from bratune.predict.coefficients import TRANSFER_SPREAD, UNCALIBRATED, UNCALIBR
 from bratune.predict.estimate import Estimate, estimate
 from bratune.record import Record
 
-__all__ = ["CPU_PRIOR", "Sample", "board_of", "calibrate", "combine", "samples_of", "stored_coefficients"]
+__all__ = ["CPU_PRIOR", "FitSample", "board_of", "calibrate", "combine", "samples_of", "stored_coefficients"]
 
 # A factor is fitted from at least this many records; a name with fewer takes the factor of all.
 FEWEST = 3
@@ -41,7 +41,7 @@ CPU_MEMORY_GBPS = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class FitSample:
     """A measured record beside what the uncalibrated model makes of it.
 
     Attributes:
@@ -95,7 +95,7 @@ def _cpu_board(record: Record) -> GPU:
     )
 
 
-def samples_of(records: Iterable[Record]) -> list[Sample]:
+def samples_of(records: Iterable[Record]) -> list[FitSample]:
     """The measured records that the model can be compared with; others are left out."""
     found = []
     for record in records:
@@ -113,7 +113,7 @@ def samples_of(records: Iterable[Record]) -> list[Sample]:
         except BratuneError:  # a backend of another package, a rate that is not known
             continue
         found.append(
-            Sample(
+            FitSample(
                 cell=cell,
                 gpu_key=record.gpu_key,
                 measured_ms=record.median_ms,
@@ -127,7 +127,7 @@ def samples_of(records: Iterable[Record]) -> list[Sample]:
     return found
 
 
-def combine(sample: Sample, c: Coefficients) -> float:
+def combine(sample: FitSample, c: Coefficients) -> float:
     """The modelled milliseconds of a sample under other coefficients."""
     device_ms = sum(ms * c.factor(name) for name, ms in sample.base.by_group)
     host_ms = sample.base.host_ms
@@ -136,7 +136,7 @@ def combine(sample: Sample, c: Coefficients) -> float:
     return device_ms + host_ms if sample.cpu else max(device_ms, host_ms)
 
 
-def calibrate(samples: Sequence[Sample], *, cpu: bool = False) -> Coefficients:
+def calibrate(samples: Sequence[FitSample], *, cpu: bool = False) -> Coefficients:
     """Coefficients that fit the samples of GPUs, or of a CPU; the uncalibrated ones where there are none."""
     prior = CPU_PRIOR if cpu else UNCALIBRATED
     used = [s for s in samples if s.cpu == cpu]
@@ -154,7 +154,7 @@ def calibrate(samples: Sequence[Sample], *, cpu: bool = False) -> Coefficients:
     return dataclasses.replace(c, transfer=_transfer(used, cpu=cpu) or TRANSFER_SPREAD)
 
 
-def _with_host(c: Coefficients, used: Sequence[Sample]) -> Coefficients:
+def _with_host(c: Coefficients, used: Sequence[FitSample]) -> Coefficients:
     limited = [
         s.measured_ms * 1e3 / s.base.launches
         for s in used
@@ -165,7 +165,7 @@ def _with_host(c: Coefficients, used: Sequence[Sample]) -> Coefficients:
     return dataclasses.replace(c, host_us=statistics.median(limited), host_fitted=True)
 
 
-def _factors(c: Coefficients, used: Sequence[Sample]) -> Mapping[str, float]:
+def _factors(c: Coefficients, used: Sequence[FitSample]) -> Mapping[str, float]:
     """Median measured over modelled device time by name, and over everything under the empty name."""
     ratios: dict[str, list[float]] = defaultdict(list)
     for s in used:
@@ -185,7 +185,7 @@ def _geometric_median(values: Sequence[float]) -> float:
     return math.exp(statistics.median(math.log(v) for v in values))
 
 
-def _spreads(c: Coefficients, used: Sequence[Sample]) -> Mapping[str, float]:
+def _spreads(c: Coefficients, used: Sequence[FitSample]) -> Mapping[str, float]:
     residuals: dict[str, list[float]] = defaultdict(list)
     for s in used:
         residuals[s.name].append(math.log(s.measured_ms / combine(s, c)))
@@ -197,7 +197,7 @@ def _spreads(c: Coefficients, used: Sequence[Sample]) -> Mapping[str, float]:
     }
 
 
-def _transfer(used: Sequence[Sample], *, cpu: bool) -> float | None:
+def _transfer(used: Sequence[FitSample], *, cpu: bool) -> float | None:
     """What carrying over cost when each board was predicted from the others, as a spread in log."""
     keys = sorted({s.gpu_key for s in used})
     if cpu or len(keys) < 2:

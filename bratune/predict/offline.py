@@ -11,13 +11,13 @@ from typing import Any
 
 from bratune.machine import Machine
 from bratune.predict.compile import Launch, compile_for
-from bratune.predict.targets import Target, get_target
+from bratune.predict.targets import CompileTarget, get_target
 from bratune.problem import Problem
 
 __all__ = ["attention_launches", "depthwise_launches", "machine_of", "norm_launches", "routing_launches"]
 
 
-def machine_of(target: str | Target) -> Machine:
+def machine_of(target: str | CompileTarget) -> Machine:
     """A machine that has nothing but the target's architecture, for looking up launch settings."""
     goal = get_target(target) if isinstance(target, str) else target
     number = goal.arch if isinstance(goal.arch, int) else 80
@@ -31,7 +31,7 @@ def machine_of(target: str | Target) -> Machine:
 
 
 def attention_launches(
-    problem: Problem, target: str | Target, config: Mapping[str, int | str] | None = None
+    problem: Problem, target: str | CompileTarget, config: Mapping[str, int | str] | None = None
 ) -> dict[str, Launch]:
     """The launches of the ``triton`` backend, by the kind of the kernel.
 
@@ -100,7 +100,9 @@ def _packed(problem: Problem) -> tuple[Any, Any, Any]:
     return q, k, v
 
 
-def routing_launches(problem: Problem, target: str | Target, *, maps: bool = True) -> dict[str, Launch]:
+def routing_launches(
+    problem: Problem, target: str | CompileTarget, *, maps: bool = True
+) -> dict[str, Launch]:
     """The launches of the ``triton`` router for the routes of a problem."""
     from bratune.kernels.fused.route import launch_region_means, launch_route
 
@@ -114,7 +116,7 @@ def routing_launches(problem: Problem, target: str | Target, *, maps: bool = Tru
 
 
 def depthwise_launches(
-    shape: tuple[int, int, int, int], kernel: int, dtype: str, target: str | Target
+    shape: tuple[int, int, int, int], kernel: int, dtype: str, target: str | CompileTarget
 ) -> dict[str, Launch]:
     """The launches of a depthwise convolution that is added to another map, and of its gradients.
 
@@ -145,7 +147,7 @@ def depthwise_launches(
 
 
 def norm_launches(
-    shape: tuple[int, int, int, int], region: tuple[int, int], dtype: str, target: str | Target
+    shape: tuple[int, int, int, int], region: tuple[int, int], dtype: str, target: str | CompileTarget
 ) -> dict[str, Launch]:
     """The launches of a LayerNorm with a shift, and of one that also takes the means of regions.
 

@@ -16,7 +16,7 @@ from bratune.predict.work import Op
 from bratune.problem import Problem
 from bratune.variant import Stage, Variant
 
-__all__ = ["Block", "Group", "block_of", "groups", "model_blocks", "part_ops"]
+__all__ = ["BlockShape", "Group", "block_of", "groups", "model_blocks", "part_ops"]
 
 # Parts that a block consists of: both norms are one part, and a part that ends with a residual addition
 # includes it, so that the parts add up to the block.
@@ -41,7 +41,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class BlockShape:
     """One block in numbers.
 
     Attributes:
@@ -69,10 +69,10 @@ class Block:
     pos_embed: bool = True
 
 
-def block_of(cell: Cell) -> Block:
+def block_of(cell: Cell) -> BlockShape:
     """The block that a part's cell belongs to; a bare call gets a block of its own sizes."""
     p = cell.problem
-    plain = Block(
+    plain = BlockShape(
         problem=p,
         backend=cell.backend,
         rows=p.batch * p.tokens,
@@ -87,7 +87,7 @@ def block_of(cell: Cell) -> Block:
     variant = variants.get_variant(cell.model)
     height, width = variant.maps(*cell.image)[cell.stage - 1] if cell.image[0] else (p.height, p.width)
     full = int(cell.topk or variant.topks[cell.stage - 1]) < 0
-    return Block(
+    return BlockShape(
         problem=p,
         backend=cell.backend,
         rows=p.batch * height * width,
@@ -101,7 +101,7 @@ def block_of(cell: Cell) -> Block:
     )
 
 
-def part_ops(block: Block, part: str) -> tuple[Op, ...]:
+def part_ops(block: BlockShape, part: str) -> tuple[Op, ...]:
     """The kernels of one part of a block, forward.
 
     Raises:
@@ -147,7 +147,7 @@ def _add(name: str, size: float, item: int) -> Op:
     return work.elementwise(name, 2 * size, size, item=item)
 
 
-def _attention(block: Block) -> tuple[Op, ...]:
+def _attention(block: BlockShape) -> tuple[Op, ...]:
     if block.problem is None:
         return ()
     if block.kind == "full":
@@ -161,7 +161,7 @@ def _attention(block: Block) -> tuple[Op, ...]:
         ) from None
 
 
-def _block_groups(block: Block, times: int) -> list[Group]:
+def _block_groups(block: BlockShape, times: int) -> list[Group]:
     skipped = {"pos_embed"} if not block.pos_embed else set()
     if block.kind == "conv":
         skipped |= {"qkv", "routing", "attention", "proj"}
@@ -183,7 +183,7 @@ def groups(cell: Cell) -> tuple[Group, ...]:
     return (_group(block, cell.part, 1),)
 
 
-def _group(block: Block, part: str, times: int) -> Group:
+def _group(block: BlockShape, part: str, times: int) -> Group:
     if part != "attention":
         return Group(part, part_ops(block, part), times)
     routed = block.problem if block.kind == "routed" else None
@@ -211,7 +211,7 @@ def model_stages(cell: Cell) -> tuple[Variant, tuple[Stage, ...]]:
     return variant, found
 
 
-def model_blocks(cell: Cell) -> tuple[tuple[Block, int], ...]:
+def model_blocks(cell: Cell) -> tuple[tuple[BlockShape, int], ...]:
     """One block per stage of a model, with how often it is repeated."""
     variant, found = model_stages(cell)
     names = [name.strip() for name in cell.backend.split(",")]
@@ -219,7 +219,7 @@ def model_blocks(cell: Cell) -> tuple[tuple[Block, int], ...]:
     item = cell.problem.item_bytes
     blocks = []
     for stage, backend in zip(found, names + names[-1:] * (len(found) - len(names)), strict=True):
-        block = Block(
+        block = BlockShape(
             problem=stage.problem,
             backend=backend,
             rows=cell.problem.batch * stage.height * stage.width,

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from bratune.errors import UnknownNameError
 from bratune.machine import Machine
 
-__all__ = ["TARGETS", "Target", "get_target", "target_of"]
+__all__ = ["TARGETS", "CompileTarget", "get_target", "target_of"]
 
 _SCHEDULERS = 4
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
-class Target:
+class CompileTarget:
     """One instruction set that Triton can compile for.
 
     Attributes:
@@ -72,7 +72,7 @@ class Target:
 TARGETS = {
     t.name: t
     for t in (
-        Target(
+        CompileTarget(
             name="sm80",
             backend="cuda",
             arch=80,
@@ -82,7 +82,7 @@ TARGETS = {
             l1_kib=192,
             smem_block_kib=163,
         ),
-        Target(
+        CompileTarget(
             name="sm86",
             backend="cuda",
             arch=86,
@@ -92,7 +92,7 @@ TARGETS = {
             l1_kib=128,
             smem_block_kib=99,
         ),
-        Target(
+        CompileTarget(
             name="sm89",
             backend="cuda",
             arch=89,
@@ -102,7 +102,7 @@ TARGETS = {
             l1_kib=128,
             smem_block_kib=99,
         ),
-        Target(
+        CompileTarget(
             name="sm90",
             backend="cuda",
             arch=90,
@@ -112,7 +112,7 @@ TARGETS = {
             l1_kib=256,
             smem_block_kib=227,
         ),
-        Target(
+        CompileTarget(
             name="sm100",
             backend="cuda",
             arch=100,
@@ -122,7 +122,7 @@ TARGETS = {
             l1_kib=256,
             smem_block_kib=227,
         ),
-        Target(
+        CompileTarget(
             name="sm120",
             backend="cuda",
             arch=120,
@@ -133,7 +133,7 @@ TARGETS = {
             smem_block_kib=99,
         ),
         # Four SIMD units of 512 vector registers for each of 64 lanes; eight waves per unit.
-        Target(
+        CompileTarget(
             name="gfx942",
             backend="hip",
             arch="gfx942",
@@ -151,14 +151,14 @@ TARGETS = {
 }
 
 
-def get_target(name: str) -> Target:
+def get_target(name: str) -> CompileTarget:
     """The target of that name; raises `UnknownNameError`."""
     if name not in TARGETS:
         raise UnknownNameError("compile target", name, TARGETS)
     return TARGETS[name]
 
 
-def target_of(machine: Machine) -> Target | None:
+def target_of(machine: Machine) -> CompileTarget | None:
     """The target that a machine runs; None for a CPU and for GPUs that are not in the table."""
     major, minor = machine.capability
     return TARGETS.get(f"sm{major}{minor}") if machine.is_cuda else None

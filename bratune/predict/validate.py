@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bratune.predict.coefficients import Coefficients
-from bratune.predict.fit import Sample, calibrate, combine, samples_of
+from bratune.predict.fit import FitSample, calibrate, combine, samples_of
 from bratune.record import Record
 
 __all__ = ["Checked", "ErrorRow", "check", "error_rows", "rank_correlation", "verdict"]
@@ -71,11 +71,11 @@ def check(records: Iterable[Record]) -> list[Checked]:
     return found
 
 
-def _fold(sample: Sample) -> int:
+def _fold(sample: FitSample) -> int:
     return int(sample.cell.cell_id[:8], 16) % FOLDS
 
 
-def _checked(sample: Sample, c: Coefficients) -> Checked:
+def _checked(sample: FitSample, c: Coefficients) -> Checked:
     predicted = combine(sample, c)
     reach = Z95 * c.spread(sample.name, sample.gpu_key)
     return Checked(

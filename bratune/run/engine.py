@@ -126,7 +126,7 @@ class GroupRunner(Runner, Protocol):
 
 
 @runtime_checkable
-class Comparison(Protocol):
+class ComparingRunner(Protocol):
     """A runner that holds comparisons that were made before."""
 
     def in_turn(self, cells: Sequence[Cell], base: Cell) -> dict[Cell, list[Record]]:
@@ -439,7 +439,7 @@ class CellEngine:
         Where the runner starts no process per pass, a ratio is that of two times, one after the other; of
         cells that are measured in this process there is one pass.
         """
-        if isinstance(self._runner, Comparison):
+        if isinstance(self._runner, ComparingRunner):
             return self._runner.in_turn(cells, base)
         how = f"{self._settings.sampling}{IN_TURN_WITH}{base.cell_id}"
         rows = {cell: [*filter(_is_quiet, self._cache.find_all(cell, sampling=how))] for cell in cells}

@@ -32,7 +32,7 @@ from bratune.measure.state import TorchState
 from bratune.measure.worker import JobOutcome, Worker
 from bratune.record import Record
 from bratune.run.engine import CLEARLY_WORSE, CellEngine
-from bratune.run.measure_cell import Checked, Result, failure, finish, prepare, run_cell
+from bratune.run.measure_cell import CheckedCell, Result, failure, finish, prepare, run_cell
 from bratune.work.modules import scenery_for
 
 __all__ = ["IsolatedEngine", "IsolatedRunner", "job"]
@@ -237,7 +237,7 @@ def job(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # The cells of a group that are ready to take turns in this worker, by their names.
-_READY: dict[str, tuple[Checked, Ready]] = {}
+_READY: dict[str, tuple[CheckedCell, Ready]] = {}
 # What tensors held before the first of them was built, in MB.
 _ALONE_MB = [0.0]
 

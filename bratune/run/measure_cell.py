@@ -23,7 +23,7 @@ from bratune.work import mixers
 from bratune.work.cells import model_stages
 from bratune.work.count import part_macs
 
-__all__ = ["Checked", "Result", "check", "failure", "finish", "prepare", "refusals", "run_cell"]
+__all__ = ["CheckedCell", "Result", "check", "failure", "finish", "prepare", "refusals", "run_cell"]
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
@@ -56,7 +56,7 @@ def run_cell(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedCell:
     """A cell whose work is built and agrees with the reference: it may be timed.
 
     Attributes:
@@ -67,12 +67,12 @@ class Checked:
     """
 
     cell: Cell
-    work: work.Work
+    work: work.TimedWork
     fields: dict[str, Any]
     result: list[Any]
 
 
-def prepare(cell: Cell, machine: Machine) -> Checked | Record:
+def prepare(cell: Cell, machine: Machine) -> CheckedCell | Record:
     """Build the work of a cell and check it; the row that says why not, where it may not be timed."""
     try:
         reasons = refusals(cell, machine)
@@ -88,7 +88,7 @@ def prepare(cell: Cell, machine: Machine) -> Checked | Record:
         result = gate.plain(made.call()) if _is_compared(cell) else []
     except Exception as error:
         return Record.of(cell, machine, **failure(error))
-    return Checked(cell, made, checked, result)
+    return CheckedCell(cell, made, checked, result)
 
 
 def _is_compared(cell: Cell) -> bool:
@@ -96,7 +96,7 @@ def _is_compared(cell: Cell) -> bool:
     return cell.part == "attention"
 
 
-def finish(made: Checked, machine: Machine, measured: Measurement) -> Result:
+def finish(made: CheckedCell, machine: Machine, measured: Measurement) -> Result:
     """The row of a cell that was timed, with what follows from its time."""
     cell = made.cell
     if made.result:
@@ -148,7 +148,7 @@ def _is_full(cell: Cell) -> bool:
     return bool(cell.topk) and int(cell.topk) < 0
 
 
-def check(made: work.Work) -> dict[str, Any]:
+def check(made: work.TimedWork) -> dict[str, Any]:
     """Errors against the reference, the worst of all attention calls; a reason where one is too large."""
     worst: dict[str, Any] = {}
     for call in made.attentions():
@@ -164,7 +164,7 @@ def check(made: work.Work) -> dict[str, Any]:
     return worst | _agreement(made)
 
 
-def _agreement(made: work.Work) -> dict[str, Any]:
+def _agreement(made: work.TimedWork) -> dict[str, Any]:
     """How far a form is from the plain model, or mixers from their definitions; a reason where too far."""
     found = made.agreement()
     if found is None:

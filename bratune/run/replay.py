@@ -101,7 +101,7 @@ class ReplayRunner:
         return Result(row.replace(evidence="replayed", cell=asked.cell))
 
     def in_turn(self, cells: Sequence[Cell], base: Cell) -> dict[Cell, list[Record]]:
-        """See `bratune.run.engine.Comparison.in_turn`."""
+        """See `bratune.run.engine.ComparingRunner.in_turn`."""
         return {
             cell: [
                 self._replayed(cell, row).record

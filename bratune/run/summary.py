@@ -15,7 +15,7 @@ from bratune.work.cells import BASELINE, MIXER_BASELINE
 
 __all__ = [
     "UNSETTLED_PCT",
-    "Residual",
+    "BlockResidual",
     "best_attention",
     "differ",
     "fastest",
@@ -194,7 +194,7 @@ UNSETTLED_PCT = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Residual:
+class BlockResidual:
     """The parts of a block beside the block that they make up.
 
     Attributes:
@@ -220,7 +220,7 @@ class Residual:
         return self.sum_ms / self.block_ms - 1
 
 
-def residual(records: Sequence[Record], stage: int) -> Residual | None:
+def residual(records: Sequence[Record], stage: int) -> BlockResidual | None:
     """How far the parts of a stage's block are from the block; None where one of them has no time."""
     rows = [r for r in records if r.stage == stage and r.part != "model" and r.form != "mixer"]
     block = next((r for r in rows if r.part == "block" and r.median_ms is not None), None)
@@ -240,7 +240,7 @@ def residual(records: Sequence[Record], stage: int) -> Residual | None:
             unsettled.add(row.part)
     if "attention" not in parts or "mlp" not in parts:
         return None
-    return Residual(
+    return BlockResidual(
         parts_ms=parts, block_ms=block.median_ms, backend=block.backend, unsettled=frozenset(unsettled)
     )
 

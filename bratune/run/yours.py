@@ -24,7 +24,7 @@ from bratune.run.engine import CellEngine, LocalEngine
 from bratune.run.isolated import IsolatedEngine
 from bratune.run.session import run
 from bratune.store import Store
-from bratune.work.yours import Site, YoursRequest, find_sites, is_live, live, request_of, shape_of
+from bratune.work.yours import LayerSite, YoursRequest, find_sites, is_live, live, request_of, shape_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,7 +190,7 @@ def ask(model: str, shape: str, machine: Machine, **asked: Any) -> YoursRequest:
             known = outcome.error in _names_of(BratuneError)
             said = outcome.reason.removeprefix(f"{outcome.error}: ") if known else outcome.reason
             raise UsageError(said if known else f"{model} cannot be measured: {said}")
-        sites = [Site.from_dict(site) for site in outcome.value["sites"]]
+        sites = [LayerSite.from_dict(site) for site in outcome.value["sites"]]
         left = outcome.value["left"]
     return request_of(model, shape, machine, sites=sites, left=left, **asked)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Array = numpy.ndarray[Any, Any]
 
-__all__ = ["Coded", "Columns", "Names", "Numbers", "Unusual", "parse_together"]
+__all__ = ["Coded", "Columns", "Names", "PackedNumbers", "Unusual", "parse_together"]
 
 # With more columns than this, parsing whole lines is as fast.
 _FEW = 16
@@ -213,11 +213,11 @@ class Packed(Protocol):
 
 def _packed(name: str, kind: type) -> Packed:
     if kind is float:
-        return Numbers(name)
+        return PackedNumbers(name)
     return Names(name) if name == "cell_id" else Coded(name, kind)
 
 
-class Numbers:
+class PackedNumbers:
     """A field of numbers: eight bytes each, NaN where there is none."""
 
     def __init__(self, name: str) -> None:

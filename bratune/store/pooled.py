@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bratune.measure.verdict import Estimate, Passes, Prior, estimate, priors
+from bratune.measure.verdict import MedianOfPasses, Passes, Prior, estimate, priors
 from bratune.record import Record
 from bratune.store.columns import Columns
 from bratune.store.rows import Rows, read_rows
@@ -154,7 +154,7 @@ def _pooled(
     return found
 
 
-def _together(rows: Sequence[Record], time: Estimate) -> Record:
+def _together(rows: Sequence[Record], time: MedianOfPasses) -> Record:
     last = rows[-1]
     values: dict[str, Any] = {
         "passes": time.passes,

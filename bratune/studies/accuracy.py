@@ -38,9 +38,9 @@ __all__ = [
     "SMOKE",
     "TRAINED",
     "TRAINING",
-    "Case",
+    "SettingTrial",
     "Size",
-    "Trial",
+    "TrainedCase",
     "keys_of",
     "overlap",
     "rank_of",
@@ -86,7 +86,7 @@ SMOKE = Size(train=96, proxy=48, test=48, settings=6, recipe=Recipe(steps=4, bat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class SettingTrial:
     """One setting on weights that were trained with another.
 
     Attributes:
@@ -113,7 +113,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class TrainedCase:
     """One trained network and every setting that was tried on it; ``top1`` is what ``measure`` names."""
 
     data: str
@@ -122,7 +122,7 @@ class Case:
     top1: float
     images: int
     test_images: int
-    trials: tuple[Trial, ...] = field(repr=False)
+    trials: tuple[SettingTrial, ...] = field(repr=False)
     created_utc: str = ""
     measure: str = "top-1"
 
@@ -131,7 +131,7 @@ class Case:
         """What names a case within a study."""
         return self.data, self.seed, self.trained
 
-    def drop(self, trial: Trial) -> float:
+    def drop(self, trial: SettingTrial) -> float:
         """Loss of top-1, or of mIoU, on the test pictures, as a fraction."""
         if trial.test_loss is not None:
             return trial.test_loss
@@ -142,10 +142,10 @@ class Case:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, line: str) -> Case:
+    def from_json(cls, line: str) -> TrainedCase:
         """The inverse of `to_json`."""
         data = json.loads(line)
-        data["trials"] = tuple(Trial(**trial) for trial in data["trials"])
+        data["trials"] = tuple(SettingTrial(**trial) for trial in data["trials"])
         return cls(**data)
 
 
@@ -169,7 +169,7 @@ def small_model(classes: int = 10, **more: Any) -> Backbone:
     )
 
 
-def run_case(data: str, seed: int, trained: str, size: Size, *, say: Say = lambda text: None) -> Case:
+def run_case(data: str, seed: int, trained: str, size: Size, *, say: Say = lambda text: None) -> TrainedCase:
     """Train one network and try other settings on it."""
     pictures = get_data_set(data)
     space = small_space()
@@ -195,7 +195,7 @@ def run_case(data: str, seed: int, trained: str, size: Size, *, say: Say = lambd
         now, now_test = after.top == proxy.labels, after_test.top == test.labels
         same = agreement(before.logits, after.logits)
         trials.append(
-            Trial(
+            SettingTrial(
                 setting=str(setting),
                 keys=keys_of(space, setting),
                 proxies={
@@ -212,7 +212,7 @@ def run_case(data: str, seed: int, trained: str, size: Size, *, say: Say = lambd
                 test_gained=int((~right_test & now_test).sum()),
             )
         )
-    found = Case(
+    found = TrainedCase(
         data=data,
         seed=seed,
         trained=trained,
@@ -229,7 +229,7 @@ def run_case(data: str, seed: int, trained: str, size: Size, *, say: Say = lambd
     return found
 
 
-def rank_of(case: Case, proxy: str) -> float:
+def rank_of(case: TrainedCase, proxy: str) -> float:
     """Spearman's correlation of a proxy and the loss of top-1 over the settings of a case."""
     return spearman([t.proxies[proxy] for t in case.trials], [case.drop(t) for t in case.trials])
 
@@ -242,8 +242,8 @@ def run_study(
     seeds: Iterable[int] = range(5),
     trained: Sequence[str] = tuple(TRAINED),
     say: Say = lambda text: None,
-    run: Callable[..., Case] = run_case,
-) -> list[Case]:
+    run: Callable[..., TrainedCase] = run_case,
+) -> list[TrainedCase]:
     """Every case that a file does not hold yet, one after the other; returns all of them.
 
     Args:
@@ -277,7 +277,7 @@ def run_study(
     return cases
 
 
-def read_cases(path: Path) -> list[Case]:
+def read_cases(path: Path) -> list[TrainedCase]:
     """The cases of a file; none where there is no file.
 
     Raises:
@@ -288,7 +288,7 @@ def read_cases(path: Path) -> list[Case]:
     found = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
         try:
-            found.append(Case.from_json(line))
+            found.append(TrainedCase.from_json(line))
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{path}, line {number}: is no case of the study ({error})") from None
     return found

@@ -18,9 +18,9 @@ from bratune.studies.accuracy import (
     PROXIES,
     SMOKE,
     TRAINED,
-    Case,
+    SettingTrial,
     Size,
-    Trial,
+    TrainedCase,
     keys_of,
     rank_of,
     run_study,
@@ -71,7 +71,7 @@ def main(output: Path, seeds: int, smoke: bool) -> None:
     )
 
 
-def findings_of(cases: Sequence[Case]) -> dict[str, Any]:
+def findings_of(cases: Sequence[TrainedCase]) -> dict[str, Any]:
     """Everything that the study says, as plain numbers.
 
     Intervals of rank correlations are bootstrap 95 % intervals over data sets and, within them, networks.
@@ -139,7 +139,7 @@ def tables_of(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def figure_of(cases: Sequence[Case]) -> str:
+def figure_of(cases: Sequence[TrainedCase]) -> str:
     """Divergence against lost top-1, one colour per data set, as JSON for plotly.
 
     Raises:
@@ -170,7 +170,7 @@ def figure_of(cases: Sequence[Case]) -> str:
     return str(figure.to_json())
 
 
-def _of_data(cases: Sequence[Case]) -> dict[str, Any]:
+def _of_data(cases: Sequence[TrainedCase]) -> dict[str, Any]:
     return {
         "networks": len(cases),
         "seeds": sorted({case.seed for case in cases}),
@@ -178,7 +178,7 @@ def _of_data(cases: Sequence[Case]) -> dict[str, Any]:
     }
 
 
-def _ranks(cases: Sequence[Case], proxy: str) -> dict[str, Any]:
+def _ranks(cases: Sequence[TrainedCase], proxy: str) -> dict[str, Any]:
     """Spearman's correlation of a proxy with lost top-1, mean over networks."""
     of_data = {name: _finite(rank_of(c, proxy) for c in cases if c.data == name) for name in _data(cases)}
     every = [rank for ranks in of_data.values() for rank in ranks]
@@ -195,7 +195,7 @@ def _ranks(cases: Sequence[Case], proxy: str) -> dict[str, Any]:
     }
 
 
-def _small(cases: Sequence[Case], proxy: str) -> dict[str, Any]:
+def _small(cases: Sequence[TrainedCase], proxy: str) -> dict[str, Any]:
     """The same among settings whose divergence is small, all networks of a data set together."""
     found = []
     for name in _data(cases):
@@ -211,9 +211,9 @@ def _small(cases: Sequence[Case], proxy: str) -> dict[str, Any]:
     return {"mean": _mean(ranks), "interval": _range(ranks)}
 
 
-def _claims(cases: Sequence[Case]) -> dict[str, dict[str, int]]:
+def _claims(cases: Sequence[TrainedCase]) -> dict[str, dict[str, int]]:
     """How often other pictures lose more than was claimed."""
-    kinds: dict[str, Callable[[Case, Trial], float]] = {
+    kinds: dict[str, Callable[[TrainedCase, SettingTrial], float]] = {
         "answers that differ (no labels)": lambda case, trial: Counts(
             images=case.images, differ=trial.differ
         ).most_lost(),
@@ -230,17 +230,17 @@ def _claims(cases: Sequence[Case]) -> dict[str, dict[str, int]]:
     return found
 
 
-def counts_of(case: Case, trial: Trial) -> Counts:
+def counts_of(case: TrainedCase, trial: SettingTrial) -> Counts:
     """What was counted of a setting on the proxy's pictures."""
     return Counts(images=case.images, differ=trial.differ, lost=trial.lost, gained=trial.gained)
 
 
-def _surely_lost(case: Case, trial: Trial) -> float:
+def _surely_lost(case: TrainedCase, trial: SettingTrial) -> float:
     """Lower limit of the loss of top-1, from the test pictures."""
     return -most_lost_labelled(trial.test_gained, trial.test_lost, case.test_images, confidence=CONFIDENCE)
 
 
-def _picks(cases: Sequence[Case], allowed: float) -> dict[str, Any]:
+def _picks(cases: Sequence[TrainedCase], allowed: float) -> dict[str, Any]:
     """What a rule would pick on labelled pictures: fewest keys among what is shown to keep the limit."""
     picks = within = 0
     shares = []
@@ -257,7 +257,7 @@ def _picks(cases: Sequence[Case], allowed: float) -> dict[str, Any]:
     return {"cases": len(cases), "picks": picks, "within": within, "keys": _mean(shares) if shares else None}
 
 
-def _held_out(cases: Sequence[Case], allowed: float) -> dict[str, Any]:
+def _held_out(cases: Sequence[TrainedCase], allowed: float) -> dict[str, Any]:
     """The pick and its claims on networks whose seed and data set chose nothing.
 
     What is chosen, on all networks of other seeds and sets, is the proxy: the one that ranks best there says
@@ -296,7 +296,7 @@ def _held_out(cases: Sequence[Case], allowed: float) -> dict[str, Any]:
     }
 
 
-def _more_keys(cases: Sequence[Case]) -> dict[str, int]:
+def _more_keys(cases: Sequence[TrainedCase]) -> dict[str, int]:
     """What attending to more than in training does."""
     rows = [(c, t) for c in cases for t in c.trials if t.keys > _own_keys(c)]
     return {
@@ -308,12 +308,12 @@ def _more_keys(cases: Sequence[Case]) -> dict[str, int]:
     }
 
 
-def _own_keys(case: Case) -> int:
+def _own_keys(case: TrainedCase) -> int:
     space = small_space()
     return keys_of(space, space.setting(4, TRAINED[case.trained]))
 
 
-def _data(cases: Sequence[Case]) -> list[str]:
+def _data(cases: Sequence[TrainedCase]) -> list[str]:
     return sorted({case.data for case in cases})
 
 

@@ -37,7 +37,7 @@ from bratune.predict.public import PublishedFigure, used_matrix
 from bratune.predict.roofline import rates
 from bratune.report.published import timm_conditions, timm_lines
 
-__all__ = ["Source", "calibrate", "count_models", "parse_name", "read_folder"]
+__all__ = ["FileSource", "calibrate", "count_models", "parse_name", "read_folder"]
 
 # Below these a model says more about launches and about the benchmark than about operations.
 LEAST_BATCH = 64
@@ -70,7 +70,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class FileSource:
     """What a file of throughputs was measured with.
 
     Attributes:
@@ -100,13 +100,13 @@ class Source:
         return f"{self.board.key} {self.regime} {self.layout} {cast_}{self.dtype} torch {self.torch}"
 
 
-def parse_name(path: Path) -> Source | None:
+def parse_name(path: Path) -> FileSource | None:
     """What a file's name says; None for files of other measurements (training, CPUs)."""
     how = timm_conditions(path.name)
     known = {"board", "dtype", "torch", "cuda"} <= how.keys()
     if not path.name.startswith("benchmark-infer-") or not known or how["dtype"] == "float32":
         return None
-    return Source(
+    return FileSource(
         path=path,
         board=how["board"],
         regime=how["regime"],
@@ -137,7 +137,7 @@ def read_file(path: Path) -> list[Timed]:
     ]
 
 
-def read_folder(folder: Path) -> dict[Source, list[Timed]]:
+def read_folder(folder: Path) -> dict[FileSource, list[Timed]]:
     """Every file of throughputs on a GPU in a folder, with its lines.
 
     Raises:
@@ -268,7 +268,7 @@ COLUMNS = tuple((kind, "macs") for kind in MACS) + tuple((kind, "moved") for kin
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class FileEquations:
     """What one file says, as a linear system.
 
     Attributes:
@@ -278,13 +278,13 @@ class Table:
         families: Of the models.
     """
 
-    source: Source
+    source: FileSource
     ideal: Floats
     us: Floats
     families: tuple[str, ...]
 
 
-def table_of(source: Source, timed: Sequence[Timed], counted: Sequence[Counted]) -> Table:
+def table_of(source: FileSource, timed: Sequence[Timed], counted: Sequence[Counted]) -> FileEquations:
     """The system of a file, for the models that were counted."""
     by_key = {(t.model, t.side): t for t in timed}
     peak = rates(source.board, source.dtype)
@@ -296,7 +296,7 @@ def table_of(source: Source, timed: Sequence[Timed], counted: Sequence[Counted])
         rows.append([_ideal_us(c.loads.get(kind, Load()), what, peak) for kind, what in COLUMNS])
         us.append(t.us)
         families.append(c.family)
-    return Table(
+    return FileEquations(
         source=source,
         ideal=np.array(rows).reshape(len(rows), len(COLUMNS)),
         us=np.array(us),
@@ -332,7 +332,7 @@ def solve(ideal: Floats, us: Floats) -> Floats:
     return cast(Floats, found)
 
 
-def held_out(table: Table) -> Floats:
+def held_out(table: FileEquations) -> Floats:
     """Logarithm of predicted over measured, each family predicted without any of its relatives."""
     families = sorted(set(table.families))
     random.Random(0).shuffle(families)
@@ -350,7 +350,7 @@ def reach(errors: Floats) -> tuple[float, float]:
     return float(min(lo, -0.01)), float(max(hi, 0.01))
 
 
-def covered(table: Table, errors: Floats) -> float:
+def covered(table: FileEquations, errors: Floats) -> float:
     """Per cent of models inside the interval that the errors of other families give."""
     families = sorted(set(table.families))
     random.Random(0).shuffle(families)
@@ -375,7 +375,7 @@ def error_row(errors: Floats, covered_pct: float) -> dict[str, Any]:
     }
 
 
-def ratio_reaches(table: Table, errors: Floats) -> tuple[float, float]:
+def ratio_reaches(table: FileEquations, errors: Floats) -> tuple[float, float]:
     """The factor, in log, that holds 95 % of the ratios of two models on a board: of one family, of two.
 
     What is wrong about the board alike for every model cancels in a ratio.
@@ -387,7 +387,7 @@ def ratio_reaches(table: Table, errors: Floats) -> tuple[float, float]:
     return float(np.quantile(size[related], 0.95)), float(np.quantile(size[~related], 0.95))
 
 
-def calibrate(tables: Sequence[Table], *, today: str, say: Any = lambda text: None) -> dict[str, Any]:
+def calibrate(tables: Sequence[FileEquations], *, today: str, say: Any = lambda text: None) -> dict[str, Any]:
     """Every fit with its errors, as ``calibration.json`` holds it."""
     fits = []
     kept = [t for t in tables if len(t.us) >= FEWEST_MODELS]
@@ -404,9 +404,9 @@ def calibrate(tables: Sequence[Table], *, today: str, say: Any = lambda text: No
     return {"schema": 1, "date": today, "fits": fits, "carried": carried}
 
 
-def _newest(tables: Sequence[Table]) -> list[Table]:
+def _newest(tables: Sequence[FileEquations]) -> list[FileEquations]:
     """One table per board: autocast, channels first, of the newest torch."""
-    best: dict[str, Table] = {}
+    best: dict[str, FileEquations] = {}
     for table in sorted(tables, key=lambda t: [int(x) for x in t.source.torch.split(".")]):
         s = table.source
         if s.layout == "nchw" and s.autocast and s.dtype == "float16":
@@ -414,7 +414,7 @@ def _newest(tables: Sequence[Table]) -> list[Table]:
     return list(best.values())
 
 
-def joint(group: Sequence[Table]) -> tuple[Floats, Floats]:
+def joint(group: Sequence[FileEquations]) -> tuple[Floats, Floats]:
     """Times-the-ideal of several boards together, and how much slower than that each board is.
 
     A board that stays behind its specification in everything, for its power say, would bend the rates of
@@ -432,7 +432,7 @@ def joint(group: Sequence[Table]) -> tuple[Floats, Floats]:
     return found, slower
 
 
-def _carried(group: Sequence[Table], say: Any) -> dict[str, Any]:
+def _carried(group: Sequence[FileEquations], say: Any) -> dict[str, Any]:
     """One fit of several boards, its error that of each board predicted from the others."""
     group = [_as_carried(table) for table in group]
     errors: dict[str, Floats] = {}
@@ -461,7 +461,7 @@ def _carried(group: Sequence[Table], say: Any) -> dict[str, Any]:
     }
 
 
-def _as_carried(table: Table) -> Table:
+def _as_carried(table: FileEquations) -> FileEquations:
     """The table with multiply-adds at the peak that rates are carried by."""
     board, peak = table.source.board, rates(table.source.board, table.source.dtype).matrix
     factor = np.array([peak / used_matrix(board, peak) if what == "macs" else 1.0 for _, what in COLUMNS])
@@ -482,7 +482,7 @@ def _carried_reach(errors: Sequence[Floats]) -> tuple[float, float, float]:
     return -float(np.hypot(lo, board)), float(np.hypot(hi, board)), board
 
 
-def _row(group: Sequence[Table], found: Floats, errors: Floats, covered_pct: float) -> dict[str, Any]:
+def _row(group: Sequence[FileEquations], found: Floats, errors: Floats, covered_pct: float) -> dict[str, Any]:
     source, families = group[0].source, tuple(f for t in group for f in t.families)
     ends = np.cumsum([len(t.us) for t in group])[:-1]
     parts = np.split(errors, ends)
@@ -556,7 +556,7 @@ def main(folder: Path, counts: Path | None, per_family: int, output: Path) -> No
     say(f"results: {output} and {shown} ({write_published(files, shown)} figures)")
 
 
-def write_published(files: Mapping[Source, Sequence[Timed]], path: Path) -> int:
+def write_published(files: Mapping[FileSource, Sequence[Timed]], path: Path) -> int:
     """Write the figures of `SHOWN` that stand in the files, and return how many there are."""
     fields = [f.name for f in dataclasses.fields(PublishedFigure)]
     rows = []

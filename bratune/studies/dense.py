@@ -21,9 +21,9 @@ from bratune.studies.accuracy import (
     PROXIES,
     ROUTING_PICTURES,
     TRAINED,
-    Case,
+    SettingTrial,
     Size,
-    Trial,
+    TrainedCase,
     keys_of,
     overlap,
     rank_of,
@@ -111,7 +111,9 @@ def mean_iou(found: Tensor, labels: Tensor, classes: int = len(TEXTURES)) -> flo
     return float((both / union)[union > 0].mean())
 
 
-def run_dense_case(data: str, seed: int, trained: str, size: Size, *, say: Say = lambda text: None) -> Case:
+def run_dense_case(
+    data: str, seed: int, trained: str, size: Size, *, say: Say = lambda text: None
+) -> TrainedCase:
     """Train one segmentation network and try other settings on it; as `bratune.studies.accuracy.run_case`."""
     space = small_space()
     own = space.setting(4, TRAINED[trained])
@@ -130,7 +132,7 @@ def run_dense_case(data: str, seed: int, trained: str, size: Size, *, say: Say =
         now, now_test = after.top == proxy[1], after_test.top == test[1]
         same = before.top == after.top
         trials.append(
-            Trial(
+            SettingTrial(
                 setting=str(setting),
                 keys=keys_of(space, setting),
                 proxies={
@@ -148,7 +150,7 @@ def run_dense_case(data: str, seed: int, trained: str, size: Size, *, say: Say =
                 test_loss=score - mean_iou(after_test.top, test[1]),
             )
         )
-    found = Case(
+    found = TrainedCase(
         data=data,
         seed=seed,
         trained=trained,

@@ -31,7 +31,7 @@ from bratune.store import Store, read_records
 from bratune.tune.bench import Bench
 from bratune.tune.closing import Closing, compare
 from bratune.tune.plan import Plan, load_plan
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.setting import Setting
 
 __all__ = [
@@ -116,7 +116,7 @@ def regrets_of(engine: ComparingEngine, plans: Sequence[Plan], passes: int) -> l
         passes: Fresh processes of the truth.
     """
     plan = plans[0]
-    request = Request(
+    request = TuneRequest(
         model=plan.model,
         task=plan.task,
         height=plan.height,

@@ -22,12 +22,12 @@ import click
 
 from bratune.tune.bench import Bench
 from bratune.tune.ledger import derived_seed
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.sampling import Encoding
 from bratune.tune.setting import Setting
 from bratune.tune.storage import make_sampler
 from bratune.tune.synthetic import BACKENDS, SyntheticFidelity, SyntheticWorld, offers
-from bratune.tune.table import Table, hypervolume
+from bratune.tune.table import OptionTable, hypervolume
 
 __all__ = ["BUDGETS", "METHODS", "Contest", "run_study"]
 
@@ -50,7 +50,7 @@ class Contest:
     coupling: float
 
     def __post_init__(self) -> None:
-        self.request = Request(
+        self.request = TuneRequest(
             model="biformer_small",
             task="classification",
             height=224,
@@ -105,7 +105,7 @@ class Contest:
             for i in self.space.routed
             for s, k in self.space.model_choices(i)
         }
-        table = Table(self.space, entries).with_losses(losses)
+        table = OptionTable(self.space, entries).with_losses(losses)
         found = {self.start.key: self.start}
         for depth in range(1, 20):
             for candidate in table.candidates(depth=depth):

@@ -23,7 +23,7 @@ from bratune.errors import StoreError
 from bratune.record import Record
 from bratune.store import read_records
 
-__all__ = ["Cost", "cell_bytes", "cell_seconds", "simulate"]
+__all__ = ["SweepCost", "cell_bytes", "cell_seconds", "simulate"]
 
 # A sample as it is written, with its comma.
 _SAMPLE_BYTES = 8
@@ -32,7 +32,7 @@ _SAMPLES_LINE_BYTES = 110
 
 
 @dataclass(frozen=True)
-class Cost:
+class SweepCost:
     """What a sweep takes.
 
     Attributes:
@@ -85,7 +85,7 @@ def simulate(
     hours_between_losses: float = 0.0,
     hours_away: float = 0.25,
     seed: int = 0,
-) -> Cost:
+) -> SweepCost:
     """A sweep over devices that come and go.
 
     Args:
@@ -120,7 +120,7 @@ def simulate(
         spent += done - now
         end = max(end, done)
         heapq.heappush(free, (done, number))
-    return Cost(end, spent, repeated)
+    return SweepCost(end, spent, repeated)
 
 
 def _duration(seconds: float) -> str:

@@ -26,9 +26,9 @@ from bratune.errors import UnsupportedError
 from bratune.predict.compile import Launch, record_launches
 from bratune.predict.offline import machine_of
 from bratune.testing.ptx import Program, parse
-from bratune.testing.ptx_machine import Machine, granule
+from bratune.testing.ptx_machine import PtxMachine, granule
 from bratune.testing.ptx_memory import Global, Segment
-from bratune.testing.sanitizer import Finding
+from bratune.testing.sanitizer import Violation
 
 __all__ = ["TARGETS", "Findings", "executed"]
 
@@ -36,7 +36,7 @@ __all__ = ["TARGETS", "Findings", "executed"]
 TARGETS = ("sm80",)
 
 
-class Findings(list[Finding]):
+class Findings(list[Violation]):
     """What was found, each kind of it once per kernel and place; and how much was executed.
 
     Attributes:
@@ -52,13 +52,13 @@ class Findings(list[Finding]):
 class _Executor:
     findings: Findings
     change: Callable[[Program], Program]
-    machines: dict[str, Machine] = field(default_factory=dict)
+    machines: dict[str, PtxMachine] = field(default_factory=dict)
     seen: set[tuple[str, str, str]] = field(default_factory=set)
 
     def run(self, launch: Launch, arguments: tuple[tuple[str, Any], ...]) -> None:
         text = launch.asm["ptx"]
         if text not in self.machines:
-            self.machines[text] = Machine(
+            self.machines[text] = PtxMachine(
                 self.change(parse(text)), warps=launch.num_warps, shared_bytes=launch.metadata_shared
             )
         machine = self.machines[text]
@@ -70,7 +70,7 @@ class _Executor:
         def note(what: str, where: str, count: int) -> None:
             if count and (launch.kernel, what, where) not in self.seen:
                 self.seen.add((launch.kernel, what, where))
-                self.findings.append(Finding(launch.kernel, what, where, count))
+                self.findings.append(Violation(launch.kernel, what, where, count))
 
         self.findings.launches += 1
         self.findings.instructions += machine.run(launch.grid, bits, memory, note)

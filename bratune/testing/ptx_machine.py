@@ -24,7 +24,7 @@ from bratune.testing.ptx_memory import Global, Note, Shared, Stamps
 from bratune.testing.ptx_ops import RAW, Array, as_raw
 from bratune.testing.ptx_steps import Mask, not_known, step_of
 
-__all__ = ["Batch", "Machine", "granule"]
+__all__ = ["Programs", "PtxMachine", "granule"]
 
 # Threads that are executed together: enough to make NumPy's own time small, few enough for the cache.
 _THREADS = 4096
@@ -32,7 +32,7 @@ _THREADS = 4096
 _MOST_STEPS = 20_000_000
 
 
-class Machine:
+class PtxMachine:
     """Executes one program.
 
     Args:
@@ -69,7 +69,7 @@ class Machine:
         together = max(1, _THREADS // self.threads)
         with np.errstate(all="ignore"):
             for first in range(0, total, together):
-                batch = Batch(self, first, min(together, total - first), grid, parameters, memory, note)
+                batch = Programs(self, first, min(together, total - first), grid, parameters, memory, note)
                 done += batch.run()
         return done
 
@@ -121,11 +121,11 @@ class _Copies:
         return found
 
 
-class Batch:
+class Programs:
     """Programs that are executed together."""
 
     def __init__(
-        self, machine: Machine, first: int, programs: int, grid: tuple[int, int, int],
+        self, machine: PtxMachine, first: int, programs: int, grid: tuple[int, int, int],
         parameters: Mapping[str, int], memory: Global, note: Note,
     ) -> None:  # fmt: skip
         self.machine, self.memory, self.note = machine, memory, note

@@ -16,13 +16,13 @@ from bratune.testing.ptx import Address, Instruction
 from bratune.testing.ptx_ops import RAW, Array, as_raw, matrix_product, operation, shuffle, sum_of_warps
 
 if TYPE_CHECKING:
-    from bratune.testing.ptx_machine import Batch
+    from bratune.testing.ptx_machine import Programs
 
 __all__ = ["SPECIAL", "Mask", "Step", "not_known", "step_of"]
 
 Mask = NDArray[np.bool_]
 # An instruction for the threads of a mask; None stands for all.
-Step = Callable[["Batch", Mask | None], None]
+Step = Callable[["Programs", Mask | None], None]
 
 SPECIAL = ("%tid.", "%ctaid.", "%ntid.", "%nctaid.", "%laneid")
 
@@ -32,7 +32,7 @@ def not_known(found: Instruction) -> UnsupportedError:
     return UnsupportedError("the PTX executor", (f"it does not know {found.text}",))
 
 
-def _source(text: Any, bits: int) -> Callable[[Batch], Array]:
+def _source(text: Any, bits: int) -> Callable[[Programs], Array]:
     """An operand that is read, as registers hold so many bits; 0: as it is."""
     if not isinstance(text, str):
         raise UnsupportedError("the PTX executor", (f"it cannot read {text} as a number",))
@@ -87,7 +87,7 @@ def _pack(found: Instruction) -> Step:
     if isinstance(target, tuple):
         whole = _source(source, bits)
 
-        def unpack(b: Batch, mask: Mask | None) -> None:
+        def unpack(b: Programs, mask: Mask | None) -> None:
             x = whole(b)
             for i, name in enumerate(parts):
                 part = x >> RAW[bits](i * width) & RAW[bits]((1 << width) - 1)
@@ -96,7 +96,7 @@ def _pack(found: Instruction) -> Step:
         return unpack
     reads = [_source(name, width) for name in parts]
 
-    def pack(b: Batch, mask: Mask | None) -> None:
+    def pack(b: Programs, mask: Mask | None) -> None:
         total = np.zeros(1, RAW[bits])
         for i, read in enumerate(reads):
             total = total | read(b).astype(RAW[bits]) << RAW[bits](i * width)
@@ -111,7 +111,7 @@ def _shape(found: Instruction) -> tuple[np.dtype[Any], int]:
     return np.dtype(RAW[int(found.opcode[-1][1:])]), count
 
 
-def _address(operand: Any, bits: int) -> Callable[[Batch], Array]:
+def _address(operand: Any, bits: int) -> Callable[[Programs], Array]:
     if not isinstance(operand, Address):
         raise UnsupportedError("the PTX executor", (f"it cannot read {operand} as an address",))
     base = _source(operand.base, bits)
@@ -132,7 +132,7 @@ def _load(found: Instruction) -> Step:
         if not isinstance(parameter, Address) or parameter.offset:
             raise not_known(found)
 
-        def load_parameter(b: Batch, mask: Mask | None) -> None:
+        def load_parameter(b: Programs, mask: Mask | None) -> None:
             bits = b.parameters[parameter.base] & (1 << 8 * dtype.itemsize) - 1
             b.put(targets[0], _extended(np.array([bits], np.uint64).astype(dtype), kind), mask)
 
@@ -141,7 +141,7 @@ def _load(found: Instruction) -> Step:
         raise not_known(found)
     address = _address(found.operands[1], 64 if space == "global" else 32)
 
-    def load(b: Batch, mask: Mask | None) -> None:
+    def load(b: Programs, mask: Mask | None) -> None:
         who = b.active(mask)
         at, stamps = address(b)[who], b.stamps.now[who]
         if space == "global":
@@ -154,7 +154,7 @@ def _load(found: Instruction) -> Step:
     return load
 
 
-def _everywhere(x: Array, who: Array, b: Batch) -> Array:
+def _everywhere(x: Array, who: Array, b: Programs) -> Array:
     """Values of some threads as those of all; the others have none."""
     if len(who) == b.threads:
         return x
@@ -171,7 +171,7 @@ def _store(found: Instruction) -> Step:
     address = _address(found.operands[0], 64 if space == "global" else 32)
     reads = [_source(name, 8 * dtype.itemsize) for name in _names(found.operands[1])]
 
-    def store(b: Batch, mask: Mask | None) -> None:
+    def store(b: Programs, mask: Mask | None) -> None:
         who = b.active(mask)
         at, stamps = address(b)[who], b.stamps.now[who]
         values = np.stack([b.all(read(b))[who] for read in reads], 1)
@@ -188,7 +188,7 @@ def _shuffle(found: Instruction) -> Step:
     targets = str(found.operands[0]).split("|")
     value, by, clamp = (_source(x, 32) for x in found.operands[1:4])
 
-    def step(b: Batch, mask: Mask | None) -> None:
+    def step(b: Programs, mask: Mask | None) -> None:
         b.whole_warps(found, mask)
         results = shuffle(mode, value(b), by(b), clamp(b), b.threads)
         for name, x in zip(targets, results, strict=False):
@@ -202,7 +202,7 @@ def _redux(found: Instruction) -> Step:
         raise not_known(found)
     value, members = (_source(x, 32) for x in found.operands[1:])
 
-    def step(b: Batch, mask: Mask | None) -> None:
+    def step(b: Programs, mask: Mask | None) -> None:
         b.whole_warps(found, mask)
         b.put(str(found.operands[0]), sum_of_warps(value(b), members(b), b.threads), mask)
 
@@ -213,7 +213,7 @@ def _warp_barrier(found: Instruction) -> Step:
     if found.opcode != ("bar", "warp", "sync"):
         raise not_known(found)
 
-    def step(b: Batch, mask: Mask | None) -> None:
+    def step(b: Programs, mask: Mask | None) -> None:
         b.whole_warps(found, mask)
         b.stamps.pass_warp_barrier(b.everyone if mask is None else mask)
 
@@ -228,7 +228,7 @@ def _ldmatrix(found: Instruction) -> Step:
     if "m8n8" not in found.opcode or found.opcode[-1] != "b16":
         raise not_known(found)
 
-    def step(b: Batch, mask: Mask | None) -> None:
+    def step(b: Programs, mask: Mask | None) -> None:
         b.whole_warps(found, mask)
         rows = (b.everyone if mask is None else mask).reshape(-1, 32)[:, : 8 * tiles]
         at = np.arange(b.threads).reshape(-1, 32)[:, : 8 * tiles]
@@ -257,7 +257,7 @@ def _mma(found: Instruction) -> Step:
     targets = _names(found.operands[0])
     a, b_, c = ([_source(x, 32) for x in _names(operand)] for operand in found.operands[1:])
 
-    def step(b: Batch, mask: Mask | None) -> None:
+    def step(b: Programs, mask: Mask | None) -> None:
         b.whole_warps(found, mask)
         left, right, added = ([read(b) for read in reads] for reads in (a, b_, c))
         for name, x in zip(targets, matrix_product(dtype, left, right, added, b.threads), strict=True):
@@ -280,7 +280,7 @@ def _copy(found: Instruction) -> Step:
     size = int(str(found.operands[2]), 0)
     read = _source(found.operands[3], 32) if len(found.operands) > 3 else _source(str(size), 32)
 
-    def step(b: Batch, mask: Mask | None) -> None:
+    def step(b: Programs, mask: Mask | None) -> None:
         who = b.active(mask)
         stamps = b.stamps.now[who]
         bytes_read = b.all(read(b))[who]
@@ -296,10 +296,10 @@ def _copy(found: Instruction) -> Step:
     return step
 
 
-def _commit(b: Batch, mask: Mask | None) -> None:
+def _commit(b: Programs, mask: Mask | None) -> None:
     b.copies.group[b.active(mask)] += 1
 
 
-def _wait(b: Batch, most: int | None, mask: Mask | None) -> None:
+def _wait(b: Programs, most: int | None, mask: Mask | None) -> None:
     for who, at, data in b.copies.landed(most, b.everyone if mask is None else mask):
         b.shared.end_copy(b.program_of[who], at, data, b.stamps.now[who])

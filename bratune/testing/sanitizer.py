@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bratune.errors import UnsupportedError
 
-__all__ = ["INPUTS", "Finding", "products_in_one_order", "sanitized"]
+__all__ = ["INPUTS", "Violation", "products_in_one_order", "sanitized"]
 
 # Parameters of this project's kernels that are read and never written.
 INPUTS = frozenset(f"{name}_ptr" for name in ("q", "k", "v", "grad", "x", "weight", "bias", "shift"))
@@ -39,7 +39,7 @@ _NOBODY, _SEVERAL = -1, -2
 
 
 @dataclass(frozen=True)
-class Finding:
+class Violation:
     """What a kernel did that it must not.
 
     Attributes:
@@ -91,7 +91,7 @@ class _Watch:
     """Watches the launches of kernels, one at a time."""
 
     inputs: frozenset[str]
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Violation] = field(default_factory=list)
     seen: set[tuple[str, str, str]] = field(default_factory=set)
     kernel: str = ""
     memories: list[_Memory] = field(default_factory=list)
@@ -115,7 +115,7 @@ class _Watch:
     def note(self, what: str, where: str, count: int) -> None:
         if count and (self.kernel, what, where) not in self.seen:
             self.seen.add((self.kernel, what, where))
-            self.findings.append(Finding(self.kernel, what, where, count))
+            self.findings.append(Violation(self.kernel, what, where, count))
 
     def _places(self, addresses: np.ndarray, what: str) -> Iterator[tuple[_Memory, np.ndarray]]:
         bases = np.array([memory.base for memory in self.memories], np.int64)
@@ -162,7 +162,7 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def sanitized(inputs: frozenset[str] = INPUTS) -> Iterator[list[Finding]]:
+def sanitized(inputs: frozenset[str] = INPUTS) -> Iterator[list[Violation]]:
     """Watch every kernel that the interpreter runs.
 
     Args:

@@ -21,10 +21,10 @@ from bratune.problem import Problem
 from bratune.record import Record
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.ledger import Ledger
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
-from bratune.tune.table import Entry, Table
+from bratune.tune.table import Entry, OptionTable
 from bratune.variant import Stage, get_task, stages
 from bratune.work import request as work_request
 from bratune.work.cells import BASELINE, Scene, scenes
@@ -79,7 +79,7 @@ class Bench:
         offers: Which backends accept a call; by default the registry's answer for the engine's machine.
     """
 
-    def __init__(self, engine: Engine, request: Request, offers: Offers | None = None) -> None:
+    def __init__(self, engine: Engine, request: TuneRequest, offers: Offers | None = None) -> None:
         self.engine, self.request = engine, request
         self.space: Space = request.space
         self.offers = offers or registry_offers(engine.machine, request.backends)
@@ -317,7 +317,7 @@ class StageOptions:
 
     # --- reading ----------------------------------------------------------------------------
 
-    def table(self, backends: Iterable[str], objective: str) -> Table:
+    def table(self, backends: Iterable[str], objective: str) -> OptionTable:
         """The table from everything that was ever measured for this space."""
         legal = {i: set(self.space.model_choices(i)) for i in self.space.routed}
         for i, choices in legal.items():
@@ -327,7 +327,7 @@ class StageOptions:
             entry = Entry(**trial.user_attrs["entry"])
             if (entry.n_win, entry.topk) in legal[entry.stage] and entry.backend in names:
                 entries.append(self.bench.entry(entry, Record.from_dict(trial.user_attrs["record"])))
-        table = Table(self.space, entries, objective=objective)
+        table = OptionTable(self.space, entries, objective=objective)
         if self.losses is None:
             return table
         losses = {tuple(t.user_attrs["option"]): t.values[0] for t in self.losses.trials("COMPLETE")}

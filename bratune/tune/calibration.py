@@ -25,14 +25,14 @@ from bratune.tune.setting import Setting
 from bratune.tune.show import Say
 from bratune.tune.space import Space
 
-__all__ = ["Calibration", "Point", "calibrate", "isotonic", "stratified_settings"]
+__all__ = ["Calibration", "CalibrationPoint", "calibrate", "isotonic", "stratified_settings"]
 
 # Rank correlation whose interval reaches below this is no base for an order.
 LEAST_RHO = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
+class CalibrationPoint:
     """One setting: what the proxy said and what happened.
 
     Attributes:
@@ -71,7 +71,7 @@ class Calibration:
         top1: Of the reference, on those.
     """
 
-    points: tuple[Point, ...]
+    points: tuple[CalibrationPoint, ...]
     rho: float
     rho_interval: tuple[float, float]
     additive_rho: float
@@ -162,7 +162,7 @@ def calibrate(
         after = test.correct(setting)
         assert after is not None
         numbers = fidelity.evidence.values
-        point = Point(
+        point = CalibrationPoint(
             setting=str(setting),
             additive=sum(proxy.stage_loss(i, setting.n_win[i], setting.topks[i]) for i in proxy.space.routed),
             divergence=fidelity.loss,
@@ -193,7 +193,7 @@ def calibrate(
     )
 
 
-def limits_of(points: Sequence[Point]) -> dict[str, float]:
+def limits_of(points: Sequence[CalibrationPoint]) -> dict[str, float]:
     """For each pick rule, the largest divergence whose loss of top-1 is shown to be accepted, or 0."""
     ordered = sorted(points, key=lambda p: p.divergence)
     fitted = isotonic([p.most_lost for p in ordered])

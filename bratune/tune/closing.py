@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from bratune.cell import Cell
 from bratune.engine import ComparingEngine
-from bratune.measure.verdict import Estimate, Verdict, estimate, judge_ratios, priors
+from bratune.measure.verdict import MedianOfPasses, Verdict, estimate, judge_ratios, priors
 from bratune.record import Record
 from bratune.run.summary import paired
 from bratune.store.pooled import passes_of
@@ -33,21 +33,21 @@ class Closing:
         failed: Why a cell has no time.
     """
 
-    times: Mapping[Cell, Estimate]
+    times: Mapping[Cell, MedianOfPasses]
     verdicts: Mapping[Cell, Verdict] = field(default_factory=dict)
     rows: Mapping[Cell, Sequence[Record]] = field(default_factory=dict)
     passes: int = 0
     failed: Mapping[Cell, str] = field(default_factory=dict)
 
-    def speedup(self, cell: Cell) -> Estimate | None:
+    def speedup(self, cell: Cell) -> MedianOfPasses | None:
         """How many times faster than the default a candidate is."""
         found = self.verdicts.get(cell)
         if found is None:
             return None
         lo, hi = found.speedup_interval if found.lo else (None, None)
-        return Estimate(found.speedup, lo, hi, found.passes[0])
+        return MedianOfPasses(found.speedup, lo, hi, found.passes[0])
 
-    def speedup_over(self, cell: Cell, other: Cell) -> Estimate | None:
+    def speedup_over(self, cell: Cell, other: Cell) -> MedianOfPasses | None:
         """How many times faster a cell is than another one, from the passes that measured both."""
         found = paired(self.rows.get(cell, ()), self.rows.get(other, ()))
         return None if found is None else estimate(found)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from bratune.errors import UsageError
 from bratune.machine import Machine, detect
 from bratune.tune.evidence import Evidence
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.setting import Setting
 from bratune.tune.show import Say
 from bratune.tune.space import Space
@@ -71,7 +71,7 @@ def calibration_path(checkpoint: str | Path) -> Path:
 
 
 def open_fidelity(
-    request: Request, machine: Machine, *, say: Say = lambda text: None
+    request: TuneRequest, machine: Machine, *, say: Say = lambda text: None
 ) -> FidelitySource | None:
     """What judges settings for a request; None where nothing can.
 
@@ -93,7 +93,7 @@ def open_fidelity(
     return SharedRun.train(request, device=machine.device, say=say)
 
 
-def _check_weights(request: Request, say: Say) -> None:
+def _check_weights(request: TuneRequest, say: Say) -> None:
     """Raise where the weights do not fit the model, although nothing is computed with them."""
     if not request.checkpoint:
         return
@@ -104,7 +104,7 @@ def _check_weights(request: Request, say: Say) -> None:
         say("S and top-k stay those of the weights, so that outputs do too and --images are not looked at")
 
 
-def _of_checkpoint(request: Request, machine: Machine, say: Say) -> FidelitySource:
+def _of_checkpoint(request: TuneRequest, machine: Machine, say: Say) -> FidelitySource:
     from bratune.tune.checkpoint_fidelity import CheckpointFidelity
     from bratune.tune.pictures import load_pictures
 

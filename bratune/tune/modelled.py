@@ -24,9 +24,9 @@ from bratune.record import utc_now
 from bratune.tune.bench import Bench
 from bratune.tune.evidence import prior_only
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.setting import Setting
-from bratune.tune.table import Entry, Table
+from bratune.tune.table import Entry, OptionTable
 from bratune.variant import stages
 
 __all__ = ["Modelled", "Ranked", "measuring_command", "search"]
@@ -79,7 +79,7 @@ class Modelled:
     """
 
     board: GPU
-    request: Request
+    request: TuneRequest
     ranked: tuple[Ranked, ...]
     options: int
     refused: tuple[tuple[str, str], ...]
@@ -184,7 +184,7 @@ class Modelled:
         )
 
 
-def search(request: Request, board: GPU, c: Coefficients) -> Modelled:
+def search(request: TuneRequest, board: GPU, c: Coefficients) -> Modelled:
     """Rank the settings of a request on a board that need not be here.
 
     Args:
@@ -204,7 +204,7 @@ def search(request: Request, board: GPU, c: Coefficients) -> Modelled:
     bench = Bench(ModelEngine(board, c, compiled=False), request)
     space = request.space
     entries, refused = _entries(bench, board, c)
-    table = Table(space, entries, objective="memory")
+    table = OptionTable(space, entries, objective="memory")
     default = bench.with_default_backends(request.reference)
     names = {default.key: "default"}
     wanted = {default.key: default}
@@ -278,7 +278,7 @@ def _entries(bench: Bench, board: GPU, c: Coefficients) -> tuple[list[Entry], li
     return found, [(name, why) for name, why in refused.items() if name not in used]
 
 
-def _stages(request: Request, setting: Setting) -> Sequence[Any]:
+def _stages(request: TuneRequest, setting: Setting) -> Sequence[Any]:
     space = request.space
     return stages(
         space.variant,
@@ -292,7 +292,7 @@ def _stages(request: Request, setting: Setting) -> Sequence[Any]:
     )
 
 
-def _keys(request: Request, setting: Setting) -> tuple[int, ...]:
+def _keys(request: TuneRequest, setting: Setting) -> tuple[int, ...]:
     """Keys per query of every routed stage."""
     found = _stages(request, setting)
     return tuple(found[i].problem.keys_per_query for i in request.space.routed)

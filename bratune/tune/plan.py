@@ -20,7 +20,7 @@ from bratune.errors import PlanError, ProblemError, UsageError
 from bratune.files import write_text
 from bratune.kernels.tuned import SCHEMA, architecture, machine_key, user_plans
 from bratune.machine import Machine
-from bratune.measure.verdict import Estimate
+from bratune.measure.verdict import MedianOfPasses
 from bratune.problem import Problem
 from bratune.text import html_table, one_line
 from bratune.tune.evidence import Evidence
@@ -99,13 +99,13 @@ class EndToEnd:
         reason: What was compared and what came out, in one sentence.
     """
 
-    published: Estimate | None = None
-    default: Estimate | None = None
-    tuned: Estimate | None = None
+    published: MedianOfPasses | None = None
+    default: MedianOfPasses | None = None
+    tuned: MedianOfPasses | None = None
     passes: int = 0
     verdict: str | None = None
-    speedup_vs_default: Estimate | None = None
-    speedup_vs_published: Estimate | None = None
+    speedup_vs_default: MedianOfPasses | None = None
+    speedup_vs_published: MedianOfPasses | None = None
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,14 +133,14 @@ class EndToEnd:
         """From schema 1, where the default's own plan said what became of its rival."""
         passes, faster = data.get("rounds", 0), data["verdict"] == "faster"
         times = [data.get(name) for name in ("default_ms", "tuned_ms")]
-        default, tuned = (None if ms is None else Estimate(ms, None, None, passes) for ms in times)
+        default, tuned = (None if ms is None else MedianOfPasses(ms, None, None, passes) for ms in times)
         gain, (lo, hi) = data.get("speedup"), data.get("speedup_ci") or (None, None)
         return cls(
             default=default,
             tuned=tuned,
             passes=passes,
             verdict="FASTER" if faster else None,
-            speedup_vs_default=Estimate(gain, lo, hi, passes) if faster and gain else None,
+            speedup_vs_default=MedianOfPasses(gain, lo, hi, passes) if faster and gain else None,
             reason=data.get("reason", ""),
         )
 
@@ -150,16 +150,16 @@ _TIMES, _TIME = ("published", "default", "tuned"), ("median_ms", "ci_lo_ms", "ci
 _SPEEDUPS, _RATIO = ("speedup_vs_default", "speedup_vs_published"), ("value", "lo", "hi")
 
 
-def _plain(found: Estimate | None, names: Sequence[str]) -> dict[str, float | None] | None:
+def _plain(found: MedianOfPasses | None, names: Sequence[str]) -> dict[str, float | None] | None:
     return None if found is None else dict(zip(names, (found.value, found.lo, found.hi), strict=True))
 
 
-def _estimate(data: Mapping[str, Any] | None, names: Sequence[str], passes: int) -> Estimate | None:
+def _estimate(data: Mapping[str, Any] | None, names: Sequence[str], passes: int) -> MedianOfPasses | None:
     if data is None:
         return None
     first, *interval = names
     lo, hi = (data.get(name) for name in interval)
-    return Estimate(data[first], lo, hi, passes)
+    return MedianOfPasses(data[first], lo, hi, passes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from bratune.tune.setting import Setting
 from bratune.tune.space import Space, checkpoint_bounds, prior_bounds
 from bratune.variant import get_task
 
-__all__ = ["EFFORTS", "Effort", "Request"]
+__all__ = ["EFFORTS", "Effort", "TuneRequest"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ EFFORTS = {"quick": Effort(8, 6, 1), "standard": Effort(20, 6, 4), "full": Effor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class TuneRequest:
     """What to tune, for what, with which freedom.
 
     Attributes:
@@ -263,7 +263,7 @@ class Request:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Request:
+    def from_dict(cls, data: Mapping[str, Any]) -> TuneRequest:
         """The inverse of `to_dict`."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**values)

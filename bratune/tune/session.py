@@ -17,15 +17,15 @@ from bratune.tune.bench import Offers
 from bratune.tune.conclude import conclude, front_rows
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.plan import Plan, install
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.show import Say
 from bratune.tune.tuner import Tuner
 
-__all__ = ["Result", "default_storage", "run"]
+__all__ = ["TuneResult", "default_storage", "run"]
 
 
 @dataclass(frozen=True)
-class Result:
+class TuneResult:
     """What a session leaves.
 
     Attributes:
@@ -48,7 +48,7 @@ def default_storage(folder: Path) -> str:
 
 def run(
     engine: ComparingEngine,
-    request: Request,
+    request: TuneRequest,
     folder: Path,
     *,
     url: str = "",
@@ -58,7 +58,7 @@ def run(
     say: Say = lambda text: None,
     command: str = "",
     put_in_cache: bool = False,
-) -> Result:
+) -> TuneResult:
     """Search, conclude, and write the files.
 
     Args:
@@ -95,4 +95,4 @@ def run(
     rows = front_rows(tuner, plan)
     path = plan.save(folder / "plan.json")
     (folder / "front.json").write_text(json.dumps(rows, indent=1) + "\n")
-    return Result(plan, rows, path, install(plan) if put_in_cache and complete else None)
+    return TuneResult(plan, rows, path, install(plan) if put_in_cache and complete else None)

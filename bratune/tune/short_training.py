@@ -28,7 +28,7 @@ from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.ledger import derived_seed
 from bratune.tune.lost_accuracy import ALLOWED_LOSS
 from bratune.tune.pictures import Pictures, load_pictures
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.setting import Setting
 from bratune.tune.show import Say
 from bratune.tune.space import Space
@@ -99,12 +99,12 @@ class TrainedSource:
         return self.joint(self.space.setting(sides, topks)).loss
 
 
-def recipe_of(request: Request) -> Recipe:
+def recipe_of(request: TuneRequest) -> Recipe:
     """The recipe that a request asks for."""
     return Recipe(steps=request.train_steps, seeds=request.train_seeds, most_seeds=request.train_most_seeds)
 
 
-def labelled_halves(request: Request) -> tuple[Pictures, Pictures]:
+def labelled_halves(request: TuneRequest) -> tuple[Pictures, Pictures]:
     """The request's pictures: four fifths to train on, one fifth to validate on.
 
     Raises:
@@ -270,7 +270,7 @@ class SharedRun(TrainedSource):
 
     @classmethod
     def train(
-        cls, request: Request, *, device: str, recipe: Recipe | None = None, say: Say = lambda text: None
+        cls, request: TuneRequest, *, device: str, recipe: Recipe | None = None, say: Say = lambda text: None
     ) -> SharedRun:
         """Train one model per seed on four fifths of the request's pictures."""
         recipe = recipe or recipe_of(request)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bratune.measure.verdict import Estimate
+from bratune.measure.verdict import MedianOfPasses
 from bratune.tune.evidence import recall_lines
 from bratune.tune.plan import Plan
 
@@ -141,7 +141,7 @@ def _how(plan: Plan) -> str:
     return f"in turn in {plan.end_to_end.passes} fresh processes"
 
 
-def _times(found: Estimate) -> str:
+def _times(found: MedianOfPasses) -> str:
     """A speed-up with its interval, in parentheses where it is not shown."""
     if found.lo is None or found.hi is None:
         return f"({found.value:.3f}x)"

@@ -23,8 +23,8 @@ from bratune.tune.space import Space
 __all__ = [
     "Candidate",
     "Entry",
+    "OptionTable",
     "Point",
-    "Table",
     "TableError",
     "combine",
     "dominates",
@@ -211,7 +211,7 @@ class TableError:
         return text
 
 
-class Table:
+class OptionTable:
     """Measured options of every routed stage of a space.
 
     Args:
@@ -243,13 +243,15 @@ class Table:
         entries = self.find(setting)
         return None if entries is None else self.rest_ms + sum(e.ms for e in entries)
 
-    def calibrated(self, setting: Setting, measured_ms: float) -> Table:
+    def calibrated(self, setting: Setting, measured_ms: float) -> OptionTable:
         """This table with the rest of the model set so that one measured setting is met exactly."""
         entries = self.find(setting)
         rest = 0.0 if entries is None else measured_ms - sum(e.ms for e in entries)
-        return Table(self.space, self.entries.values(), rest_ms=max(rest, 0.0), objective=self.objective)
+        return OptionTable(
+            self.space, self.entries.values(), rest_ms=max(rest, 0.0), objective=self.objective
+        )
 
-    def with_losses(self, losses: Mapping[tuple[int, int, int], float]) -> Table:
+    def with_losses(self, losses: Mapping[tuple[int, int, int], float]) -> OptionTable:
         """This table with divergences of ``(stage, S, top-k)``; options without one are dropped."""
         entries = [
             Entry(
@@ -265,7 +267,7 @@ class Table:
             for e in self.entries.values()
             if (e.stage, e.n_win, e.topk) in losses
         ]
-        return Table(self.space, entries, rest_ms=self.rest_ms, objective=self.objective)
+        return OptionTable(self.space, entries, rest_ms=self.rest_ms, objective=self.objective)
 
     def candidates(self, *, depth: int = 1, max_memory_mb: float | None = None) -> list[Candidate]:
         """Settings on the predicted front, and on ``depth - 1`` levels below it, by rising latency.

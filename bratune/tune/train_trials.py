@@ -25,7 +25,7 @@ from bratune.tune.checkpoint_fidelity import outputs, reroute
 from bratune.tune.fidelity_source import Fidelity
 from bratune.tune.ledger import Ledger, derived_seed
 from bratune.tune.pictures import Pictures
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.sampling import Encoding
 from bratune.tune.setting import Setting
 from bratune.tune.short_training import (
@@ -93,7 +93,7 @@ class TrainTrials(TrainedSource):
         self.encoding = Encoding(space, ("",))
 
     @classmethod
-    def of(cls, request: Request, *, device: str, say: Say = lambda text: None) -> TrainTrials:
+    def of(cls, request: TuneRequest, *, device: str, say: Say = lambda text: None) -> TrainTrials:
         """Trainings on four fifths of the request's pictures."""
         train, valid = labelled_halves(request)
         space = request.space

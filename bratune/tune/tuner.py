@@ -24,11 +24,11 @@ from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.ledger import Ledger
 from bratune.tune.lost_accuracy import Counts
 from bratune.tune.pick import Verified, violations
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.sampling import Encoding, black_box
 from bratune.tune.setting import Setting
 from bratune.tune.show import Clock, Pace, Say
-from bratune.tune.table import Table, TableError
+from bratune.tune.table import OptionTable, TableError
 from bratune.tune.train_trials import TrainTrials
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Tuner:
         engine: Who turns cells into records.
         request: What is tuned.
         url: Storage of the studies; see `bratune.tune.storage`.
-        study: Name of the study; by default `Request.study_name`.
+        study: Name of the study; by default `TuneRequest.study_name`.
         offers: Which backends accept a call; by default the registry's answer.
         fidelity: Judges settings; needed where the request's second objective is ``loss``.
         say: Told what happens, a line at a time.
@@ -68,7 +68,7 @@ class Tuner:
     def __init__(
         self,
         engine: ComparingEngine,
-        request: Request,
+        request: TuneRequest,
         url: str,
         *,
         study: str = "",
@@ -101,7 +101,7 @@ class Tuner:
         self.options = StageOptions(self.bench, self.cells, self.losses, fidelity, self.reference)
         self._check_machine(here)
         self.encoding = Encoding(self.space, self._backend_names(), request.regimes)
-        self.table = Table(self.space, (), objective=self.second)
+        self.table = OptionTable(self.space, (), objective=self.second)
 
     def _check_machine(self, here: str) -> None:
         known = self.settings.study.user_attrs.get("machine")

@@ -34,13 +34,13 @@ from bratune.work.modules import block_for, images_for, scenery_for
 from bratune.work.parts import State, Step, steps_of
 from bratune.work.yours import attention_of
 
-__all__ = ["Attention", "Work", "build", "training_step"]
+__all__ = ["CheckedAttention", "TimedWork", "build", "training_step"]
 
 Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Attention:
+class CheckedAttention:
     """One attention call of a cell, with the very data that the cell runs on, as the gate takes it."""
 
     backend: Backend
@@ -53,7 +53,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Work:
+class TimedWork:
     """What is timed.
 
     Attributes:
@@ -76,13 +76,13 @@ class Work:
     call: Call
     before: Call | None
     images: int
-    attentions: Callable[[], tuple[Attention, ...]]
+    attentions: Callable[[], tuple[CheckedAttention, ...]]
     agreement: Callable[[], tuple[float, float] | None] = lambda: None
     against: str = "the plain model"
     macs: Callable[[], int] | None = None
 
 
-def build(cell: Cell, machine: Machine) -> Work:
+def build(cell: Cell, machine: Machine) -> TimedWork:
     """The work of a cell on a machine, its inputs made and on the device.
 
     Raises:
@@ -103,12 +103,12 @@ def build(cell: Cell, machine: Machine) -> Work:
     with _context(cell, device, gradients=False):
         states = _states(cell, block, {"x": x})
 
-    def attentions() -> tuple[Attention, ...]:
+    def attentions() -> tuple[CheckedAttention, ...]:
         return tuple(_seen(block.attn, s, cell.problem) for step, s in states if step.part == "attention")
 
     if cell.part == "block":
         call = _timed(cell, device, [(Step("block", lambda s: {"x": block(s["x"])}), {"x": x})], block)
-        return Work(call, None, cell.problem.batch, attentions)
+        return TimedWork(call, None, cell.problem.batch, attentions)
     wanted = [(step, state) for step, state in states if step.part == cell.part]
     if not wanted:
         raise UsageError(f"stage {cell.stage} of {cell.model} has no part called {cell.part}")
@@ -118,7 +118,7 @@ def build(cell: Cell, machine: Machine) -> Work:
     else:
         call = _timed(cell, device, wanted, block)
         before = _rest_of_block(cell, device, states, block) if cell.l2 == "warm" else None
-    return Work(call, before, cell.problem.batch, attentions if cell.part == "attention" else tuple)
+    return TimedWork(call, before, cell.problem.batch, attentions if cell.part == "attention" else tuple)
 
 
 def _states(cell: Cell, block: Residual, state: State) -> list[tuple[Step, State]]:
@@ -146,19 +146,19 @@ class _FullAttention:
         return out
 
 
-def _seen(attn: Any, state: State, problem: Problem) -> Attention:
+def _seen(attn: Any, state: State, problem: Problem) -> CheckedAttention:
     """The attention call of a module, as a state has it; full attention is one region."""
     q, k, v = state["q"], state["k"], state["v"]
     problem = problem.replace(dtype=str(q.dtype).removeprefix("torch."))
     if "routes" not in state:
         routes = torch.zeros(q.shape[0], 1, 1, dtype=torch.int64, device=q.device)
         shim = cast(Backend, _FullAttention(attn))
-        return Attention(shim, problem, q, k, v, routes, None)
+        return CheckedAttention(shim, problem, q, k, v, routes, None)
     if attn.backend == "auto":  # the gate checks what that comes to
         backend, config = tuned.choose(problem, detect(str(q.device)))
     else:
         backend, config = registry.get(attn.backend), attn.config
-    return Attention(backend, problem, q, k, v, state["routes"], config)
+    return CheckedAttention(backend, problem, q, k, v, state["routes"], config)
 
 
 def _timed(cell: Cell, device: str, steps: list[tuple[Step, State]], module: nn.Module | None) -> Call:
@@ -208,7 +208,7 @@ def _and_wait(device: str, call: Call) -> Call:
 
 
 def _in_its_place(cell: Cell, device: str, states: list[tuple[Step, State]]) -> tuple[Call, Call]:
-    """A part, and the rest of the block that hands it its inputs: `Work.call` and `Work.before`.
+    """A part, and the rest of the block that hands it its inputs: `TimedWork.call` and `TimedWork.before`.
 
     The steps that follow go on from what the part has just made; then those that precede it begin with a new
     map, when nothing of the old one is left: the allocator then hands out memory that is in the caches, as it
@@ -260,7 +260,7 @@ def _leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_(t.is_floating_point())
 
 
-def _bare(cell: Cell, device: str) -> Work:
+def _bare(cell: Cell, device: str) -> TimedWork:
     """An attention call without a model: normal q, k and v as slices of one tensor."""
     p = cell.problem
     if cell.part != "attention":
@@ -279,7 +279,7 @@ def _bare(cell: Cell, device: str) -> Work:
     return _of_a_layer(cell, AttentionCall(q, k, v, routes, p.heads, p.region, p.region, p.scale), device)
 
 
-def _of_a_layer(cell: Cell, given: AttentionCall, device: str) -> Work:
+def _of_a_layer(cell: Cell, given: AttentionCall, device: str) -> TimedWork:
     """An attention call by the backend of a cell."""
     p, routes = cell.problem, given.routes
 
@@ -299,10 +299,10 @@ def _of_a_layer(cell: Cell, given: AttentionCall, device: str) -> Work:
         )
 
     q, k, v = given.q, given.k, given.v
-    seen = Attention(registry.get(cell.backend), p, q, k, v, routes, cell.settings or None)
+    seen = CheckedAttention(registry.get(cell.backend), p, q, k, v, routes, cell.settings or None)
     step = Step("attention", lambda s: {"out": attend(s["q"], s["k"], s["v"])})
     call = _timed(cell, device, [(step, {"q": q, "k": k, "v": v})], None)
-    return Work(call, None, p.batch, lambda: (seen,))
+    return TimedWork(call, None, p.batch, lambda: (seen,))
 
 
 def training_step(
@@ -337,15 +337,15 @@ def _tensors(output: Any) -> tuple[Tensor, ...]:
     return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
-def _model(cell: Cell, device: str) -> Work:
+def _model(cell: Cell, device: str) -> TimedWork:
     form = build_form(cell, device)
     model, images, backward = form.model, form.images, cell.problem.backward
     own = form.plain if form.plain is not None else model
 
-    def attentions() -> tuple[Attention, ...]:
+    def attentions() -> tuple[CheckedAttention, ...]:
         if not isinstance(own, Backbone):
             return ()
-        caught: list[Attention] = []
+        caught: list[CheckedAttention] = []
         problems = [stage.problem for stage in model_stages(cell)]
         with _context(cell, device, gradients=False), _listening(own, problems, caught):
             own(images)
@@ -360,7 +360,7 @@ def _model(cell: Cell, device: str) -> Work:
 
     call = _whole(cell, device, model, images)
     macs = functools.partial(cell_macs, cell, form)
-    return Work(call, None, cell.problem.batch, attentions, agreement, macs=macs)
+    return TimedWork(call, None, cell.problem.batch, attentions, agreement, macs=macs)
 
 
 def _whole(cell: Cell, device: str, model: nn.Module, images: Tensor) -> Call:
@@ -377,7 +377,7 @@ def _whole(cell: Cell, device: str, model: nn.Module, images: Tensor) -> Call:
     return forward_backward if cell.problem.backward else forward
 
 
-def _mixer(cell: Cell, device: str) -> Work:
+def _mixer(cell: Cell, device: str) -> TimedWork:
     """A mixer: its network, two blocks of a stage, or the attentions of these alone."""
     before: Call | None = None
     if cell.part == "model":
@@ -409,7 +409,7 @@ def _mixer(cell: Cell, device: str) -> Work:
         return mixers.difference(cell, found)
 
     macs = functools.partial(mixers.mixer_macs, cell)
-    return Work(call, before, cell.problem.batch, tuple, agreement, "its definition", macs)
+    return TimedWork(call, before, cell.problem.batch, tuple, agreement, "its definition", macs)
 
 
 def _mix(module: nn.Module, state: State) -> State:
@@ -432,7 +432,9 @@ def _seen_from_outside(model: nn.Module, images: Tensor, backward: bool) -> tupl
 
 
 @contextlib.contextmanager
-def _listening(model: Any, problems: Sequence[Problem | None], caught: list[Attention]) -> Iterator[None]:
+def _listening(
+    model: Any, problems: Sequence[Problem | None], caught: list[CheckedAttention]
+) -> Iterator[None]:
     """Note the attention call of the first block of every stage while the model runs."""
     handles = []
     for stage, problem in zip(model.stages, problems, strict=True):

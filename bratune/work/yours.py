@@ -35,7 +35,7 @@ from bratune.problem import Problem
 from bratune.work.request import BASELINE
 
 __all__ = [
-    "Site",
+    "LayerSite",
     "YoursRequest",
     "attention_of",
     "example_of",
@@ -118,7 +118,7 @@ def example_of(text: str, seed: int = 0) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class LayerSite:
     """A routed layer of somebody's model.
 
     Attributes:
@@ -138,7 +138,7 @@ class Site:
         return {**vars(self), "problem": self.problem.to_dict()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Site:
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerSite:
         """The inverse of `to_dict`."""
         return cls(**{**data, "problem": Problem.from_dict(data["problem"])})
 
@@ -162,7 +162,7 @@ class YoursRequest:
 
     model: str
     input: str
-    sites: tuple[Site, ...]
+    sites: tuple[LayerSite, ...]
     left: Mapping[str, str]
     dtype: str
     direction: str
@@ -229,7 +229,7 @@ def request_of(
     shape: str,
     machine: Machine,
     *,
-    sites: Sequence[Site],
+    sites: Sequence[LayerSite],
     left: Mapping[str, str],
     dtype: str | None = None,
     direction: str = "fwd",
@@ -283,13 +283,13 @@ def is_live(name: str) -> bool:
 
 def find_sites(
     model: str, shape: str, *, dtype: str, device: str, seed: int = 0
-) -> tuple[list[Site], dict[str, str]]:
+) -> tuple[list[LayerSite], dict[str, str]]:
     """The routed layers of a model, each proved, and why others that look like them are left."""
     base = _base(model, shape, seed, dtype, device)
     sites = []
     for name, calls in base.calls.items():
         if calls:
-            site = Site(name=name, how=base.held[name], problem=_problem(calls[0]), calls=len(calls))
+            site = LayerSite(name=name, how=base.held[name], problem=_problem(calls[0]), calls=len(calls))
             sites.append(site)
         else:
             base.left[name] = "composes its attention by itself (soft routing)"

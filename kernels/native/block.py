@@ -15,7 +15,7 @@ from torch import Tensor, library
 from bratune.kernels.dispatch import is_observed
 from bratune.kernels.native import ops
 from bratune.kernels.native.library import Library, find, loaded, variant_number
-from bratune.kernels.native.run import DTYPES, MOST_CHANNELS, Call, map_of, shout
+from bratune.kernels.native.run import DTYPES, MOST_CHANNELS, NativeCall, map_of, shout
 from bratune.problem import ceil_div
 
 __all__ = [
@@ -111,7 +111,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, *, heads: int, region: tuple[int, int], scale: float
 ) -> Tensor:
     """What `bratune.kernels.api.routed_attention` gives, without gradients and without checks."""
-    return ops.infer(q, k, v, routes, Call(heads, region, region, scale, False, ""))
+    return ops.infer(q, k, v, routes, NativeCall(heads, region, region, scale, False, ""))
 
 
 def attend_fully(q: Tensor, k: Tensor, v: Tensor, *, heads: int, scale: float) -> Tensor:

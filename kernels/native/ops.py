@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from bratune.errors import UnsupportedError
 from bratune.kernels.dispatch import is_observed, is_recorded, is_transformed, refuse_second_derivative
-from bratune.kernels.native.run import Call, empty_gradients, lse_shape, run_backward, run_forward
+from bratune.kernels.native.run import NativeCall, empty_gradients, lse_shape, run_backward, run_forward
 from bratune.kernels.packed import differentiate_attention, is_packed, mark_packed, origin_of
 from bratune.problem import Problem
 
@@ -52,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, va
         ProblemError: a route names no key region.
     """
     p = problem
-    call = Call(p.heads, p.region, p.kv_region, p.scale, p.padding == "masked", variant)
+    call = NativeCall(p.heads, p.region, p.kv_region, p.scale, p.padding == "masked", variant)
     differentiable = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if is_transformed() and not is_recorded():
         return _Transformed.apply(q, k, v, routes, call)[0]  # type: ignore[no-any-return, no-untyped-call]
@@ -64,7 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, va
     return infer(q, k, v, routes, call)
 
 
-def infer(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: Call) -> Tensor:
+def infer(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: NativeCall) -> Tensor:
     """`attend` where nobody wants a gradient."""
     if is_observed(q):
         out, _ = torch.ops.bratune.native_attention(q, k, v, routes, *call, False)
@@ -76,7 +76,7 @@ class _Attend(torch.autograd.Function):
     """What the registered operators do, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: Call) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: NativeCall) -> Tensor:
         out, lse = run_forward(q, k, v, routes, call, keep_lse=True)
         ctx.save_for_backward(q, k, v, routes, out, lse)
         ctx.call, ctx.origin = call, origin_of(q, k, v)
@@ -98,7 +98,7 @@ class _Transformed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: NativeCall) -> tuple[Tensor, Tensor]:
         out, lse = torch.ops.bratune.native_attention(q, k, v, routes, *call, True)
         return out, lse
 
@@ -122,7 +122,14 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, call: Call
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        call: NativeCall,
     ) -> tuple[Tensor, ...]:
         found = torch.ops.bratune.native_attention_backward(grad, q, k, v, routes, out, lse, *call, False)
         return tuple(found)
@@ -141,8 +148,8 @@ class _Gradients(torch.autograd.Function):
 
 def _call(
     heads: int, region: Sequence[int], kv_region: Sequence[int], scale: float, masked: bool, variant: str
-) -> Call:
-    return Call(heads, (region[0], region[1]), (kv_region[0], kv_region[1]), scale, masked, variant)
+) -> NativeCall:
+    return NativeCall(heads, (region[0], region[1]), (kv_region[0], kv_region[1]), scale, masked, variant)
 
 
 def _forward(

@@ -15,7 +15,7 @@ from bratune.problem import ceil_div
 __all__ = [
     "DTYPES",
     "MOST_CHANNELS",
-    "Call",
+    "NativeCall",
     "empty_gradients",
     "lse_shape",
     "map_of",
@@ -33,7 +33,7 @@ _ATTENTION = struct.Struct("20qq20q6q15qd")
 _NOWHERE = (0, 0, 0, 0, 0)
 
 
-class Call(NamedTuple):
+class NativeCall(NamedTuple):
     """What one attention is asked for beside its tensors."""
 
     heads: int
@@ -44,7 +44,7 @@ class Call(NamedTuple):
     variant: str
 
 
-def lse_shape(q: Tensor, call: Call) -> tuple[int, int, int]:
+def lse_shape(q: Tensor, call: NativeCall) -> tuple[int, int, int]:
     """Shape of the statistics: a number per query, in the order of the regions and with padding."""
     rh, rw = call.region
     tokens = ceil_div(q.shape[1], rh) * ceil_div(q.shape[2], rw) * rh * rw
@@ -52,7 +52,7 @@ def lse_shape(q: Tensor, call: Call) -> tuple[int, int, int]:
 
 
 def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: Call, *, keep_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: NativeCall, *, keep_lse: bool
 ) -> tuple[Tensor, Tensor]:
     """The output ``[B, Hq, Wq, C]``, contiguous, and the statistics of `lse_shape` (empty where not kept).
 
@@ -72,7 +72,7 @@ def run_forward(
 
 
 def run_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, call: Call,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, call: NativeCall,
     *, packed: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of q, k and v: three tensors, or one ``[B, H, W, 3 * C]`` where ``packed``."""
@@ -109,7 +109,7 @@ def _routes(routes: Tensor) -> tuple[int, ...]:
     return routes.data_ptr(), *strides, routes.element_size()
 
 
-def _sizes(q: Tensor, k: Tensor, routes: Tensor, call: Call) -> tuple[int, ...]:
+def _sizes(q: Tensor, k: Tensor, routes: Tensor, call: NativeCall) -> tuple[int, ...]:
     batch, height, width, channels = q.shape
     return (
         batch, call.heads, channels // call.heads, height, width, *call.region, k.shape[1], k.shape[2],
@@ -127,7 +127,7 @@ def shout(failed: int) -> None:
         raise MemoryError("the backend native could not allocate its scratch memory")
 
 
-def _check(answer: int, routes: Tensor, k: Tensor, call: Call) -> None:
+def _check(answer: int, routes: Tensor, k: Tensor, call: NativeCall) -> None:
     """Raise what the library's answer says of an attention."""
     shout(answer)
     if not answer:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from bratune.cli.validate_proxy import command
 from bratune.errors import StoreError, UsageError
 from bratune.studies import accuracy
-from bratune.studies.accuracy import PROXIES, SMOKE, Case, Trial, run_study
+from bratune.studies.accuracy import PROXIES, SMOKE, SettingTrial, TrainedCase, run_study
 from bratune.studies.accuracy_findings import findings_of, tables_of
 from bratune.studies.data_sets import DATA_SETS, get_data_set, texture_halves
 from bratune.studies.dense import Segmenter, mean_iou, run_dense_case, scenes
@@ -58,10 +58,12 @@ def test_routed_regions_are_those_of_the_layers() -> None:
     assert bool(seen[2].all())
 
 
-def a_case(data: str, seed: int, trained: str = "reference", size: Any = None, say: Any = None) -> Case:
+def a_case(
+    data: str, seed: int, trained: str = "reference", size: Any = None, say: Any = None
+) -> TrainedCase:
     """Two proxies of which the divergence is right and the features are wrong."""
     trials = tuple(
-        Trial(
+        SettingTrial(
             setting=f"setting {i}",
             keys=100 + i * 100,
             proxies={name: (-1.0 if name == "features" else 1.0) * 0.001 * (10 - i) for name in PROXIES},
@@ -73,13 +75,15 @@ def a_case(data: str, seed: int, trained: str = "reference", size: Any = None, s
         )
         for i in range(10)
     )
-    return Case(data=data, seed=seed, trained=trained, top1=0.9, images=500, test_images=2000, trials=trials)
+    return TrainedCase(
+        data=data, seed=seed, trained=trained, top1=0.9, images=500, test_images=2000, trials=trials
+    )
 
 
 def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
     asked: list[tuple[str, int, str]] = []
 
-    def run(data: str, seed: int, trained: str, size: Any, say: Any) -> Case:
+    def run(data: str, seed: int, trained: str, size: Any, say: Any) -> TrainedCase:
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append((data, seed, trained))
@@ -118,7 +122,7 @@ def test_findings_tell_a_proxy_that_ranks_from_one_that_does_not() -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-def a_case_with_a_pick(data: str, seed: int) -> Case:
+def a_case_with_a_pick(data: str, seed: int) -> TrainedCase:
     """Of the settings that it tries, one loses next to nothing."""
     case = a_case(data, seed)
     near: dict[str, Any] = {"lost": 3, "gained": 2, "differ": 5, "test_lost": 12, "test_gained": 8}
@@ -177,7 +181,7 @@ def test_a_dense_case_ranks_and_bounds_nothing() -> None:
     assert case.measure == "mIoU"
     assert len(case.trials) == SMOKE.settings
     assert any(case.drop(trial) for trial in case.trials)
-    assert Case.from_json(case.to_json()) == case
+    assert TrainedCase.from_json(case.to_json()) == case
     found = findings_of([case, a_case("digits", 0)])
     assert set(found["data"]) == {"digits", "scenes"}
     assert all(row["settings"] == 10 for row in found["claims"].values())

@@ -28,8 +28,8 @@ pytest.importorskip("scipy")
 RATES = {"gemm": (0.8, 1.5), "conv": (1.1, 2.0), "copy": (0.0, 1.8), "elementwise": (0.0, 1.4)}
 
 
-def source(board: str = "rtx4090", regime: str = "eager") -> study.Source:
-    return study.Source(
+def source(board: str = "rtx4090", regime: str = "eager") -> study.FileSource:
+    return study.FileSource(
         path=Path("x.csv"),
         board=gpus.resolve(board),
         regime=regime,

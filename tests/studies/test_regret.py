@@ -15,11 +15,11 @@ from bratune.studies.regret import plans_of, regrets_of, settings_of, stored_reg
 from bratune.tune.bench import Bench, registry_offers
 from bratune.tune.evidence import prior_only
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.setting import Setting
 from bratune.tune.synthetic import MACHINE, SyntheticWorld
 
-REQUEST = Request(
+REQUEST = TuneRequest(
     model="biformer_tiny",
     task="classification",
     height=224,

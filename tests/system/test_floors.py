@@ -88,3 +88,13 @@ def test_imports_only_go_down(module: str) -> None:
     assert own is not None, f"{module} stands on no floor: add it"
     above = {name for name in imports(modules()[module]) if (floor_of(name) or 0) > own}
     assert not above, f"{module} imports {sorted(above)} from above"
+
+
+def test_a_class_name_means_one_thing() -> None:
+    """Two classes of one name in the package send a reader to the wrong one."""
+    places: dict[str, list[str]] = {}
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(f"{path.name}:{node.lineno}")
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

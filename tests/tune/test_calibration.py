@@ -15,14 +15,14 @@ from bratune.cli.validate_proxy import command
 from bratune.errors import StoreError, UsageError
 from bratune.studies.accuracy import TRAINING, small_model, small_space
 from bratune.studies.data_sets import canvas_digits, shifted
-from bratune.tune.calibration import Calibration, Point, isotonic, limits_of, read_calibration
+from bratune.tune.calibration import Calibration, CalibrationPoint, isotonic, limits_of, read_calibration
 from bratune.tune.checkpoint_fidelity import CheckpointFidelity
 from bratune.tune.pictures import Pictures
 from bratune.tune.short_training import Recipe, SharedRun, draw, renorm, train_shared
 
 
-def point(divergence: float, drop: float) -> Point:
-    return Point(
+def point(divergence: float, drop: float) -> CalibrationPoint:
+    return CalibrationPoint(
         setting="",
         additive=divergence,
         divergence=divergence,
@@ -191,7 +191,7 @@ def test_weights_and_pictures_are_tuned_end_to_end(tmp_path: Path) -> None:
     from bratune.kernels.biformer import build
     from bratune.tune.conclude import conclude
     from bratune.tune.fidelity_source import calibration_path, open_fidelity
-    from bratune.tune.request import Request
+    from bratune.tune.request import TuneRequest
     from bratune.tune.show import plan_text
     from bratune.tune.synthetic import SyntheticWorld, offers
     from bratune.tune.tuner import Tuner
@@ -203,7 +203,7 @@ def test_weights_and_pictures_are_tuned_end_to_end(tmp_path: Path) -> None:
         (tmp_path / "photos").mkdir(exist_ok=True)
         pixels = bytes(rng.randrange(256) for _ in range(80 * 80 * 3))
         image.frombytes("RGB", (80, 80), pixels).save(tmp_path / "photos" / f"{i}.png")
-    request = Request(
+    request = TuneRequest(
         model="biformer_tiny",
         task="classification",
         height=64,

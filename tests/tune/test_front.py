@@ -14,7 +14,7 @@ from bratune.measure import ranks as stats
 from bratune.tune.pick import Verified, pick
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
-from bratune.tune.table import Entry, Point, Table, combine, dominates, hypervolume, layers, pareto
+from bratune.tune.table import Entry, OptionTable, Point, combine, dominates, hypervolume, layers, pareto
 
 
 def random_options(rng: random.Random, count: int) -> list[Point[int]]:
@@ -94,7 +94,7 @@ def test_hypervolume_equals_counting_cells() -> None:
 # --- table ---------------------------------------------------------------------------------
 
 
-def small_table(*, per_stage: bool, seed: int = 0) -> Table:
+def small_table(*, per_stage: bool, seed: int = 0) -> OptionTable:
     space = Space(model="biformer_tiny", height=224, width=224, per_stage=per_stage)
     rng = random.Random(seed)
     entries = [
@@ -112,7 +112,7 @@ def small_table(*, per_stage: bool, seed: int = 0) -> Table:
         for k in (1, 4)
         for b in ("gather", "dense")
     ]
-    return Table(space, entries, rest_ms=2.0)
+    return OptionTable(space, entries, rest_ms=2.0)
 
 
 @pytest.mark.parametrize("per_stage", [False, True])

@@ -20,14 +20,14 @@ from bratune.predict.ratio import ratio_of
 from bratune.predict.roofline import rates
 from bratune.tune.modelled import Modelled, measuring_command, search
 from bratune.tune.plan import install, load_plan
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 
 A100 = gpus.resolve("a100")
 
 
 @functools.cache
 def found(batch: int = 64, regime: str = "eager") -> Modelled:
-    request = Request(
+    request = TuneRequest(
         model="biformer_small",
         task="segmentation",
         height=512,

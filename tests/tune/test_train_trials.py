@@ -16,7 +16,7 @@ from bratune.kernels.biformer import build
 from bratune.studies.data_sets import canvas_digits
 from bratune.tune.conclude import conclude, evidence_of, front_rows
 from bratune.tune.pictures import Pictures
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.short_training import Recipe, paired_gain
 from bratune.tune.synthetic import SyntheticWorld, offers
 from bratune.tune.train_trials import TrainTrials
@@ -25,7 +25,7 @@ from bratune.tune.tuner import Tuner
 RECIPE = Recipe(steps=4, batch=8, seeds=2)
 
 
-def request(**changes: Any) -> Request:
+def request(**changes: Any) -> TuneRequest:
     asked: dict[str, Any] = {
         "model": "biformer_tiny",
         "task": "classification",
@@ -36,7 +36,7 @@ def request(**changes: Any) -> Request:
         "train_trials": 3,
         "effort": "quick",
     }
-    return Request(**{**asked, **changes})
+    return TuneRequest(**{**asked, **changes})
 
 
 def seeded(seed: int) -> Backbone:
@@ -53,7 +53,7 @@ def digits() -> tuple[Pictures, Pictures]:
 
 def trainings(
     digits: tuple[Pictures, Pictures],
-    asked: Request | None = None,
+    asked: TuneRequest | None = None,
     make: Callable[[int], Backbone] = seeded,
     **more: Any,
 ) -> TrainTrials:
@@ -68,7 +68,7 @@ def opened(folder: Path, digits: tuple[Pictures, Pictures], **more: Any) -> Trai
     return made
 
 
-def tuner(folder: Path, asked: Request, source: TrainTrials, **more: Any) -> Tuner:
+def tuner(folder: Path, asked: TuneRequest, source: TrainTrials, **more: Any) -> Tuner:
     url = f"journal:///{folder}/study.journal"
     return Tuner(SyntheticWorld(seed=1), asked, url, offers=offers, fidelity=source, **more)
 

@@ -17,7 +17,7 @@ from bratune.record import Record
 from bratune.tune.conclude import _candidates, conclude, front_rows
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.plan import Plan, install, load_plan
-from bratune.tune.request import Request
+from bratune.tune.request import TuneRequest
 from bratune.tune.sampling import Encoding
 from bratune.tune.setting import Setting
 from bratune.tune.show import front_table, plan_text
@@ -25,8 +25,8 @@ from bratune.tune.synthetic import BACKENDS, MACHINE, SyntheticFidelity, Synthet
 from bratune.tune.tuner import Tuner
 
 
-def request(**changes: Any) -> Request:
-    return Request(
+def request(**changes: Any) -> TuneRequest:
+    return TuneRequest(
         **{
             "model": "biformer_tiny",
             "task": "classification",
@@ -40,7 +40,7 @@ def request(**changes: Any) -> Request:
     )
 
 
-def tuner(folder: Path, world: Any, asked: Request, *, kind: str = "journal", **more: Any) -> Tuner:
+def tuner(folder: Path, world: Any, asked: TuneRequest, *, kind: str = "journal", **more: Any) -> Tuner:
     url = f"{kind}:///{folder}/study.{kind}"
     fidelity: FidelitySource | None = None
     if asked.second == "loss":
@@ -48,7 +48,7 @@ def tuner(folder: Path, world: Any, asked: Request, *, kind: str = "journal", **
     return Tuner(world, asked, url, offers=offers, fidelity=fidelity, **more)
 
 
-def tune(folder: Path, world: Any, asked: Request, **more: Any) -> Plan:
+def tune(folder: Path, world: Any, asked: TuneRequest, **more: Any) -> Plan:
     worker = tuner(folder, world, asked, **more)
     worker.search()
     return end(worker)
@@ -366,7 +366,7 @@ def test_requests_that_cannot_be_met_say_why(changes: dict[str, Any], words: str
 
 def test_request_survives_json() -> None:
     asked = request(**WITH_WEIGHTS, constraints=("peak_alloc_mb<=1",), trained_topks=(1, 4, 16, -2))
-    assert Request.from_dict(asked.to_dict()) == asked
+    assert TuneRequest.from_dict(asked.to_dict()) == asked
 
 
 def test_where_many_cells_run_at_a_time_the_table_is_measured_together(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from bratune.kernels.fused.route import launch_region_means, launch_route
-from bratune.testing.sanitizer import Finding, sanitized
+from bratune.testing.sanitizer import Violation, sanitized
 
 pytestmark = pytest.mark.interpreter
 
@@ -38,7 +38,7 @@ def _copy_kernel(x_ptr, out_ptr, size, step, FAULT: tl.constexpr, BLOCK: tl.cons
             tl.store(out_ptr + at, tl.load(out_ptr + at, mask=at < size, other=0.0) + 1.0, mask=at < size)
 
 
-def copied(fault: str, *, step: int = 16, size: int = 24, programs: int = 2) -> list[Finding]:
+def copied(fault: str, *, step: int = 16, size: int = 24, programs: int = 2) -> list[Violation]:
     """Copy 24 numbers in two programs of 16, in one way that is wrong."""
     room = torch.randn(64)
     x, out = room[:size], torch.zeros(64)[:size]
