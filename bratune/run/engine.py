@@ -230,7 +230,8 @@ def groups_of(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 def _turns_of(cell: Cell) -> str:
     """The group of a cell; the parts of a block add up to it only where the machine is the same for all."""
-    return group_of(cell if cell.part in ("attention", "model") else cell.replace(part="block"))
+    alone = cell.part in ("attention", "model") or cell.form == "mixer"  # rivals, not parts of one block
+    return group_of(cell if alone else cell.replace(part="block"))
 
 
 def _way(cell: Cell) -> tuple[object, ...]:
