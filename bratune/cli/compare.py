@@ -60,7 +60,7 @@ def command(
 
 
 def _show(result: Comparison, style: str) -> None:
-    from bratune.report.tables import Table, to_markdown, to_text
+    from bratune.tables import Table, to_markdown, to_text
 
     if style == "json":
         for row in result.rows:

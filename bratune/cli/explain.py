@@ -109,7 +109,7 @@ def command(
         _show(scene, of_scene, markdown=format == "md", setting=several)
         if scene in fits:
             from bratune.report.explain_tables import fit_table
-            from bratune.report.tables import to_markdown, to_text
+            from bratune.tables import to_markdown, to_text
 
             click.echo("")
             click.echo((to_markdown if format == "md" else to_text)(fit_table(fits[scene], str(fit))))
@@ -118,7 +118,7 @@ def command(
 def _show_mixers(machine: Machine, scenes: Sequence[Scene], format: str) -> None:
     """What attentions of one layout cost, and how that grows."""
     from bratune.report.explain_tables import mixers_table
-    from bratune.report.tables import to_markdown, to_text
+    from bratune.tables import to_markdown, to_text
     from bratune.work.explain import explain_mixers
 
     facts = [(scene, explain_mixers(scene, machine)) for scene in scenes]
@@ -157,7 +157,7 @@ def _as_json(scene: Scene, fact: StageFacts) -> dict[str, Any]:
 
 def _show(scene: Scene, facts: Sequence[StageFacts], *, markdown: bool, setting: bool) -> None:
     from bratune.report.explain_tables import backends_table, n_win_table, stages_table
-    from bratune.report.tables import to_markdown, to_text
+    from bratune.tables import to_markdown, to_text
 
     render = to_markdown if markdown else to_text
     click.echo(_title(scene, setting=setting))

@@ -34,7 +34,7 @@ def command(what: str, device: str, format: str) -> None:
     if format == "json":
         click.echo(json.dumps(rows, indent=2))
         return
-    from bratune.report.tables import Table, to_csv, to_markdown, to_text
+    from bratune.tables import Table, to_csv, to_markdown, to_text
 
     if what == "suites" and format in ("table", "md"):
         rows = [{name: value for name, value in row.items() if name != "about"} for row in rows]

@@ -154,7 +154,7 @@ _VARYING = ("model", "n_win", "topk", "regime", "l2")
 
 def _show(rows: Sequence[Record]) -> None:
     """The rows as a table, what is not there, and what they rest on."""
-    from bratune.report.tables import Row, Table, to_text
+    from bratune.tables import Row, Table, to_text
 
     timed = [row for row in rows if row.ok and row.median_ms is not None]
     own = [row for row in timed if row.form != "timm" and row.part == "model"]
@@ -215,7 +215,7 @@ def _explain(rows: Sequence[Record]) -> None:
 def _validate(paths: Sequence[Path], style: str) -> None:
     from bratune import store
     from bratune.predict import validate
-    from bratune.report.tables import Table, to_text
+    from bratune.tables import Table, to_text
 
     checked = validate.check(store.read_records(paths))
     rows = validate.error_rows(checked)

@@ -475,8 +475,8 @@ def _show(target: Target, parts: Sequence[_Part], asked: dict[str, Any]) -> None
     """The rows of a target, those of every S and top-k apart."""
     from bratune.report import profile_tables, timm_format
     from bratune.report.answer import answer
-    from bratune.report.tables import to_csv
     from bratune.run.passes import disturbance
+    from bratune.tables import to_csv
 
     style = asked["format"]
     rows = [row for part in parts for row in part.rows]

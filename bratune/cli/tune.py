@@ -435,7 +435,7 @@ def _show(result: TuneResult, style: str) -> None:
     if style == "json":
         click.echo(json.dumps({"plan": result.plan.to_dict(), "front": result.rows}, indent=1))
         return
-    from bratune.report.tables import to_csv
+    from bratune.tables import to_csv
     from bratune.tune.show import front_table, plan_text
 
     if style == "csv":

@@ -116,7 +116,7 @@ def run(
 
 
 def _show(found: Sequence[Modelled], style: str) -> None:
-    from bratune.report.tables import to_csv
+    from bratune.tables import to_csv
 
     rows = [row for one in found for row in one.rows()]
     if style == "json":
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
 
 
 def _table(one: Modelled, *, markdown: bool) -> str:
-    from bratune.report.tables import Row, Table, to_markdown, to_text
+    from bratune.tables import Row, Table, to_markdown, to_text
 
     rows: list[Row] = []
     for place, r in enumerate(one.ranked, 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bratune.report.tables import Note, Row, Table
+from bratune.tables import Note, Row, Table
 from bratune.work.capacity import Fit
 from bratune.work.explain import MixerFacts, StageFacts
 

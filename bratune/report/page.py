@@ -21,7 +21,7 @@ from bratune.report.figures.section import Section
 from bratune.report.opening import opening
 from bratune.report.sections import sections
 from bratune.report.style import EVIDENCE_WORDS
-from bratune.report.tables import to_csv
+from bratune.tables import to_csv
 from bratune.text import html_table
 
 __all__ = ["Page", "page", "rows_to_csv"]

@@ -14,7 +14,6 @@ from bratune.cell import PARTS
 from bratune.measure.verdict import MARGIN, Verdict
 from bratune.record import Record
 from bratune.report.answer import base_of, model_verdicts, name_of
-from bratune.report.tables import WIDTH, Note, Row, Table, to_markdown, to_text
 from bratune.run.summary import (
     UNSETTLED_PCT,
     best_attention,
@@ -24,6 +23,7 @@ from bratune.run.summary import (
     judged,
     residual,
 )
+from bratune.tables import WIDTH, Note, Row, Table, to_markdown, to_text
 
 __all__ = ["MIXER_TITLES", "profile_markdown", "profile_text", "scene_tables", "scene_title"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bratune.record import Record
-from bratune.report.tables import to_csv
+from bratune.tables import to_csv
 from bratune.variant import VARIANTS
 
 __all__ = ["timm_csv", "timm_row"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bratune.kernels.biformer import biformer_small, biformer_stl, biformer_tiny
 from bratune.kernels.native import block
 from bratune.kernels.runtime import FastBlock, FastModel
-from bratune.report.tables import Table, to_text
+from bratune.tables import Table, to_text
 
 __all__ = ["Clock", "command", "copy_gb_s", "peak_gflop_s", "table"]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bratune.measure.verdict import MedianOfPasses
+from bratune.tables import Table, to_markdown, to_text
 from bratune.tune.evidence import recall_lines
 from bratune.tune.plan import Plan
 
@@ -70,34 +71,26 @@ class Pace:
 
 def front_table(rows: Sequence[dict[str, Any]], *, markdown: bool = False) -> str:
     """Verified settings, one per line: ``*`` is on the front, ``>`` is the pick."""
-    head = ["", "trial", "setting", "ms", "+-95 %", "predicted", "peak MB", "divergence", "what it is"]
-    body = [head]
-    for row in rows:
-        mark = (">" if row["picked"] else "") + ("*" if row["front"] else "")
-        low, high = row["ci_ms"] or (None, None)
-        body.append(
-            [
-                mark + ("" if row["feasible"] else "x"),
-                str(row["trial"]),
-                row["setting"],
-                f"{row['ms']:.3f}",
-                "" if low is None else f"{(high - low) / 2:.3f}",
-                "" if row["predicted_ms"] is None else f"{row['predicted_ms']:.3f}",
-                "" if row["peak_alloc_mb"] is None else f"{row['peak_alloc_mb']:.0f}",
-                "" if row["divergence"] is None else f"{row['divergence']:.4f}",
-                row["name"],
-            ]
-        )
-    if markdown:
-        lines = ["| " + " | ".join(line) + " |" for line in body]
-        return "\n".join([lines[0], "|" + " --- |" * len(head), *lines[1:]])
-    widths = [max(len(line[i]) for line in body) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in (0, 2, 8) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in body
+    columns = (
+        "<", "trial", "<setting", "ms", "+-95 %", "predicted", "peak MB", "divergence", "<what it is",
+    )  # fmt: skip
+    table = Table(columns, tuple(map(_front_row, rows)))
+    return to_markdown(table) if markdown else to_text(table)
+
+
+def _front_row(row: dict[str, Any]) -> tuple[str, ...]:
+    mark = (">" if row["picked"] else "") + ("*" if row["front"] else "")
+    low, high = row["ci_ms"] or (None, None)
+    return (
+        mark + ("" if row["feasible"] else "x"),
+        str(row["trial"]),
+        row["setting"],
+        f"{row['ms']:.3f}",
+        "" if low is None else f"{(high - low) / 2:.3f}",
+        "" if row["predicted_ms"] is None else f"{row['predicted_ms']:.3f}",
+        "" if row["peak_alloc_mb"] is None else f"{row['peak_alloc_mb']:.0f}",
+        "" if row["divergence"] is None else f"{row['divergence']:.4f}",
+        row["name"],
     )
 
 

@@ -51,7 +51,9 @@ def test_a_flag_that_the_command_had_not_is_a_usage_error(
 def test_profile_knows_what_it_is_told(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bratune.cli.profile._run", lambda jobs, asked: ([[] for _ in jobs], [[] for _ in jobs]))
+    monkeypatch.setattr(
+        "bratune.cli.profile._run", lambda jobs, asked: ([[] for _ in jobs], [[] for _ in jobs])
+    )
     arguments = "--device cpu --res 64 --model biformer_tiny -b 2 -o unused"
     assert main(command, shlex.split(arguments)) == 0
     assert f"python -m bratune.profile.{command} is now: bratune profile" in capsys.readouterr().err

@@ -17,7 +17,6 @@ from bratune.measure.settings import MeterSettings
 from bratune.record import Record
 from bratune.report.explain_tables import n_win_table
 from bratune.report.profile_tables import profile_markdown, profile_text
-from bratune.report.tables import Note, Table, to_csv, to_markdown, to_text
 from bratune.report.timm_format import timm_csv, timm_row
 from bratune.run import session
 from bratune.run.engine import CellEngine, LocalRunner
@@ -25,6 +24,7 @@ from bratune.run.measure_cell import run_cell
 from bratune.run.summary import best_attention, differ, group, residual
 from bratune.run.target import find_target
 from bratune.store import Store
+from bratune.tables import Note, Table, to_csv, to_markdown, to_text
 from bratune.work.cells import scenes
 from bratune.work.explain import explain_stages
 from bratune.work.measured_n_win import stored_blocks

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Lowest floor first. A name stands for the module, or for every module below the package.
 FLOORS = (
-    ("bratune.errors", "bratune.files", "bratune.text"),
+    ("bratune.errors", "bratune.files", "bratune.text", "bratune.tables"),
     (
         "bratune.problem",
         "bratune.variant",

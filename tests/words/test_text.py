@@ -7,7 +7,7 @@ import pytest
 from bratune.cli import run
 from bratune.errors import UsageError
 from bratune.machine import _named_key
-from bratune.report.tables import Note, Table, to_csv, to_markdown, to_text
+from bratune.tables import Note, Table, to_csv, to_markdown, to_text
 from bratune.text import for_spreadsheet, is_name, one_line, printable
 
 CLEAR_SCREEN = "\x1b[2J"
