@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bratune.cell import RUNTIME_FORMS
 from bratune.record import Record
 from bratune.report.answer import answer
 from bratune.report.figures import speedup, throughput
@@ -21,7 +22,8 @@ def opening(records: Sequence[Record], passes: Sequence[Record] = ()) -> str:
         records: Those of the report, pooled, machines told apart (`bratune.report.figures.facts.told_apart`).
         passes: Rows of single passes, machines told apart.
     """
-    charts = throughput.chart(throughput.infos(records))
+    ours = [r for r in records if r.form not in RUNTIME_FORMS]  # the answer names no runtime of others
+    charts = throughput.chart(throughput.infos(ours))
     if not charts:
         return _of_calls(records)
     first = charts[0]

@@ -32,6 +32,15 @@ def test_one_process_shows_nothing_and_the_rate_stands() -> None:
     assert "500 images/s" in sentence
 
 
+def test_the_rate_is_that_of_what_is_named_though_another_runtime_is_faster() -> None:
+    rival = model("auto").replace(form="openvino-bf16")
+    rows = [measured(model("gather"), 4.0), measured(model("auto").replace(form="runtime"), 2.0)]
+    sentence = opening([*rows, measured(rival, 1.0)])
+    assert "500 images/s" in sentence
+    assert "1000" not in sentence
+    assert "1,000" not in sentence
+
+
 def test_a_model_of_a_board_is_never_said_to_be_measured() -> None:
     board = gpus.resolve("a100")
     sentence = opening([predict_cell(model(b), board) for b in ("gather", "triton")])
