@@ -142,7 +142,7 @@ def test_soft_routing_with_other_weights_is_left() -> None:
 
 
 def test_the_layer_of_the_example_is_replaced() -> None:
-    path = Path(__file__).resolve().parents[2] / "examples" / "official_like.py"
+    path = Path(__file__).resolve().parents[2] / "docs" / "examples" / "official_like.py"
     spec = importlib.util.spec_from_file_location("official_like", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,8 +1,8 @@
 """A network as people have it: BiFormer-T around a routed attention written by hand, gather and attend.
 
-``python -m examples.official_like`` replaces its twelve routed layers, shows what was proved and what it
-gains. ``bratune profile --model examples.official_like:make --input 1x3x224x224`` measures every layer by
-every backend.
+From a checkout, ``python -m docs.examples.official_like`` replaces its twelve routed layers, shows what was
+proved and what it gains; ``bratune profile --model docs.examples.official_like:make --input 1x3x224x224``
+measures every layer by every backend.
 """
 
 from __future__ import annotations
