@@ -101,10 +101,8 @@ def routed_regions(model: Backbone, images: Tensor) -> tuple[Tensor, ...]:
         regions = torch.zeros(len(q), count, count, dtype=torch.bool).scatter_(2, routes.cpu(), True)
         rows, columns = layout.sides(q)
         of_row, of_column = torch.arange(rows) // rh, torch.arange(columns) // rw
-        region = (of_row[:, None] * ceil_div(columns, rw) + of_column)[
-            : inputs[0].shape[1], : inputs[0].shape[2]
-        ]
-        region = region.flatten()
+        region = of_row[:, None] * ceil_div(columns, rw) + of_column
+        region = layout.crop_tokens(region[None], *layout.sides(tokens)).flatten()
         seen.append(regions[:, region][:, :, region])
 
     handles = [m.register_forward_pre_hook(hook) for m in model.modules() if _is_read(m)]

@@ -149,12 +149,12 @@ def test_every_routed_layer_of_a_model_has_a_recall(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl_nchw"])
 def test_regions_are_those_that_a_layer_routes_to_on_a_padded_map(name: str) -> None:
-    """Maps of 40x40 tokens in regions of 7x7 or 6x6: the last ones have padding."""
+    """Maps of 40x40 tokens of 32 channels, in regions of 7x7 or 6x6: the last ones have padding."""
     torch.manual_seed(0)
     arguments: dict[str, Any] = {"auto_pad": True, "n_win": 6, "topks": (3, 3, 3, -2)}
     if name == "biformer_stl_nchw":
         arguments = {"n_wins": (6,) * 4, "topks": (3, 3, 3, -1)}
-    model = build(name, depth=(1, 1, 1, 1), **arguments).eval()
+    model = build(name, depth=(1, 1, 1, 1), embed_dim=(32, 64, 128, 256), **arguments).eval()
     first: Any = next(m for m in model.stages[0].modules() if hasattr(m, "region_of"))
     route = first.route
     asked: list[tuple[torch.Tensor, int]] = []
