@@ -26,7 +26,7 @@ from bratune.measure.ranks import spearman
 from bratune.record import utc_now
 from bratune.studies.data_sets import DATA_SETS, SIDE, get_data_set
 from bratune.tune.checkpoint_fidelity import BACKEND, reroute
-from bratune.tune.fidelity import agreement, divergence
+from bratune.tune.fidelity import divergence
 from bratune.tune.recall import routed_regions
 from bratune.tune.setting import Setting
 from bratune.tune.short_training import Recipe, train_shared
@@ -38,6 +38,7 @@ __all__ = [
     "SMOKE",
     "TRAINED",
     "TRAINING",
+    "Observed",
     "SettingTrial",
     "Size",
     "TrainedCase",
@@ -50,6 +51,7 @@ __all__ = [
     "small_model",
     "small_space",
     "spread",
+    "trial_of",
 ]
 
 # Settings that weights are trained with: S = 4 in every stage (16 regions).
@@ -188,35 +190,21 @@ def run_case(data: str, seed: int, trained: str, size: Size, *, say: Say = lambd
     assert proxy.labels is not None
     assert test.labels is not None
     before, before_test = _observe(model, own, proxy.images), _observe(model, own, test.images)
-    right, right_test = before.top == proxy.labels, before_test.top == test.labels
     trials = []
     for setting in spread(space, own, size.settings, seed):
         after, after_test = _observe(model, setting, proxy.images), _observe(model, setting, test.images)
-        now, now_test = after.top == proxy.labels, after_test.top == test.labels
-        same = agreement(before.logits, after.logits)
+        apart = _apart(before.features[0], after.features[0])
         trials.append(
-            SettingTrial(
-                setting=str(setting),
-                keys=keys_of(space, setting),
-                proxies={
-                    "divergence": float(divergence(before.logits, after.logits).mean()),
-                    "disagreement": float((~same).float().mean()),
-                    "margin": float((before.margin * ~same).mean()),
-                    "features": _apart(before.features, after.features),
-                    "routing": 1 - overlap(before.seen, after.seen),
-                },
-                lost=int((right & ~now).sum()),
-                gained=int((~right & now).sum()),
-                differ=int((~same).sum()),
-                test_lost=int((right_test & ~now_test).sum()),
-                test_gained=int((~right_test & now_test).sum()),
+            trial_of(
+                space, setting, (before, after), proxy.labels, (before_test, after_test), test.labels,
+                features=apart,
             )
-        )
+        )  # fmt: skip
     found = TrainedCase(
         data=data,
         seed=seed,
         trained=trained,
-        top1=float(right_test.float().mean()),
+        top1=float((before_test.top == test.labels).float().mean()),
         images=len(proxy),
         test_images=len(test),
         trials=tuple(trials),
@@ -295,25 +283,71 @@ def read_cases(path: Path) -> list[TrainedCase]:
 
 
 @dataclass(frozen=True)
-class _Observed:
-    """What a model does with some pictures."""
+class Observed:
+    """What a model does with some pictures.
+
+    Attributes:
+        logits: ``[N, classes]``, or of every pixel ``[N, classes, H, W]``.
+        features: What its head reads: pooled, or maps.
+        seen: Per routed layer, which token sees which, ``[N, tokens, tokens]`` bool.
+    """
 
     logits: Tensor
-    features: Tensor
-    seen: tuple[Tensor, ...]  # per routed layer, which token sees which, [N, tokens, tokens] bool
+    features: tuple[Tensor, ...]
+    seen: tuple[Tensor, ...]
 
     @property
     def top(self) -> Tensor:
+        """The top class of each picture, or of each pixel."""
         return self.logits.argmax(1)
 
     @property
     def margin(self) -> Tensor:
         """By how much the top class leads, as a probability."""
-        best = self.logits.softmax(1).topk(2).values
+        best = self.logits.softmax(1).topk(2, 1).values
         return best[:, 0] - best[:, 1]
 
 
-def _observe(model: Backbone, setting: Setting, images: Tensor, *, batch: int = 64) -> _Observed:
+def trial_of(
+    space: Space, setting: Setting, proxy: tuple[Observed, Observed], labels: Tensor,
+    test: tuple[Observed, Observed], test_labels: Tensor, *, features: float, test_loss: float | None = None,
+) -> SettingTrial:  # fmt: skip
+    """What proxies say of a setting, and what happened.
+
+    Args:
+        space: Of the setting.
+        setting: What was tried.
+        proxy: The model with its own setting and with this one, on pictures that proxies may see.
+        labels: Of these.
+        test: The same on the test pictures.
+        test_labels: Of those.
+        features: How far features are apart.
+        test_loss: See `SettingTrial`.
+    """
+    before, after = proxy
+    same = before.top == after.top
+    right, now = (seen.top == labels for seen in proxy)
+    right_test, now_test = (seen.top == test_labels for seen in test)
+    return SettingTrial(
+        setting=str(setting),
+        keys=keys_of(space, setting),
+        proxies={
+            "divergence": float(divergence(before.logits, after.logits).mean()),
+            "disagreement": float((~same).float().mean()),
+            "margin": float((before.margin * ~same).mean()),
+            "features": features,
+            "routing": 1 - overlap(before.seen, after.seen),
+        },
+        lost=int((right & ~now).sum()),
+        gained=int((~right & now).sum()),
+        differ=int((~same).sum()),
+        test_lost=int((right_test & ~now_test).sum()),
+        test_gained=int((~right_test & now_test).sum()),
+        test_loss=test_loss,
+    )
+
+
+def _observe(model: Backbone, setting: Setting, images: Tensor, *, batch: int = 64) -> Observed:
     reroute(model, setting.n_win, setting.topks)
     model.eval()
     logits, features = [], []
@@ -323,7 +357,7 @@ def _observe(model: Backbone, setting: Setting, images: Tensor, *, batch: int = 
             features.append(pooled)
             logits.append(model.head(pooled))
     seen = routed_regions(model, images[:ROUTING_PICTURES])
-    return _Observed(torch.cat(logits), torch.cat(features), seen)
+    return Observed(torch.cat(logits), (torch.cat(features),), seen)
 
 
 def _apart(own: Tensor, other: Tensor) -> float:

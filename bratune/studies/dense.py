@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +20,18 @@ from bratune.studies.accuracy import (
     PROXIES,
     ROUTING_PICTURES,
     TRAINED,
-    SettingTrial,
+    Observed,
     Size,
     TrainedCase,
-    keys_of,
-    overlap,
     rank_of,
     small_model,
     small_space,
     spread,
+    trial_of,
 )
 from bratune.studies.data_sets import PHOTOGRAPHS, SIDE, texture_halves
 from bratune.tune.checkpoint_fidelity import reroute
-from bratune.tune.fidelity import divergence, feature_distance
+from bratune.tune.fidelity import feature_distance
 from bratune.tune.recall import routed_regions
 from bratune.tune.setting import Setting
 from bratune.tune.short_training import Recipe
@@ -124,32 +122,18 @@ def run_dense_case(
     proxy = scenes(max(size.proxy // 5, ROUTING_PICTURES), part="test", seed=2 * seed + 1)
     test = scenes(max(size.test // 5, ROUTING_PICTURES), part="test", seed=2 * seed + 2)
     before, before_test = _observe(model, own, proxy[0]), _observe(model, own, test[0])
-    right, right_test = before.top == proxy[1], before_test.top == test[1]
     score = mean_iou(before_test.top, test[1])
     trials = []
     for setting in spread(space, own, size.settings, seed):
         after, after_test = _observe(model, setting, proxy[0]), _observe(model, setting, test[0])
-        now, now_test = after.top == proxy[1], after_test.top == test[1]
-        same = before.top == after.top
+        apart = float(feature_distance(before.features, after.features).mean())
+        lost = score - mean_iou(after_test.top, test[1])
         trials.append(
-            SettingTrial(
-                setting=str(setting),
-                keys=keys_of(space, setting),
-                proxies={
-                    "divergence": float(divergence(before.logits, after.logits).mean()),
-                    "disagreement": float((~same).float().mean()),
-                    "margin": float((before.margin * ~same).mean()),
-                    "features": float(feature_distance(before.maps, after.maps).mean()),
-                    "routing": 1 - overlap(before.seen, after.seen),
-                },
-                lost=int((right & ~now).sum()),
-                gained=int((~right & now).sum()),
-                differ=int((~same).sum()),
-                test_lost=int((right_test & ~now_test).sum()),
-                test_gained=int((~right_test & now_test).sum()),
-                test_loss=score - mean_iou(after_test.top, test[1]),
+            trial_of(
+                space, setting, (before, after), proxy[1], (before_test, after_test), test[1],
+                features=apart, test_loss=lost,
             )
-        )
+        )  # fmt: skip
     found = TrainedCase(
         data=data,
         seed=seed,
@@ -168,26 +152,7 @@ def run_dense_case(
     return found
 
 
-@dataclass(frozen=True)
-class _Observed:
-    """What a network does with some scenes."""
-
-    logits: Tensor  # [N, classes, 64, 64]
-    maps: tuple[Tensor, ...]
-    seen: tuple[Tensor, ...]
-
-    @property
-    def top(self) -> Tensor:
-        return self.logits.argmax(1)
-
-    @property
-    def margin(self) -> Tensor:
-        """By how much the top class leads in each pixel, as a probability."""
-        best = self.logits.softmax(1).topk(2, 1).values
-        return best[:, 0] - best[:, 1]
-
-
-def _observe(model: Segmenter, setting: Setting, images: Tensor, *, batch: int = 64) -> _Observed:
+def _observe(model: Segmenter, setting: Setting, images: Tensor, *, batch: int = 64) -> Observed:
     reroute(model.backbone, setting.n_win, setting.topks)
     model.eval()
     logits: list[Tensor] = []
@@ -199,7 +164,7 @@ def _observe(model: Segmenter, setting: Setting, images: Tensor, *, batch: int =
             logits.append(F.interpolate(model.from_maps(levels), size=some.shape[-2:], mode="bilinear"))
     seen = routed_regions(model.backbone, images[:ROUTING_PICTURES])
     joined = tuple(torch.cat(levels) for levels in zip(*maps, strict=True))
-    return _Observed(torch.cat(logits), joined, seen)
+    return Observed(torch.cat(logits), joined, seen)
 
 
 def _train(model: Segmenter, own: Setting, size: Size, seed: int) -> None:
