@@ -439,8 +439,10 @@ def _with_suite(asked: dict[str, Any], ctx: click.Context) -> dict[str, Any]:
 def _records_path(output: Path | None, machine: Machine, *, several: bool) -> Path:
     """Where rows go: by default one folder per kind of machine, so that a run goes on where one ended."""
     folder = output or Path("runs") / machine.gpu_key
-    if (folder.exists() and not folder.is_dir()) or folder.suffix == ".jsonl":
+    if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output takes a folder, {folder} is a file; {folder.parent} would work")
+    if folder.suffix == ".jsonl":
+        raise UsageError(f"--output takes a folder, {folder} has the name of a file; {folder.with_suffix('')} would work")
     if several:
         folder /= machine.gpu_uuid or machine.device.replace(":", "-")
     return folder / "records.jsonl"
