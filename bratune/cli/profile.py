@@ -442,7 +442,9 @@ def _records_path(output: Path | None, machine: Machine, *, several: bool) -> Pa
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output takes a folder, {folder} is a file; {folder.parent} would work")
     if folder.suffix == ".jsonl":
-        raise UsageError(f"--output takes a folder, {folder} has the name of a file; {folder.with_suffix('')} would work")
+        raise UsageError(
+            f"--output takes a folder, {folder} has the name of a file; {folder.with_suffix('')} would work"
+        )
     if several:
         folder /= machine.gpu_uuid or machine.device.replace(":", "-")
     return folder / "records.jsonl"

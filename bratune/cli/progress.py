@@ -68,7 +68,9 @@ class Progress:
         # Over all cells: those that were measured in turn come together, the first after the time of all.
         seconds = sum(self._costs) / self.done * left
         if self._end is not None:
-            seconds = min(seconds, max(0.0, self._end - self._clock()))
+            seconds = min(seconds, self._end - self._clock())
+        if seconds < 0:  # the budget is spent: what comes now has no time to wait for
+            return ""
         return f"  ({seconds:.0f} s left)" if seconds < 120 else f"  ({seconds / 60:.0f} min left)"
 
     def _draw(self, name: str) -> None:

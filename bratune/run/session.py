@@ -77,11 +77,11 @@ def run(
             most can be gained, then the parts of blocks, which explain and do not decide.
     """
     if isinstance(request, YoursRequest):
-        yield from _yours(request, engine)
+        yield from _yours(request, engine, answer_first=answer_first)
         return
     if request.mixers:
         compared = Baselines()
-        for record in engine.run(_mixer_cells(request, stages)):
+        for record in engine.run(_mixer_cells(request, stages, answer_first=answer_first)):
             yield compared.compared(record.to_cell(), record)
         return
     if getattr(engine, "slots", 1) > 1 or getattr(engine, "passes", 1) > 1:
@@ -96,13 +96,14 @@ def run(
             yield rows[-1]
 
 
-def _mixer_cells(request: Request, stages: tuple[int, ...]) -> list[Cell]:
+def _mixer_cells(request: Request, stages: tuple[int, ...], *, answer_first: bool = False) -> list[Cell]:
     """Those of every scene; what is compared with the baseline waits for it where cells follow each other."""
     cells = [cell for scene in scenes(request) for cell in scene.mixer_cells(stages)]
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(group_of(cell), []).append(cell)
-    return [c for g in groups.values() for c in sorted(g, key=lambda cell: not is_baseline(cell))]
+    order = sorted(groups.values(), key=lambda group: answer_first and group[0].stage > 0)
+    return [c for g in order for c in sorted(g, key=lambda cell: not is_baseline(cell))]
 
 
 def _of_mixer(cell: Cell) -> str:
@@ -110,22 +111,31 @@ def _of_mixer(cell: Cell) -> str:
     return f"{where}{cell.part} of {cell.backend}, batch {cell.problem.batch}, {cell.problem.direction}"
 
 
-def _yours(request: YoursRequest, engine: Engine) -> Iterator[Record]:
+def _yours(request: YoursRequest, engine: Engine, *, answer_first: bool) -> Iterator[Record]:
     """The routed layers of somebody's model by every backend, then the whole model."""
     rows: list[Record] = []
     baselines = Baselines()
+    given: set[Cell] = set()
 
     def measure(cells: list[Cell]) -> Iterator[Record]:
         for record in engine.run(cells):
-            rows.append(baselines.compared(record.to_cell(), record))
+            cell = record.to_cell()
+            if cell in given:  # it only takes turns with others once more
+                continue
+            given.add(cell)
+            rows.append(baselines.compared(cell, record))
             yield rows[-1]
 
+    models = _yours_models(request)
+    if answer_first:
+        yield from measure(models)
     yield from measure(request.attention_cells())
     best = [best_attention(rows, number + 1) for number in range(len(request.sites))]
-    cells = _yours_models(request)
     if any(best):
-        cells.append(request.model_cell(*(row.backend if row else "auto" for row in best)))
-    yield from measure(list(dict.fromkeys(cells)))
+        models.append(request.model_cell(*(row.backend if row else "auto" for row in best)))
+    models = list(dict.fromkeys(models))
+    if not given.issuperset(models):
+        yield from measure(models)
 
 
 def _yours_models(request: YoursRequest) -> list[Cell]:

@@ -91,7 +91,7 @@ BAD = [
     ("profile --no-such-flag", 2, "No such option"),
     ("profile surplus", 2, "unexpected extra argument"),
     ("profile -o README.md", 2, "--output takes a folder, README.md is a file"),
-    ("profile -o runs/new.jsonl", 2, "--output takes a folder, runs/new.jsonl has the name of a file; runs/new would work"),
+    ("profile -o runs/new.jsonl", 2, "runs/new.jsonl has the name of a file; runs/new would work"),
     ("profile -o /dev/null/x", 1, "records cannot be written"),
     ("explain --model resnet50", 2, "no model is called 'resnet50'"),
     ("explain --res abc", 2, "is not a size"),

@@ -195,3 +195,11 @@ def test_under_a_budget_the_answer_comes_first_and_where_most_can_be_gained() ->
     assert attention[0] == 3  # 18 of 30 blocks
     assert found[0] == ("model", None)
     assert {part for part, _ in found[5:]} == {"block"}
+
+
+def test_under_a_budget_the_networks_of_a_comparison_of_attentions_come_first() -> None:
+    request = make_request(Anything.machine, models=("biformer_stl",), mixers=("window", "full"))
+    for answer_first, ends in ((True, (0, 4)), (False, (1, 0))):
+        rows = list(session.run(request, CellEngine(Anything(), QUICK), answer_first=answer_first))
+        assert (rows[0].to_cell().stage, rows[-1].to_cell().stage) == ends
+        assert len({row.cell_id for row in rows}) == len(rows)

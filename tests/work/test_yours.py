@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 from bratune.cell import Cell
+from bratune.engine import Engine
 from bratune.errors import UsageError
 from bratune.machine import detect
+from bratune.record import Record
+from bratune.run import session
 from bratune.run.engine import group_of, is_baseline
 from bratune.run.measure_cell import check, refusals
 from bratune.run.repro import command_for
@@ -97,6 +101,23 @@ def test_cells_of_one_question_take_turns_with_the_model_as_it_is() -> None:
     attention = asked.attention_cells()
     assert len({group_of(cell) for cell in attention}) == 2
     assert [cell.backend for cell in attention if is_baseline(cell)] == ["gather"] * 2
+
+
+@pytest.mark.parametrize("answer_first", [True, False])
+def test_under_a_budget_the_whole_model_comes_before_its_layers(answer_first: bool) -> None:
+    asked = request()
+    turns: list[list[Cell]] = []
+
+    class Anything:
+        def run(self, cells: list[Cell]) -> Iterator[Record]:
+            turns.append(cells)
+            yield from (Record.of(c, CPU, median_ms=1.0 if c.backend == "dense" else 2.0) for c in cells)
+
+    rows = list(session.run(asked, cast(Engine, Anything()), answer_first=answer_first))
+    assert (turns[0][0] == asked.model_cell()) is answer_first
+    assert turns[-1][0] == asked.model_cell()  # the fastest of every layer takes turns with it
+    assert turns[-1][-1] == asked.model_cell("dense", "dense")
+    assert len({row.cell_id for row in rows}) == len(rows) == len(asked.attention_cells()) + 4
 
 
 def test_the_command_of_a_row_names_the_function_and_rows_follow_its_sources(
