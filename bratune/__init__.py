@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BiLevelRoutingAttention",
+    "ModelPlan",
     "Plan",
     "__version__",
     "accelerate",
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
     from bratune.kernels.layer import BiLevelRoutingAttention
     from bratune.run.yours import profile_model
     from bratune.tune.create import create_model
-    from bratune.tune.model_plan import tune_model
+    from bratune.tune.model_plan import ModelPlan, tune_model
     from bratune.tune.plan import Plan, load_plan
 
 _HOMES = {
     "BiLevelRoutingAttention": "bratune.kernels.layer",
+    "ModelPlan": "bratune.tune.model_plan",
     "Plan": "bratune.tune.plan",
     "accelerate": "bratune.foreign",
     "create_model": "bratune.tune.create",

@@ -20,7 +20,7 @@ from bratune.kernels.routing import route
 from bratune.machine import Machine
 from bratune.problem import Problem
 
-__all__ = ["route", "routed_attention"]
+__all__ = ["OPERATORS", "route", "routed_attention"]
 
 
 def routed_attention(
@@ -191,8 +191,8 @@ class _Resolved:
 _RESOLVED = _Resolved()
 _PLACES: dict[tuple[Any, ...], str] = {}
 _NUMBERS = itertools.count()
-# Backends that are operators of ours in a graph.
-_OPERATORS = ("triton", "native")
+# Backends that are operators of ours in a graph, which other tools do not know.
+OPERATORS = ("triton", "native")
 # Detection at free resolutions makes a new call per image size; the older half of so many is let go.
 _MOST_CALLS = 4096
 
@@ -261,7 +261,7 @@ def _found_out(
     here = _machine(device)
     if backend == "auto" and exported and not here.is_cuda:
         # Operators of our own are nothing to the tools that graphs are exported for.
-        names = [name for name in registry.preference(problem, here) if name not in _OPERATORS]
+        names = [name for name in registry.preference(problem, here) if name not in OPERATORS]
         chosen, planned = next(b for b in map(registry.get, names) if not b.why_not(problem, here)), None
     elif backend == "auto":
         chosen, planned = tuned.choose(problem, here)

@@ -112,16 +112,19 @@ class GatheredBRA(BiLevelRoutingAttention):
 
 
 class ConvolvedBRA(nn.Module):
-    """The NCHW layer of the refactoring, under another name."""
+    """The NCHW layer of the refactoring, under another name; ``drops`` what regions do not tile."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, drops: bool = False) -> None:
         super().__init__()
+        self.drops = drops
         self.n_win, self.num_heads, self.topk, self.scale = 2, 2, 2, dim**-0.5
         self.lepe = nn.Conv2d(dim, dim, 5, 1, 2, groups=dim)
         self.qkv_linear = nn.Conv2d(dim, 3 * dim, 1)
         self.output_linear = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if (x.shape[2] % 2 or x.shape[3] % 2) and not self.drops:
+            raise ValueError("a map of 2 x 2 regions has an even side")
         q, k, v = self.qkv_linear(x).permute(0, 2, 3, 1).chunk(3, -1)
         out = attend(q, k, v, 2, self.topk, self.num_heads, self.scale).permute(0, 3, 1, 2)
         return self.output_linear(out + self.lepe(v.permute(0, 3, 1, 2)))  # type: ignore[no-any-return]

@@ -13,6 +13,7 @@ from bratune.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from bratune.tune.model_plan import ModelPlan
     from bratune.tune.plan import Plan
 
 CONFIGS = ("plan", "timm", "hydra", "mmseg", "mmdet", "yolo")
@@ -78,7 +79,8 @@ def command(plan: Path | None, target: str, output: Path, **more: Any) -> None:
 
     onnx, openvino, pt2 (torch.export): the model in float32, with its weights, for any batch. The file is
     run by ONNX Runtime, OpenVINO or PyTorch and compared with the model before it is kept; it carries the
-    plan. --model NAME --input 1x3x640x640 exports a model without a plan, also one of yours.
+    plan, which may also be one of `bratune tune --model package.module:factory`. --model NAME --input
+    1x3x640x640 exports a model without a plan, also one of yours.
 
     \b
     bratune export plan.json --to mmseg -o configs/
@@ -114,12 +116,15 @@ def _deploy(plan: Path | None, target: str, output: Path, given: dict[str, Any])
     if (plan is None) == ("model" not in given):
         raise UsageError(f"--to {target} exports one model: that of PLAN, or --model NAME")
     from bratune.export.deploy import deploy
-    from bratune.tune.plan import load_plan
+    from bratune.tune.model_plan import ModelPlan, plan_from
+    from bratune.tune.plan import read_json
     from bratune.work.deploy import TARGETS, require
 
     require(target)
-    found = None if plan is None else load_plan(plan)
-    model, example, stem = _model(found, given)
+    found = None if plan is None else plan_from(read_json(plan), source=str(plan))
+    if isinstance(found, ModelPlan):
+        given = _asked_by(found, given)
+    model, example, stem = _model(None if isinstance(found, ModelPlan) else found, given)
     path = output if output.suffix == TARGETS[target] else output / f"{stem}{TARGETS[target]}"
     if "checkpoint" not in given and ":" not in given.get("model", ""):
         click.echo("the weights are random; --checkpoint FILE exports those of a file", err=True)
@@ -128,6 +133,18 @@ def _deploy(plan: Path | None, target: str, output: Path, given: dict[str, Any])
         click.echo(f"left {name} as it is: {why}", err=True)
     click.echo(made.path)
     click.echo(made, err=True)
+
+
+def _asked_by(plan: ModelPlan, given: dict[str, Any]) -> dict[str, Any]:
+    """The options that name the model of a plan for layers, and its input unless another one is asked."""
+    from bratune.work.yours import is_live
+
+    if is_live(plan.model):
+        raise UsageError(
+            f"the plan is for a {plan.model.partition(':')[2]} of another process, which no name makes; "
+            "--model package.module:factory would, or bratune.export.deploy.deploy(model, example, ...)"
+        )
+    return {"input": plan.input} | given | {"model": plan.model}
 
 
 def _model(plan: Plan | None, given: dict[str, Any]) -> tuple[nn.Module, Tensor, str]:

@@ -59,7 +59,7 @@ def run(factory: str, asked: dict[str, Any]) -> int:
     click.echo(json.dumps(plan.to_dict(), indent=1) if asked["style"] == "json" else plan)
     click.echo(
         f"results: {path}   again: {options.command_line()}\n"
-        f'applied by: bratune.accelerate(model, example, plan=ModelPlan.load("{path}"))',
+        f'applied by: bratune.accelerate(model, example, plan=bratune.ModelPlan.load("{path}"))',
         err=True,
     )
     return 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 import bratune
 from bratune.errors import PlanError, ProblemError
 from bratune.foreign import accelerate
+from bratune.kernels.api import OPERATORS
 from bratune.kernels.backbone import Backbone
+from bratune.kernels.layer import RoutedLayer
 from bratune.kernels.runtime import FastModel
+from bratune.tune.model_plan import ModelPlan, plan_from
 from bratune.tune.plan import Plan
 from bratune.work.deploy import TARGETS, open_file, read_notes, require, write_file
 from bratune.work.forms import difference_limit
@@ -51,7 +55,7 @@ def deploy(
     target: str,
     path: str | Path,
     *,
-    plan: Plan | None = None,
+    plan: Plan | ModelPlan | None = None,
     open_batch: bool = True,
 ) -> Deployed:
     """Write a model as a file of a runtime, run the file there, and compare.
@@ -64,7 +68,8 @@ def deploy(
         example: What it is called with; the first axis of every tensor is the batch.
         target: ``onnx``, ``openvino`` or ``pt2``.
         path: The file; what stands there is replaced once the new one is found right.
-        plan: Is carried in the file, see `plan_in`.
+        plan: Is carried in the file, see `plan_in`. Its backends are PyTorch's matter: a file holds ordinary
+            operations.
         open_batch: Let the file take any batch; otherwise the example's.
 
     Raises:
@@ -92,7 +97,8 @@ def deploy(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as scratch:
             fresh = Path(scratch) / path.name
-            write_file(graph, inputs, fresh, target, notes=notes, open_batch=open_batch)
+            with _ordinary(model):
+                write_file(graph, inputs, fresh, target, notes=notes, open_batch=open_batch)
             left = dict(swapped.left) if swapped else {}
             if swapped:
                 swapped.restore()
@@ -105,6 +111,20 @@ def deploy(
         if swapped:
             swapped.restore()
     return Deployed(path, apart, limit, left)
+
+
+@contextlib.contextmanager
+def _ordinary(model: nn.Module) -> Iterator[None]:
+    """Let layers whose backend is an operator of ours attend by ordinary operations meanwhile."""
+    named = [m for m in model.modules() if isinstance(m, RoutedLayer) and m.backend in OPERATORS]
+    settings = [(layer.backend, layer.config) for layer in named]
+    try:
+        for layer in named:
+            layer.set_backend("auto")
+        yield
+    finally:
+        for layer, (backend, config) in zip(named, settings, strict=True):
+            layer.set_backend(backend, config)
 
 
 def _compared(
@@ -144,7 +164,7 @@ def _outputs(found: object) -> tuple[Tensor, ...]:
     return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def plan_in(path: str | Path) -> Plan | None:
+def plan_in(path: str | Path) -> Plan | ModelPlan | None:
     """The plan that a file of `deploy` carries; None where it carries none.
 
     Raises:
@@ -156,4 +176,4 @@ def plan_in(path: str | Path) -> Plan | None:
     if target is None:
         raise ProblemError(f"{path} is no exported file; these end in {', '.join(TARGETS.values())}")
     text = read_notes(path, target, ("plan",)).get("plan")
-    return None if text is None else Plan.from_dict(json.loads(text), source=str(path))
+    return None if text is None else plan_from(json.loads(text), source=str(path))

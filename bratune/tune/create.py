@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bratune.errors import PlanError
 from bratune.machine import detect
 from bratune.tune.plan import Plan, load_plan
 from bratune.variant import get_task, get_variant
@@ -48,6 +49,8 @@ def create_model(
 
     if not isinstance(name_or_plan, Plan) and str(name_or_plan).endswith(".json"):
         name_or_plan = load_plan(name_or_plan)
+    if hasattr(name_or_plan, "backends_by_layer"):
+        raise PlanError("this plan is for the layers of a model of yours; bratune.accelerate takes it")
     if isinstance(name_or_plan, Plan):
         _say_once_where_it_may_not_hold(name_or_plan)
         name, arguments = name_or_plan.model, _planned(name_or_plan)

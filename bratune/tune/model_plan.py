@@ -22,8 +22,9 @@ from bratune.machine import Machine
 from bratune.record import Record, utc_now
 from bratune.run.summary import best_attention, judged
 from bratune.run.yours import Measured, measure_model
+from bratune.tune.plan import Plan, read_json
 
-__all__ = ["LayerChoice", "ModelPlan", "plan_of", "tune_model"]
+__all__ = ["LayerChoice", "ModelPlan", "plan_from", "plan_of", "tune_model"]
 
 _KIND, _SCHEMA = "bratune-model-plan", 1
 
@@ -103,7 +104,9 @@ class ModelPlan:
             PlanError: it is none, or one of a newer version.
         """
         if not isinstance(data, Mapping) or data.get("kind") != _KIND:
-            raise PlanError(f"{source} is not a plan of tune_model: it has no kind {_KIND!r}")
+            own = isinstance(data, Mapping) and data.get("kind") == "bratune-plan"
+            hint = "; it is one for a model by name, which bratune.create_model(FILE) makes" if own else ""
+            raise PlanError(f"{source} is not a plan of tune_model: it has no kind {_KIND!r}{hint}")
         if data.get("schema") != _SCHEMA:
             raise PlanError(f"{source} has schema {data.get('schema')} and this version reads {_SCHEMA}")
         try:
@@ -138,13 +141,7 @@ class ModelPlan:
         Raises:
             PlanError: there is none.
         """
-        try:
-            data = json.loads(Path(path).read_text("utf-8"))
-        except OSError as error:
-            raise PlanError(f"the plan {path} cannot be read: {error.strerror or error}") from None
-        except ValueError as error:
-            raise PlanError(f"{path} is not a plan: it is not JSON ({error})") from None
-        return cls.from_dict(data, source=str(path))
+        return cls.from_dict(read_json(path), source=str(path))
 
     def __str__(self) -> str:
         lines = [f"{self.model} at {self.input}, {self.dtype}, {self.direction}, {self.machine.gpu_name}"]
@@ -165,6 +162,17 @@ def _line(layer: LayerChoice) -> str:
         return text
     base = f", gather {layer.gather_ms:.3f} ms" if layer.gather_ms is not None else ""
     return f"{text} (attention: {layer.fastest} {layer.tuned_ms:.3f} ms{base})"
+
+
+def plan_from(data: Any, *, source: str = "the plan") -> Plan | ModelPlan:
+    """Either kind of plan, from plain values.
+
+    Raises:
+        PlanError: it is neither.
+    """
+    if isinstance(data, Mapping) and data.get("kind") == _KIND:
+        return ModelPlan.from_dict(data, source=source)
+    return Plan.from_dict(data, source=source)
 
 
 def tune_model(model: nn.Module | str, example: Any, **settings: Any) -> ModelPlan:

@@ -309,6 +309,12 @@ class Plan:
             PlanError: something is missing, of the wrong kind or contradicts itself; the message names it.
         """
         if not isinstance(data, Mapping) or data.get("kind") != "bratune-plan":
+            if isinstance(data, Mapping) and data.get("kind") == "bratune-model-plan":
+                raise PlanError(
+                    f"{source} is a plan for the layers of {str(data.get('model'))[:80]}, a model of yours: "
+                    f"bratune.accelerate(model, example, plan=bratune.ModelPlan.load(FILE)) applies it, and "
+                    "bratune export takes it for onnx, openvino and pt2"
+                )
             raise PlanError(f"{source} is not a plan: it has no kind 'bratune-plan'")
         if isinstance(data.get("schema"), int) and data["schema"] > SCHEMA:
             raise PlanError(
@@ -405,15 +411,24 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """The plan in a file.
 
     Raises:
-        PlanError: there is no such file, or it is not a plan that this version can read.
+        PlanError: there is no such file, or it is not a plan that this version can read; one for the layers
+            of a model of yours is read by `bratune.ModelPlan.load`.
+    """
+    return Plan.from_dict(read_json(path), source=str(path))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What stands in the file of a plan.
+
+    Raises:
+        PlanError: there is no such file, or it is not JSON.
     """
     try:
-        data = json.loads(Path(path).read_text("utf-8"))
+        return json.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise PlanError(f"the plan {path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not a plan: it is not JSON ({error})") from None
-    return Plan.from_dict(data, source=str(path))
 
 
 def install(plan: Plan, folder: str | os.PathLike[str] | None = None) -> Path:

@@ -17,6 +17,8 @@ import bratune
 from bratune.cli.export import command
 from bratune.errors import MissingPackageError, ProblemError, UnknownNameError, UsageError
 from bratune.export.deploy import deploy, plan_in
+from bratune.kernels.layer import RoutedLayer
+from bratune.kernels.native.library import find
 from bratune.work.deploy import TARGETS, open_file
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "pt2": ()}
@@ -79,6 +81,22 @@ def test_a_foreign_model_keeps_its_layers_and_its_nested_outputs(target: str, tm
     assert model.attn is layer
     assert "a layer of bratune already" in made.left["attn"]
     assert plan_in(made.path) is None
+
+
+@pytest.mark.parametrize("make", [small, Mixed])
+def test_a_file_holds_ordinary_operations_whatever_backend_is_named(make: Any, tmp_path: Path) -> None:
+    library = find()
+    if isinstance(library, str):
+        pytest.skip(library)
+    model = make().eval()
+    layers = [m for m in model.modules() if isinstance(m, RoutedLayer)]
+    for layer in layers:
+        layer.set_backend("native")
+    made = deploy(model, torch.randn(2, 3, 32, 32), "pt2", tmp_path / "m.pt2")
+    assert max(made.apart.values()) < 1e-5
+    assert {layer.backend for layer in layers} == {"native"}
+    graph = torch.export.load(made.path).graph
+    assert not [node for node in graph.nodes if "bratune" in str(node.target)]
 
 
 class Wrong(nn.Module):

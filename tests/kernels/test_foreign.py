@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from somebodys_nets import GatheredBRA, UNetLike, YOLOLike
+from sample_plans import make_plan
+from somebodys_nets import BiLevelRoutingAttention, ConvolvedBRA, GatheredBRA, UNetLike, YOLOLike
 from torch import Tensor, nn
 
 import bratune
-from bratune.errors import UnknownNameError
+from bratune.errors import PlanError, ProblemError, UnknownNameError
 from bratune.foreign import Accelerated
 
 
@@ -166,3 +167,134 @@ def test_a_backend_that_cannot_run_here_leaves_the_layer_with_its_reason() -> No
     assert "computes in float16, bfloat16, float32, found float64" in found.left["attn"]
     with pytest.raises(UnknownNameError, match="no backend is called 'nonsense'"):
         accelerated(model, backend="nonsense")
+
+
+# --- what an example does not show ---------------------------------------------------------------------
+
+
+def alone(layer: nn.Module, *shape: int, **settings: Any) -> Accelerated:
+    """One layer, found on a random map."""
+    torch.manual_seed(0)
+    return bratune.accelerate(nn.Sequential(layer).eval(), torch.randn(shape), **settings)
+
+
+def test_a_constant_example_and_small_weights_prove_nothing() -> None:
+    torch.manual_seed(0)
+    model = UNetLike(factor=1.01).eval()
+    for p in model.parameters():
+        p.data.mul_(1e-6)
+    found = bratune.accelerate(model, torch.zeros(1, 3, 8, 12))
+    assert list(found.swapped) == ["attn", "again"]
+    assert "with random weights on random maps" in found.left["alike"]
+
+
+def test_weights_that_are_no_numbers_prove_nothing() -> None:
+    layer = BiLevelRoutingAttention(8)
+    layer.wo.weight.data.fill_(torch.nan)
+    found = alone(layer, 1, 8, 8, 8)
+    assert "numbers that are not finite" in found.left["0"]
+
+
+class FirstImages(BiLevelRoutingAttention):
+    """Attends in all images as in the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:1]).expand(x.shape)
+
+
+class Dropping(BiLevelRoutingAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+
+def test_what_one_image_and_evaluation_do_not_show_is_left() -> None:
+    assert "random maps" in alone(FirstImages(8), 1, 8, 8, 8).left["0"]
+    assert "in training" in alone(Dropping(8), 1, 8, 8, 8).left["0"]
+
+
+class Padding(nn.Module):
+    """Pads as the official layer does, and does not say so by an attribute."""
+
+    def __init__(self, inner: BiLevelRoutingAttention) -> None:
+        super().__init__()
+        self.n_win, self.num_heads, self.topk, self.scale = 2, 2, 2, inner.scale
+        self.lepe, self.qkv, self.wo = inner.lepe, inner.qkv, inner.wo
+        self.inner = [inner]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inner[0].lepe, self.inner[0].qkv, self.inner[0].wo = self.lepe, self.qkv, self.wo
+        return self.inner[0](x)  # type: ignore[no-any-return]
+
+
+def test_maps_that_regions_do_not_tile_are_treated_alike_or_refused() -> None:
+    odd = torch.randn(2, 7, 5, 8)
+    found = alone(Padding(BiLevelRoutingAttention(8, auto_pad=True)), 1, 8, 8, 8)
+    assert found.swapped == {"0": "nhwc"}, str(found)
+    ours = found.model(odd)
+    torch.testing.assert_close(ours, found.restore()(odd))
+    found = alone(BiLevelRoutingAttention(8), 1, 8, 8, 8)  # drops a row and a column of them
+    assert found.swapped == {"0": "nhwc"}
+    with pytest.raises(ProblemError, match="auto_pad"):
+        found.model(odd)
+    assert (
+        "on maps of 7x11, which it takes as well" in alone(ConvolvedBRA(8, drops=True), 1, 8, 8, 12).left["0"]
+    )
+
+
+class Looking(nn.Module):
+    """Reads of one of its layers what ours has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = BiLevelRoutingAttention(8), BiLevelRoutingAttention(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)) * self.second.factor  # type: ignore[no-any-return]
+
+
+def test_a_layer_of_which_the_model_wants_more_is_left() -> None:
+    model = Looking()
+    found = bratune.accelerate(model, torch.randn(1, 8, 8, 8))
+    assert found.swapped == {"first": "nhwc"}
+    assert "with ours in its place the model raises AttributeError" in found.left["second"]
+    model(torch.randn(1, 8, 8, 8))
+
+
+def test_nothing_to_replace_is_said() -> None:
+    found = bratune.accelerate(BiLevelRoutingAttention(8), torch.randn(1, 8, 8, 8))
+    assert str(found).startswith("left (the model): is the layer itself")
+    found = bratune.accelerate(nn.Sequential(nn.ReLU()), torch.randn(1))
+    assert str(found) == "no layer of this Sequential looks like routed attention"
+
+
+def test_in_inference_mode_layers_are_proved_as_elsewhere() -> None:
+    with torch.inference_mode():
+        found = alone(BiLevelRoutingAttention(8), 1, 8, 8, 8)
+        assert found.swapped == {"0": "nhwc"}, str(found)
+        found.model(torch.randn(1, 8, 8, 8))
+
+
+def test_a_compiled_model_takes_ours_and_a_compiled_layer_is_left() -> None:
+    torch.manual_seed(0)
+    plain, x = UNetLike().eval(), torch.randn(1, 3, 8, 12)
+    plain.alike = torch.compile(plain.alike, backend="eager")  # type: ignore[assignment]
+    model, used = torch.compile(plain, backend="eager"), []
+    with torch.no_grad():
+        expected = model(x)
+        found = bratune.accelerate(model, x)  # type: ignore[arg-type]
+        assert list(found.swapped) == ["_orig_mod.attn", "_orig_mod.again"]
+        assert "is compiled by itself" in found.left["_orig_mod.alike._orig_mod"]
+        plain.attn.register_forward_hook(lambda module, *_: used.append(type(module)))
+        torch.testing.assert_close(model(x), expected)
+    assert used == [bratune.kernels.layer.BiLevelRoutingAttention] * 2
+
+
+def test_plans_of_another_kind_and_contradictions_are_refused() -> None:
+    for plan in (make_plan(), "plan.json"):
+        with pytest.raises(PlanError, match=f"a {type(plan).__name__} says nothing about the layers"):
+            accelerated(UNetLike(), plan=plan)
+    model: Any = UNetLike()
+    accelerated(model, plan={"again": "dense"})
+    assert model.attn.backend == "dense"
+    with pytest.raises(PlanError, match="again is one layer under several names"):
+        accelerated(UNetLike(), plan={"attn": "gather", "again": "dense"})

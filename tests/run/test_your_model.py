@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,22 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from sample_plans import make_plan
 from somebodys_nets import UNetLike, YOLOLike
 
 import bratune
+from bratune.cli.export import command as export
 from bratune.cli.profile import command as profile
+from bratune.cli.report import command as report
 from bratune.cli.tune import command as tune
 from bratune.errors import PlanError, UsageError
+from bratune.export.deploy import plan_in
 from bratune.machine import detect
 from bratune.record import Record
 from bratune.run.yours import Measured, ask, measure_model
 from bratune.tune.model_plan import ModelPlan, plan_of
+from bratune.work.deploy import open_file
+from bratune.work.yours import load_factory
 
 YOLO = "somebodys_nets:make_yolo"
 SHORT: dict[str, Any] = {"min_time_s": 0.01, "warmup_s": 0.01, "timeout_s": 1.0, "min_samples": 3}
@@ -71,7 +78,7 @@ def test_a_plan_applies_with_accelerate_and_survives_a_file(tmp_path: Path) -> N
     assert {name: model.get_submodule(name).backend for name in found.swapped if name in ("attn",)} == {
         "attn": plan.layers[0].backend
     }
-    (tmp_path / "other.json").write_text(json.dumps({"kind": "bratune-plan"}))
+    (tmp_path / "other.json").write_text(json.dumps({"kind": "something else"}))
     with pytest.raises(PlanError, match="is not a plan of tune_model"):
         ModelPlan.load(tmp_path / "other.json")
     data = plan.to_dict()
@@ -109,6 +116,48 @@ def test_the_fastest_backend_of_each_layer_is_the_plan_only_where_that_is_shown(
     assert [layer.fastest for layer in slower.layers] == ["dense", "dense"]
     assert slower.reason.startswith("auto is kept")
     assert slower.speedup == pytest.approx(1.5, rel=0.01)
+
+
+@pytest.mark.parametrize("target", ["pt2", "onnx", "openvino"])
+def test_a_plan_for_layers_exports_its_model_and_travels_along(target: str, tmp_path: Path) -> None:
+    for package in {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}.get(target, ()):
+        pytest.importorskip(package, reason=f"{target} files need {package} (extra deploy)")
+    plan = plan_of(rows_of({"": 1.0, "auto": 1.5, "dense": 2.0}))
+    path = plan.save(tmp_path / "plan.json")
+    result = CliRunner().invoke(export, [str(path), "--to", target, "-o", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "run and compared with PyTorch" in result.stderr
+    assert "left" not in result.stderr
+    made = Path(result.stdout.strip())
+    assert plan_in(made) == plan
+    run = open_file(made, target, threads=1)
+    model = load_factory(YOLO)
+    x = torch.randn(5, 3, 16, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_who_wants_the_other_kind_of_plan_says_what_takes_this_one(tmp_path: Path) -> None:
+    plan = plan_of(rows_of({"": 1.0, "auto": 1.5, "dense": 2.0}))
+    path = plan.save(tmp_path / "plan.json")
+    assert bratune.ModelPlan.load(path) == plan
+    words = r"a plan for the layers of somebodys_nets:make_yolo.*plan=bratune.ModelPlan.load\(FILE\)"
+    for take in (bratune.load_plan, bratune.create_model):
+        with pytest.raises(PlanError, match=words):
+            take(path)
+    with pytest.raises(PlanError, match=r"bratune\.accelerate takes it"):
+        bratune.create_model(plan)  # type: ignore[arg-type]
+    rows = str(Path(__file__).parents[2] / "results" / "cpu-xeon-contests-224.jsonl")
+    for command, options in ((export, [str(path), "--to", "timm"]), (report, [rows, "--plan", str(path)])):
+        result = CliRunner().invoke(command, options)
+        assert isinstance(result.exception, PlanError), result.output
+        assert "a plan for the layers of" in str(result.exception)
+    other = make_plan().save(tmp_path / "other.json")
+    with pytest.raises(PlanError, match=r"one for a model by name, which bratune.create_model\(FILE\) makes"):
+        ModelPlan.load(other)
+    alive = dataclasses.replace(plan, model="live:YOLOLike").save(tmp_path / "alive.json")
+    result = CliRunner().invoke(export, [str(alive), "--to", "pt2"])
+    assert "the plan is for a YOLOLike of another process" in str(result.exception)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ FLOORS = (
     ("bratune.kernels",),
     ("bratune.measure",),
     ("bratune.predict", "bratune.suites", "bratune.results", "bratune.testing"),
-    ("bratune.work", "bratune.foreign"),
+    ("bratune.work", "bratune.foreign", "bratune.proof"),
     ("bratune.run",),
     ("bratune.tune",),
     ("bratune.report", "bratune.export", "bratune.cluster"),
