@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ import bratune
 from bratune.errors import TargetError, UsageError
 from bratune.text import is_name
 
-__all__ = ["Machine", "detect"]
+__all__ = ["OLDEST_TORCH", "Machine", "detect", "release"]
+
+# The oldest release that the tests pass with; pyproject.toml and the README say the same.
+OLDEST_TORCH = (2, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +116,16 @@ def detect(device: str = "auto") -> Machine:
 
     Raises:
         UsageError: the text names no kind of device.
-        TargetError: a CUDA device was named that is not here.
+        TargetError: a CUDA device was named that is not here, or torch is too old.
     """
     import torch
 
+    if release(torch.__version__) < OLDEST_TORCH:
+        needed = ".".join(map(str, OLDEST_TORCH))
+        raise TargetError(
+            f"torch {torch.__version__} is installed, and {needed} or newer is needed: "
+            f"pip install 'torch>={needed}'"
+        )
     name = device.strip().lower()
     if name == "auto":
         name = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -179,6 +189,12 @@ def _named_key() -> str:
     if name and not is_name(name):
         raise UsageError(f"BRATUNE_GPU_NAME is {name!r}; a name of letters, digits and ._+- would work")
     return name
+
+
+def release(version: str) -> tuple[int, int]:
+    """Major and minor number of a version: (2, 13) of ``2.13.0+cpu``; zeros where it has none."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _versions() -> dict[str, Any]:

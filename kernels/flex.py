@@ -193,10 +193,11 @@ def _attend(
     block: int,
 ) -> Tensor:
     tokens, kv_tokens = problem.region_tokens, problem.kv_region_tokens
-    per_head = problem.per_head
+    # A number among the indices would be read from the device by releases before 2.9.
+    bias = bias.expand(-1, problem.heads, -1, -1)
 
     def routed(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        score = score + bias[b, h if per_head else 0, query // tokens, key // kv_tokens]
+        score = score + bias[b, h, query // tokens, key // kv_tokens]
         return score if real is None else torch.where(real[key], score, -torch.inf)
 
     mask = BlockMask.from_kv_blocks(

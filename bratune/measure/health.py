@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bratune.machine import Machine
+from bratune.machine import OLDEST_TORCH, Machine, release
 from bratune.measure.host import launch_us
 from bratune.measure.stolen import StolenTime
 from bratune.measure.telemetry import Reading
@@ -79,6 +79,9 @@ def check_versions(torch: str, triton: str, wanted_triton: str) -> list[Finding]
         wanted_triton: What torch requires, e.g. ``"==3.7.1"``; empty when it does not say.
     """
     found = [Finding("torch", OK, torch)]
+    if release(torch) < OLDEST_TORCH:
+        needed = ".".join(map(str, OLDEST_TORCH))
+        found = [Finding("torch", PROBLEM, torch, f"older than {needed}; pip install 'torch>={needed}'")]
     if not triton:
         advice = "the triton backend cannot run; pip install triton"
         return [*found, Finding("triton", NOTE, "not installed", advice)]

@@ -6,7 +6,6 @@ of every query, and only where a gradient is wanted. How: `bratune.kernels.fused
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -45,8 +44,8 @@ class TritonBackend:
         if machine.is_cuda and machine.capability < _OLDEST:
             found.append(f"needs compute capability 8.0 or newer, found {machine.compute_capability}")
         # What is installed here says nothing of a machine that is elsewhere.
-        if machine.device != "absent" and importlib.util.find_spec("triton") is None:
-            found.append("needs the package triton, which is not installed: pip install triton")
+        if machine.device != "absent":
+            found += launch.missing_triton()
         if problem.dtype not in _DTYPES:
             found.append(f"computes in {', '.join(_DTYPES)}, found {problem.dtype}")
         if problem.head_dim > _MOST_CHANNELS:

@@ -14,6 +14,7 @@ work is nearest; else the rules below, which are legal for every problem.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.resources
 import importlib.util
 import json
@@ -23,18 +24,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bratune.errors import UnknownNameError
-from bratune.machine import Machine
+from bratune.machine import Machine, release
 from bratune.problem import Problem, ceil_div
 
 __all__ = [
     "ARCHITECTURES",
     "KINDS",
+    "OLDEST_TRITON",
     "Settings",
     "architecture",
     "architecture_of",
     "cheapest",
     "hub_chunk",
     "lookup",
+    "missing_triton",
     "next_power_of_2",
     "not_here",
     "problem_class",
@@ -42,6 +45,9 @@ __all__ = [
 ]
 
 Settings = Mapping[str, int]
+
+# The oldest release that the kernels were run with.
+OLDEST_TRITON = (3, 6)
 
 # Architectures the table is made for; others take the newest one that is not newer than they are.
 ARCHITECTURES = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120")
@@ -59,11 +65,25 @@ _GEOMETRY = (
 )
 
 
+def missing_triton() -> list[str]:
+    """Why what is installed here cannot compile the kernels, in one sentence; empty: it can."""
+    if importlib.util.find_spec("triton") is None:
+        return ["needs the package triton, which is not installed: pip install triton"]
+    found = _installed_triton()
+    if release(found) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return [f"needs triton {oldest} or newer, found {found}; a newer torch brings it along"]
+    return []
+
+
+@functools.cache
+def _installed_triton() -> str:
+    return importlib.metadata.version("triton")
+
+
 def not_here(device: str) -> list[str]:
     """Every reason for which Triton kernels cannot run on tensors of a device; empty: they can."""
-    reasons = []
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("the package triton is not installed: pip install triton")
+    reasons = missing_triton()
     if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
         reasons.append(f"the tensors are on {device}; Triton needs a GPU, or TRITON_INTERPRET=1 to be slow")
     return reasons

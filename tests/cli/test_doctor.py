@@ -46,6 +46,11 @@ def test_triton_must_be_the_one_that_torch_was_made_for(triton: str, wanted: str
     assert bool(findings[-1].advice) is (state != "ok")
 
 
+def test_a_torch_older_than_the_tests_is_a_problem() -> None:
+    assert states(health.check_versions("2.7.1", "3.3.1", ""))["torch"] == "problem"
+    assert states(health.check_versions("2.8.0", "3.4.0", ""))["torch"] == "ok"
+
+
 @pytest.mark.parametrize(
     ("reading", "foreign", "expected"),
     [

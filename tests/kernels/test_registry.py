@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import re
@@ -19,6 +20,7 @@ from bratune.cell import Cell
 from bratune.cli import run
 from bratune.errors import UnknownNameError, UnsupportedError
 from bratune.kernels import api, registry
+from bratune.kernels.fused import launch
 from bratune.machine import Machine
 from bratune.problem import Problem
 from bratune.record import Record
@@ -251,6 +253,17 @@ def test_the_first_that_accepts_is_chosen(
 def test_the_order_on_a_gpu_is_that_of_the_table() -> None:
     problem = Problem(batch=1, height=14, width=14, heads=2, head_dim=32, region=(2, 2), topk=16)
     assert registry.preference(problem, GPU) == registry.names()
+
+
+def test_kernels_are_refused_with_a_triton_that_they_never_ran_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = "needs triton 3.6 or newer, found 3.4.0; a newer torch brings it along"
+    backend = registry.get("triton")
+    monkeypatch.setattr(launch, "_installed_triton", lambda: "3.4.0")
+    assert backend.why_not(PROBLEM, GPU) == (refused,)
+    assert backend.why_not(PROBLEM, dataclasses.replace(GPU, device="absent")) == ()
+    assert launch.not_here("cuda:0") == [refused]
+    monkeypatch.setattr(launch, "_installed_triton", lambda: "3.6.0+git1")
+    assert backend.why_not(PROBLEM, GPU) == ()
 
 
 def test_when_everybody_refuses_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

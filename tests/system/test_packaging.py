@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from bratune.kernels.fused.launch import OLDEST_TRITON
+from bratune.machine import OLDEST_TORCH
+
 ROOT = Path(__file__).resolve().parents[2]
 LINKED = ("kernels", "suites", "results")
 ROOMS = {"kernels": ("fused", "mixers", "native")}  # folders inside, which are packages of their own
@@ -64,6 +67,19 @@ def test_every_package_is_declared() -> None:
         if not parts or parts[0] not in LINKED:
             found.add(".".join(("bratune", *parts)))
     assert declared == found
+
+
+def test_the_oldest_releases_are_the_same_wherever_they_are_named() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needs = dict(
+        text.partition(";")[0].strip().split(">=") for text in project["dependencies"] if "5,<6" not in text
+    )
+    words = (ROOT / "README.md").read_text()
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    assert needs["torch"] == oldest
+    assert f"PyTorch {oldest} or newer" in words
+    assert f"Python {project['requires-python'].removeprefix('>=')} or newer" in words
+    assert f"Triton {'.'.join(map(str, OLDEST_TRITON))} or newer" in words
 
 
 def test_data_of_a_package_is_reached_as_a_resource() -> None:

@@ -7,7 +7,7 @@ import torch
 
 import bratune
 from bratune.errors import BratuneError, TargetError, UsageError
-from bratune.machine import Machine, detect
+from bratune.machine import Machine, detect, release
 
 H100 = Machine(
     kind="cuda",
@@ -60,6 +60,17 @@ def test_the_line_of_a_gpu_names_architecture_and_versions() -> None:
 def test_devices_that_do_not_exist_are_refused(device: str, kind: type[BratuneError], said: str) -> None:
     with pytest.raises(kind, match=said):
         detect(device)
+
+
+def test_a_torch_that_is_too_old_is_refused_with_the_oldest_that_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cpu")
+    with pytest.raises(TargetError, match=r"torch 2\.7\.1\+cpu is installed, and 2\.8 or newer is needed"):
+        detect("cpu")
+    monkeypatch.setattr(torch, "__version__", "2.8.0a0")
+    assert detect("cpu").torch == "2.8.0a0"
+    assert [release(text) for text in ("2.13.0+cpu", "10.0", "unknown")] == [(2, 13), (10, 0), (0, 0)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
