@@ -66,6 +66,10 @@ def proved(
             if missing:
                 reasons.append(f"{how}: other parameters ({', '.join(sorted(missing)[:3])})")
                 continue
+            lost = _lost_hooks(layer, ours)
+            if lost:
+                reasons.append(f"{how}: has {lost}, which ours in its place would leave out")
+                continue
             proof = _Proof(layer, how, tolerance)
             proof.compare([x for x in maps if isinstance(x, Tensor)])
             if not proof.apart <= tolerance:
@@ -82,9 +86,18 @@ def proved(
     return "; ".join(reasons)
 
 
+def _lost_hooks(layer: nn.Module, ours: nn.Module) -> str:
+    """What would run with a call of a module in theirs that is not in ours."""
+    kept = {id(module) for module in ours.modules()}
+    for name, module in layer.named_modules():
+        if name and id(module) not in kept and hooks_of(module):
+            return f"{hooks_of(module)[0]} at {name}"
+    return ""
+
+
 def _map_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | str:
     """The map that a call brings, or why it brings none that ours takes."""
-    given = {**dict(enumerate(args)), **kwargs}
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     first = given.pop(0, given.pop("x", None))
     if not isinstance(first, Tensor) or first.ndim != 4:
         return "was called with something else than a map [B, H, W, C] or [B, C, H, W]"
@@ -115,7 +128,7 @@ class _Proof:
         self._rows = 1 if how == "nhwc" else 2
         with torch.inference_mode(False):
             self._theirs = copy.deepcopy(layer).double()
-        self._ours = FORMS[how](self._theirs, "gather")
+        self._ours: Any = FORMS[how](self._theirs, "gather")
         self._rng = torch.Generator().manual_seed(0)
 
     def compare(self, maps: list[Tensor]) -> None:
@@ -132,9 +145,23 @@ class _Proof:
                     self._compare(x, " in training" if training else "")
             for p in self._theirs.parameters():
                 p.data.copy_(self._drawn(p.shape, fan_in=p[0].numel() if p.ndim > 1 else 100))
-            x = self._drawn((2, *maps[0].shape[1:])).to(maps[0].device)
+            x = self._small(maps[0])
             self._compare(x, " with random weights on random maps")
             self._compare_cropped(x[:1])
+
+    def _small(self, like: Tensor) -> Tensor:
+        """Two random images, with maps of two tokens per side of a region where theirs takes these."""
+        most = 2 * self._ours.n_win
+        shape = [2, *like.shape[1:]]
+        full = self._drawn(shape).to(like.device)
+        for axis in (self._rows, self._rows + 1):
+            shape[axis] = min(shape[axis], most)
+        small = self._drawn(shape).to(like.device)
+        try:
+            self._theirs(small)
+        except Exception:  # it takes no other size
+            return full
+        return small
 
     def _compare_cropped(self, x: Tensor) -> None:
         height, width = (side - 1 for side in x.shape[self._rows : self._rows + 2])
@@ -167,7 +194,8 @@ class _Proof:
                 self.apart, self.where = (apart if apart == apart else math.inf), where
 
     def _drawn(self, shape: Sequence[int], fan_in: int = 1) -> Tensor:
-        return torch.randn(shape, generator=self._rng, dtype=torch.float64) * fan_in**-0.5
+        drawn = torch.randn(shape, generator=self._rng, dtype=torch.float64)
+        return drawn / math.sqrt(fan_in)
 
 
 def _outputs_and_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:

@@ -314,7 +314,7 @@ def model_of(cell: Cell, device: str) -> tuple[nn.Module, Tensor, nn.Module | No
     held = json.loads(cell.extra)["layers"]
     names = cell.backend.split(",")
     names = names * len(held) if len(names) == 1 else names
-    swap(model, _with_aliases(base, held), _with_aliases(base, dict(zip(held, names, strict=True))))
+    swap(model, _with_aliases(model, held), _with_aliases(model, dict(zip(held, names, strict=True))))
     return _fed(model, base.example), _first(base.example), _fed(base.model, base.example)
 
 
@@ -335,41 +335,49 @@ class _Base:
 
 
 def _of(cell: Cell, device: str) -> _Base:
-    shape = json.loads(cell.extra)["input"]
-    return _base(cell.model, shape, cell.seed, cell.problem.dtype, device)
+    asked = json.loads(cell.extra)
+    proved = json.dumps(asked["layers"])
+    return _base(cell.model, asked["input"], cell.seed, cell.problem.dtype, device, proved)
 
 
 @functools.lru_cache(maxsize=1)
-def _base(name: str, shape: str, seed: int, dtype: str, device: str) -> _Base:
+def _base(name: str, shape: str, seed: int, dtype: str, device: str, proved: str = "") -> _Base:
+    """A model with its layers as they were ``proved`` (JSON of how each is held), or as they prove here."""
     if is_live(name):
         model, example = copy.deepcopy(_HERE[name][0]).eval(), _HERE[name][1]
     else:
         model = load_factory(name, seed).to(device=device, dtype=getattr(torch, dtype))
         example = example_of(shape, seed).to(device=device, dtype=getattr(torch, dtype))
     ours = copy.deepcopy(model)
+    left: dict[str, str] = {}
+    if proved:
+        held: dict[str, str] = json.loads(proved)
+        swap(ours, _with_aliases(ours, held), _with_aliases(ours, dict.fromkeys(held, "auto")))
+    else:
+        held, left = _prove(ours, example, f"{name} cannot be called with {shape}")
+    calls = attention_calls(ours, example)
+    return _Base(model, example, held, left, {layer: c for layer, c in calls.items() if layer in held})
+
+
+def _prove(model: nn.Module, example: Any, otherwise: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Replace the layers of a model; how each is held, and why others are left."""
     try:
-        proof = accelerate(ours, example)
+        proof = accelerate(model, example)
     except RuntimeError as error:  # somebody else's code
-        raise UsageError(
-            f"{name} cannot be called with {shape}: {' '.join(str(error).split())[:300]}"
-        ) from None
+        raise UsageError(f"{otherwise}: {' '.join(str(error).split())[:300]}") from None
     held, left = dict(proof.swapped), dict(proof.left)
     for layer, reason in list(left.items()):
         if reason.startswith("is a layer of bratune"):
             held[layer] = "bratune"
             del left[layer]
-    calls = attention_calls(ours, example)
-    return _Base(model, example, held, left, {layer: c for layer, c in calls.items() if layer in held})
+    return held, left
 
 
-def _with_aliases(base: _Base, by_name: Mapping[str, str]) -> dict[str, str]:
+def _with_aliases(model: nn.Module, by_name: Mapping[str, str]) -> dict[str, str]:
     """The same for every name that a shared layer has."""
-    of = {id(base.model.get_submodule(name)): value for name, value in by_name.items()}
-    return {
-        name: of[id(base.model.get_submodule(name))]
-        for name in base.held
-        if id(base.model.get_submodule(name)) in of
-    }
+    of = {id(model.get_submodule(name)): value for name, value in by_name.items()}
+    names = model.named_modules(remove_duplicate=False)
+    return {name: of[id(module)] for name, module in names if id(module) in of}
 
 
 class _Fed(nn.Module):

@@ -91,6 +91,20 @@ def test_what_would_be_lost_or_is_no_such_layer_is_left() -> None:
     assert "other parameters (extra)" in found.left["alike"]
 
 
+def test_hooks_inside_a_layer_run_or_keep_it() -> None:
+    model, seen = nn.Sequential(BiLevelRoutingAttention(8), BiLevelRoutingAttention(8)).eval(), []
+    parts: Any = list(model)
+    parts[0].qkv.register_forward_hook(lambda *_: None)
+    for name, part in (("projection", parts[1].qkv.qkv), ("local", parts[1].lepe), ("output", parts[1].wo)):
+        part.register_forward_hook(lambda *_, name=name: seen.append(name))
+    found = bratune.accelerate(model, torch.randn(1, 8, 8, 8))
+    assert list(found.swapped) == ["1"]
+    assert "nhwc: has a forward hook at qkv, which ours in its place would leave out" in found.left["0"]
+    seen.clear()
+    model(torch.randn(1, 8, 8, 8))
+    assert sorted(seen) == ["local", "output", "projection"]
+
+
 def test_layers_of_bratune_choose_for_themselves() -> None:
     model = nn.Sequential(bratune.kernels.layer.NCHWBiLevelRoutingAttention(3, num_heads=1, n_win=2, topk=1))
     assert "set_backend chooses" in accelerated(model).left["0"]
@@ -237,7 +251,7 @@ def test_maps_that_regions_do_not_tile_are_treated_alike_or_refused() -> None:
     with pytest.raises(ProblemError, match="auto_pad"):
         found.model(odd)
     assert (
-        "on maps of 7x11, which it takes as well" in alone(ConvolvedBRA(8, drops=True), 1, 8, 8, 12).left["0"]
+        "on maps of 3x3, which it takes as well" in alone(ConvolvedBRA(8, drops=True), 1, 8, 8, 12).left["0"]
     )
 
 
