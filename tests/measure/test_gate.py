@@ -168,8 +168,8 @@ def test_what_a_backend_raises_is_not_swallowed() -> None:
         check(boom, FORWARD)
 
 
-# Large logits in bfloat16 are left out: `gather` rounds them as the official code does, and is off by 3.3 %.
-@pytest.mark.parametrize(("dtype", "spread"), [("float32", 1.0), ("float32", 3.0), ("bfloat16", 1.0)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("spread", [1.0, 3.0])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -191,3 +191,21 @@ def test_no_backend_of_this_package_is_refused(dtype: str, spread: float, shape:
         if one.name != "flex"  # compiles for seconds; the conformance suite has it
     }
     assert {name: reason for name, reason in found.items() if reason} == {}
+
+
+def test_large_logits_are_given_what_rounding_them_costs_and_no_more() -> None:
+    problem = Problem(
+        batch=3, height=8, width=8, heads=2, head_dim=32, region=(2, 2), topk=3, dtype="bfloat16"
+    )
+    q, k, v, routes = inputs(problem, torch.bfloat16)
+
+    def result(spread: float, factor: float) -> gate.GateResult:
+        wrong: Any = Altered(lambda out: factor * out)
+        return gate.check(wrong, problem, spread * q, spread * k, v, routes)
+
+    table = gate.TOLERANCES["bfloat16"].forward
+    assert [result(1.0, factor).ok for factor in (1.0, 1.02, 1.2)] == [True, True, False]
+    assert [result(3.0, factor).ok for factor in (1.0, 1.02, 1.5)] == [True, True, False]
+    assert result(1.0, 1.02).tolerance == table
+    loose, wide = result(1.0, 1.5).tolerance, result(3.0, 1.5).tolerance
+    assert table == loose < wide < 0.1
