@@ -309,7 +309,7 @@ def _engine(asked: dict[str, Any], request: TuneRequest, folder: Path) -> CellEn
 
         return ClusterEngine(site, settings, **given)
     kind = LocalEngine if asked["no_isolate"] else IsolatedEngine
-    return kind(_machine(asked), settings, **given)
+    return kind(_machine(asked), settings, turns=True, **given)
 
 
 def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:

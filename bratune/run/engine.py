@@ -49,6 +49,7 @@ __all__ = [
     "ParallelEngine",
     "Runner",
     "group_of",
+    "groups_of",
     "is_baseline",
 ]
 
@@ -275,12 +276,14 @@ class CellEngine:
         on_start: Told of every cell before its turn.
         passes: Fresh processes per cell; ``settings`` are those of one of them (`MeterSettings.per_pass`). 1
             measures cell after cell in whatever process there is, and its rows are one process.
+        turns: With one pass, let the cells of a group take turns nevertheless, in the process that there is.
         clock: Seconds that only grow.
 
     Attributes:
         reused: Cells that were answered by stored rows so far.
         slots: Cells that are measured at a time.
         passes: Fresh processes per cell.
+        turns: Cells that `run` is given together take turns, those of a group.
     """
 
     slots = 1
@@ -298,6 +301,7 @@ class CellEngine:
         cell_limit_s: float | None = None,
         on_start: Callable[[Cell], None] | None = None,
         passes: int = 1,
+        turns: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -311,6 +315,7 @@ class CellEngine:
         self._cell_limit_s = cell_limit_s
         self._on_start = on_start
         self.passes = passes if isinstance(runner, GroupRunner) else 1
+        self.turns = self.passes > 1 or (turns and isinstance(runner, GroupRunner))
         self._clock = clock
         self._budget_s = budget_s
         self._deadline = None if budget_s is None else clock() + budget_s
@@ -342,7 +347,7 @@ class CellEngine:
 
         A cell that another run of the same store is measuring comes last, when that run is done with it.
         """
-        if self.passes > 1:
+        if self.turns:
             yield from self._run_passes(list(dict.fromkeys(cells)))
             return
         taken: list[Cell] = []
@@ -416,7 +421,7 @@ class CellEngine:
                 taken = taken or len(ours) < len(missing)
                 if not ours:
                     continue
-                if not begun:
+                if not begun and self.passes > 1:
                     self._runner_of_passes.fresh()
                     begun = True
                 start = self._clock()

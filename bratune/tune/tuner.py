@@ -19,6 +19,7 @@ from bratune.engine import ComparingEngine
 from bratune.errors import UsageError
 from bratune.kernels.tuned import machine_key
 from bratune.record import Record
+from bratune.run.engine import groups_of
 from bratune.tune.bench import Bench, Offers, StageOptions, failure, summary
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.ledger import Ledger
@@ -186,20 +187,30 @@ class Tuner:
             most = self.request.how_much.configs
             more = [other for entry in sorted(front) for other in self.bench.other_configs(entry, most)]
             if self.cells.enqueue(self.options.cell_items(more)):
+                self._measure_ahead([self.bench.block_cell(entry) for entry in more], LOSSES_UNTIL)
                 self._drain(self.cells, self.options.run_cell, LOSSES_UNTIL, "backend settings")
                 self.read_table()
 
-    def _measure_ahead(self, cells: Sequence[Cell]) -> None:
-        """Measure cells together where the engine can; the trials that ask for them then find their rows."""
-        slots = getattr(self.engine, "slots", 1)
+    def _measure_ahead(self, cells: Sequence[Cell], share: float = CELLS_UNTIL) -> None:
+        """Measure cells together where the engine can; the trials that ask for them then find their rows.
+
+        Together are the options that one stage has with one S and top-k, which take turns, or as many as
+        there are devices.
+        """
         known = self.cells.by_key()
-        missing = [cell for cell in cells if cell.cell_id not in known] if slots > 1 else []
-        at_once = 4 * slots  # between these the budget is looked at
-        for start in range(0, len(missing), at_once):
-            if self.pace.left(CELLS_UNTIL) <= 0:
+        missing = [cell for cell in cells if cell.cell_id not in known]
+        slots, done = getattr(self.engine, "slots", 1), 0
+        if slots > 1:
+            at_once = 4 * slots  # between these the budget is looked at
+            batches = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
+        else:
+            batches = groups_of(missing) if getattr(self.engine, "turns", False) else []
+        for batch in batches:
+            if self.pace.left(share) <= 0:
                 return
-            rows = list(self.engine.run(missing[start : start + at_once]))
-            self.say(f"{start + len(rows)} of {len(missing)} stage options are measured, {slots} at a time")
+            done += len(list(self.engine.run(batch)))
+            how = f"{slots} at a time" if slots > 1 else f"the last {len(batch)} in turn"
+            self.say(f"{done} of {len(missing)} stage options are measured, {how}")
 
     def verify(self) -> None:
         """Measure the best settings of the table end to end, then the next ones, while that helps."""

@@ -14,6 +14,7 @@ import pytest
 from bratune.cell import Cell
 from bratune.errors import PlanError, UsageError
 from bratune.record import Record
+from bratune.run.engine import group_of
 from bratune.tune.conclude import _candidates, conclude, front_rows
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.plan import Plan, install, load_plan
@@ -385,3 +386,25 @@ def test_where_many_cells_run_at_a_time_the_table_is_measured_together(tmp_path:
     many = tune(tmp_path / "many", Wide(seed=1, noise=0.0), request())
     assert max(goes) == 4 * 4
     assert many.setting == one.setting
+
+
+def test_the_options_of_a_stage_take_turns_where_the_engine_lets_them(tmp_path: Path) -> None:
+    class InTurn(SyntheticWorld):
+        turns = True
+
+        def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
+            waiting = list(cells)
+            goes.append(waiting)
+            yield from super().run(waiting)
+
+    goes: list[list[Cell]] = []
+    for name in ("one", "turns"):
+        (tmp_path / name).mkdir()
+    one = tune(tmp_path / "one", SyntheticWorld(seed=1, noise=0.0), request())
+    turns = tune(tmp_path / "turns", InTurn(seed=1, noise=0.0), request())
+    together = [go for go in goes if len(go) > 1 and go[0].part == "block"]
+    assert together
+    for go in together:
+        assert len({group_of(cell) for cell in go}) == 1
+        assert len({cell.backend for cell in go}) > 1
+    assert turns.setting == one.setting
