@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import random
 import statistics as means
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _WAITED_SHARE, _LEAST_WAIT_MS = 0.1, 0.05
 # Samples before a call is judged: to be hopeless, or to have calm samples enough.
 _GIVE_UP_AFTER = 3
+# Rounds in which two calls were calm, below which all rounds are compared.
+_FEWEST_PAIRS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class Measurement:
     Attributes:
         samples_ms: Kept samples in the order taken, in milliseconds.
         rounds: Round of each sample; calls that were measured in turn are compared within rounds.
+        aside: Round and time of every sample that was set aside because the process waited for a processor.
         n_discarded: Samples set aside because the device was throttled or the process waited for a processor.
         cpu_wait_pct: Of the time of all samples, the share that was spent waiting for a processor; None where
             that is not watched.
@@ -82,6 +85,7 @@ class Measurement:
 
     samples_ms: tuple[float, ...]
     rounds: tuple[int, ...] = ()
+    aside: tuple[tuple[int, float], ...] = ()
     n_discarded: int = 0
     stop_reason: str = ""
     compile_s: float | None = None
@@ -148,15 +152,24 @@ class Measurement:
     def speedup_over(self, base: Measurement) -> tuple[float, float, float] | None:
         """How many times faster than another call in the rounds that both ran in, with its 95 % interval.
 
+        Rounds in which neither waited for a processor count, or all where there are fewer than three of them.
+
         Returns:
             Median of the ratios within rounds, lower and upper end; None without a round in common.
         """
-        theirs = dict(zip(base.rounds, base.samples_ms, strict=True))
-        pairs = [(theirs[n], ms) for n, ms in zip(self.rounds, self.samples_ms, strict=True) if n in theirs]
+        pairs = _pairs(
+            zip(base.rounds, base.samples_ms, strict=True), zip(self.rounds, self.samples_ms, strict=True)
+        )
+        if len(pairs) < _FEWEST_PAIRS:  # of a busy machine: both sides of a ratio waited alike
+            pairs = _pairs(base._every_round, self._every_round)
         if not pairs:
             return None
         ratio, (low, high) = paired_ratio([b for b, _ in pairs], [o for _, o in pairs])
         return ratio, low, high
+
+    @property
+    def _every_round(self) -> list[tuple[int, float]]:
+        return [*zip(self.rounds, self.samples_ms, strict=True), *self.aside]
 
     def to_record_fields(self) -> dict[str, Any]:
         """What a `bratune.record.Record` keeps of it, by field name; raw samples travel separately."""
@@ -372,6 +385,7 @@ class DeviceMeter:
         return _summarise(
             calm,
             self._readings,
+            aside=[taken for taken in kept if _disturbed(taken[1])] if calm is not kept else [],
             n_discarded=len(aside) + len(kept) - len(calm),
             reason=reason,
             ready=ready,
@@ -381,6 +395,12 @@ class DeviceMeter:
             wait_pct=None if wait_pct is None else min(100.0, wait_pct),
             output=player.output,
         )
+
+
+def _pairs(base: Iterable[tuple[int, float]], own: Iterable[tuple[int, float]]) -> list[tuple[float, float]]:
+    """Times of both in the rounds that both have."""
+    theirs = dict(base)
+    return [(theirs[number], ms) for number, ms in own if number in theirs]
 
 
 def _over(active: Sequence[_Player]) -> bool:
@@ -413,6 +433,7 @@ def _summarise(
     kept: Sequence[tuple[int, Sample]],
     readings: Sequence[Reading],
     *,
+    aside: Sequence[tuple[int, Sample]],
     n_discarded: int,
     reason: str,
     ready: Ready,
@@ -433,6 +454,7 @@ def _summarise(
     return Measurement(
         samples_ms=tuple(sample.device_ms for sample in samples),
         rounds=tuple(number for number, _ in kept),
+        aside=tuple((number, sample.device_ms) for number, sample in aside),
         n_discarded=n_discarded,
         stop_reason=reason,
         compile_s=ready.prepare_s,

@@ -269,7 +269,7 @@ def test_the_cpu_is_measured_for_real() -> None:
         call,
         MeterSettings(min_time_s=0.0, min_samples=5, max_samples=5, max_noise_pct=0.0, warmup_s=0.0),
     )
-    assert m.n_samples == 5
+    assert m.n_samples + m.n_discarded == 5  # those that waited for a processor are set aside
     assert calls == 5 + 1 + 1  # samples, one warm-up call, one call for memory
     assert m.min_ms > 0
     assert m.flush_mb > 0
@@ -423,8 +423,18 @@ def test_the_output_of_the_last_timed_call_is_kept() -> None:
 def test_passes_share_the_time_of_one_long_measurement() -> None:
     whole = MeterSettings.for_effort("standard")
     part = whole.per_pass()
-    assert whole.passes == 3
-    assert part.min_time_s * 3 == pytest.approx(whole.min_time_s)
-    assert part.max_noise_pct == pytest.approx(3**0.5 * whole.max_noise_pct)
+    assert whole.passes == 8
+    assert part.min_time_s * 8 == pytest.approx(whole.min_time_s)
+    assert part.max_noise_pct == pytest.approx(8**0.5 * whole.max_noise_pct)
     assert part.sampling != whole.sampling
-    assert [MeterSettings.for_effort(e).passes for e in ("quick", "standard", "full")] == [2, 3, 6]
+    assert [MeterSettings.for_effort(e).passes for e in ("quick", "standard", "full")] == [2, 8, 16]
+
+
+def test_calls_that_were_never_calm_in_the_same_round_have_a_ratio_all_the_same() -> None:
+    own = Measurement(samples_ms=(1.0, 1.0, 1.0), rounds=(0, 1, 2), aside=((3, 10.0), (4, 10.0), (5, 10.0)))
+    base = Measurement(samples_ms=(2.0, 2.0, 2.0), rounds=(3, 4, 5), aside=((0, 20.0), (1, 20.0), (2, 20.0)))
+    ratio, low, high = own.speedup_over(base) or (0.0, 0.0, 0.0)
+    assert (low, high) == (0.2, 20.0)
+    assert low <= ratio <= high
+    calm = dataclasses.replace(base, rounds=(0, 1, 2))
+    assert own.speedup_over(calm) == (2.0, 2.0, 2.0)
