@@ -35,7 +35,8 @@ def command(
 
     A set is a file, a folder, PATH@gpu (one machine of several), or a GPU key (the records that ship). Ratios
     are of B over A: below 1 is faster. What is compared are passes, each a fresh process; with one on a side
-    nothing is called faster or slower. What all cells moved by together is named and divided out.
+    nothing is called faster or slower. What all cells moved by together is named and divided out, and what
+    the machine did to the baseline that took turns with a cell is taken out of that cell.
 
     Exit code 3 with --fail-on-regression when a cell is SLOWER by at least that share.
     """
@@ -100,12 +101,29 @@ def _explain(result: Comparison) -> None:
     """What the table leaves open, on stderr, each sentence once."""
     for sentence in result.drifts:
         click.echo(sentence, err=True)
+    if result.beside:
+        click.echo(
+            f"{_cells(result.beside)} compared beside the baseline that took turns with "
+            f"{'it' if result.beside == 1 else 'them'} and is the same code in both: what the machine did "
+            "to it is taken out",
+            err=True,
+        )
+    if result.other_baselines:
+        click.echo(
+            f"{_cells(result.other_baselines)} compared by times alone: the baseline beside "
+            f"{'it' if result.other_baselines == 1 else 'them'} is other code, or ran on another machine",
+            err=True,
+        )
     advice = Counter(row.verdict.settles for row in result.rows if row.verdict.settles)
     for sentence, count in advice.most_common():
-        click.echo(f"{count} {'cell is' if count == 1 else 'cells are'} undecided: {sentence}", err=True)
+        click.echo(f"{_cells(count)} undecided: {sentence}", err=True)
     if result.refused:
         click.echo(
             f"{result.refused} cells were run differently and left out; --across compares them", err=True
         )
     if result.only_in_one:
         click.echo(f"{result.only_in_one} cells are in one set only", err=True)
+
+
+def _cells(count: int) -> str:
+    return f"{count} {'cell is' if count == 1 else 'cells are'}"

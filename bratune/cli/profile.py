@@ -78,7 +78,7 @@ FAILED = ("incorrect", "oom", "timeout", "crashed", "error")
     "--passes",
     type=click.IntRange(1),
     metavar="N",
-    help="Fresh processes per measurement; more add to those that are there.  [default: 2, 3, 6 by effort]",
+    help="Fresh processes per measurement; more add to those that are there.  [default: 2, 8, 16 by effort]",
 )
 @options.engine_options
 @options.cluster_option

@@ -65,16 +65,16 @@ class MeterSettings:
         UsageError: a number is out of range, or a name is not known.
     """
 
-    min_time_s: float = 0.5
-    max_noise_pct: float = 0.5
-    timeout_s: float = 30.0
-    min_samples: int = 10
+    min_time_s: float = 2.4
+    max_noise_pct: float = 0.6
+    timeout_s: float = 16.0
+    min_samples: int = 48
     max_samples: int = 10_000
-    warmup_s: float = 0.2
+    warmup_s: float = 0.1
     l2: str = "cold"
     regime: str = "eager"
     give_up_ms: float | None = None
-    passes: int = 3
+    passes: int = 8
 
     def __post_init__(self) -> None:
         for name, known in (("l2", L2_STATES), ("regime", REGIMES)):
@@ -157,12 +157,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "standard": {},
     "full": {
-        "min_time_s": 2.0,
-        "max_noise_pct": 0.2,
-        "timeout_s": 120.0,
-        "min_samples": 30,
+        "min_time_s": 8.0,
+        "max_noise_pct": 0.25,
+        "timeout_s": 160.0,
+        "min_samples": 128,
         "max_samples": 50_000,
-        "warmup_s": 0.5,
-        "passes": 6,
+        "warmup_s": 0.2,
+        "passes": 16,
     },
 }

@@ -7,22 +7,25 @@ towards that of all cells of its kind in the run, with the weight that the cells
 variance is never taken to be smaller than the noise within passes says.
 
 A ratio that was measured in turn is judged by its passes (`judge_ratios`); two runs are judged against each
-other (`judge_runs`), where what all cells have in common is named and divided out. Where many are judged at
-once, FASTER and SLOWER are claimed with Holm's correction, so that the chance of any false one is that of a
-single comparison. A side of one process is never FASTER or SLOWER.
+other (`judge_runs`), where what all cells have in common is named and divided out, and what the machine did
+in a pass to a reference beside the cell is taken out of the cell (`bratune.measure.beside`). Where many are
+judged at once, FASTER and SLOWER are claimed with Holm's correction, so that the chance of any false one is
+that of a single comparison. A side of one process is never FASTER or SLOWER.
 
 Source: moderated t, G. K. Smyth, Statistical Applications in Genetics and Molecular Biology 3 (2004) 3.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bratune.errors import UsageError
+from bratune.measure.beside import Lines
 
 __all__ = [
     "BUSY_PCT",
@@ -64,6 +67,7 @@ _PATIENCE = 100
 # A variance of zero is an accident of few passes; its logarithm would outweigh all others.
 _LEAST_SHARE = 1e-3
 _LARGE_DEGREES = 1e4
+_LARGEST_T = 1e9
 # Beyond a factor of a thousand an interval says no more than that nothing is known.
 _WIDEST = math.log(1000)
 # Variance of the median of n normal values, in units of theirs; beyond the table, pi / 2n.
@@ -79,12 +83,16 @@ class Passes:
         noise: Standard error within each pass, of the logarithm.
         kind: Cells of one kind scatter alike; see `priors`.
         wait_pct: Largest share of time that a pass waited for a processor, in percent.
+        beside: What a reference took in the rounds of each pass; empty without one.
+        beside_noise: Standard error within each pass of the ratio to it, of the logarithm.
     """
 
     values: tuple[float, ...]
     noise: tuple[float, ...]
     kind: str = ""
     wait_pct: float = 0.0
+    beside: tuple[float, ...] = ()
+    beside_noise: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -118,6 +126,11 @@ class Passes:
     def variance(self) -> float:
         """Between passes, of the logarithms; 0 where there is one pass only."""
         return statistics.variance(self.logs) if len(self.values) > 1 else 0.0
+
+    @property
+    def alone(self) -> Passes:
+        """The same without a reference."""
+        return dataclasses.replace(self, beside=(), beside_noise=())
 
     @property
     def within(self) -> float:
@@ -339,31 +352,63 @@ def judge_runs(
     """Verdicts on the cells of one run against those of another.
 
     Args:
-        pairs: Per cell, the times of A and of B.
+        pairs: Per cell, the times of A and of B; with a reference on both sides that is the same code, what
+            the machine did to it in each pass is taken out of the cell's time.
         margin: Differences within this fraction do not matter.
         confidence: That not one of all claims is false.
     """
-    degrees = [len(a.values) + len(b.values) - 2 for a, b in pairs]
-    pooled = [
-        ((len(a.values) - 1) * a.variance + (len(b.values) - 1) * b.variance) / free if free else 0.0
-        for (a, b), free in zip(pairs, degrees, strict=True)
-    ]
-    known = _priors((a.kind, v, d) for (a, _), v, d in zip(pairs, pooled, degrees, strict=True))
     centres = [statistics.median(b.logs) - statistics.median(a.logs) for a, b in pairs]
     shift, shared = _common(centres, margin)
-    found = []
-    for (a, b), centre, variance, free in zip(pairs, centres, pooled, degrees, strict=True):
+    apart = {n: pair for n, pair in enumerate(pairs) if not all(map(_has_reference, pair))}
+    beside = {n: pair for n, pair in enumerate(pairs) if n not in apart}
+    found = _apart(apart, shift, shared) | _beside(beside)
+    verdicts = _judged([found[n] for n in range(len(pairs))], margin, confidence)
+    return Judgement(verdicts, math.exp(shift) if shared else 1.0)
+
+
+def _has_reference(one: Passes) -> bool:
+    return len(one.beside) == len(one.values) > 1
+
+
+def _apart(pairs: Mapping[int, tuple[Passes, Passes]], shift: float, shared: bool) -> dict[int, _Difference]:
+    """Differences of the times of two runs, whatever the machine did meanwhile."""
+    degrees = {n: len(a.values) + len(b.values) - 2 for n, (a, b) in pairs.items()}
+    pooled = {
+        n: ((len(a.values) - 1) * a.variance + (len(b.values) - 1) * b.variance) / max(1, degrees[n])
+        for n, (a, b) in pairs.items()
+    }
+    known = _priors((a.kind, pooled[n], degrees[n]) for n, (a, _) in pairs.items())
+    found = {}
+    for n, (a, b) in pairs.items():
         counts = len(a.values), len(b.values)
-        moderated, total = known[a.kind].moderated(variance, free)
+        moderated, total = known[a.kind].moderated(pooled[n], degrees[n])
         error = sum(
             max(moderated, one.within) * _median_variance(count)
             for one, count in zip((a, b), counts, strict=True)
         )
         # What moved all cells a little is no property of any of them: it widens what is known of each.
         error = math.sqrt(error + (0.0 if shared else shift**2))
+        centre = statistics.median(b.logs) - statistics.median(a.logs) - (shift if shared else 0.0)
+        found[n] = _Difference(centre, error, total, counts, max(a.wait_pct, b.wait_pct))
+    return found
+
+
+def _beside(pairs: Mapping[int, tuple[Passes, Passes]]) -> dict[int, _Difference]:
+    """Differences beside a reference, which moved with everything; see `bratune.measure.beside`."""
+    lines = {
+        n: Lines.of(a.logs, b.logs, [*map(math.log, a.beside)], [*map(math.log, b.beside)])
+        for n, (a, b) in pairs.items()
+    }
+    known = _priors((pairs[n][0].kind, line.variance, line.degrees) for n, line in lines.items())
+    found = {}
+    for n, line in lines.items():
+        a, b = pairs[n]
+        variance, degrees = known[a.kind].moderated(line.variance, line.degrees)
+        within = statistics.fmean(error**2 for error in (*a.beside_noise, *b.beside_noise))
+        centre, error = line.change(max(variance, within))
         wait = max(a.wait_pct, b.wait_pct)
-        found.append(_Difference(centre - (shift if shared else 0.0), error, total, counts, wait))
-    return Judgement(_judged(found, margin, confidence), math.exp(shift) if shared else 1.0)
+        found[n] = _Difference(centre, math.sqrt(error), degrees, line.counts, wait)
+    return found
 
 
 def _common(centres: Sequence[float], margin: float) -> tuple[float, bool]:
@@ -452,16 +497,17 @@ def student_t(probability: float, degrees: float) -> float:
         return statistics.NormalDist().inv_cdf(probability)
     if degrees <= 0:
         return math.inf
-    low, high = 0.0, 1e9
+    # Newton from the normal quantile, which is below: above 0 the distribution is concave, so that no step
+    # goes too far.
+    t = max(0.0, statistics.NormalDist().inv_cdf(probability))
+    log_peak = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - math.log(degrees * math.pi) / 2
     for _ in range(200):
-        middle = math.sqrt(max(low, 1e-12) * high) if high > 1 else (low + high) / 2
-        if _t_cdf(middle, degrees) < probability:
-            low = middle
-        else:
-            high = middle
-        if high - low <= 1e-10 * high:
+        density = math.exp(log_peak - (degrees + 1) / 2 * math.log1p(t * t / degrees))
+        step = (probability - _t_cdf(t, degrees)) / density
+        t = min(t + step, _LARGEST_T)
+        if step <= 1e-10 * t or t == _LARGEST_T:
             break
-    return high
+    return t
 
 
 def _t_cdf(t: float, degrees: float) -> float:

@@ -18,6 +18,7 @@ from bratune import gpus, store
 from bratune.errors import StoreError, UnknownNameError, UsageError
 from bratune.measure.verdict import CONFIDENCE, MARGIN, Passes, Verdict, judge_runs
 from bratune.record import Record
+from bratune.run.summary import is_base
 from bratune.store.pooled import IN_TURN_WITH, passes_of
 
 __all__ = [
@@ -53,6 +54,10 @@ WHAT = (
     "route_distribution",
 )
 HOW = ("regime", "l2", "amp", "layout", "deterministic")
+# What cells that took turns differ in.
+_RIVALS = ("form", "backend", "config")
+# What can change the time of a cell that is the same work.
+_CODE = (*HOW, "gpu_key", "gpu_name", "driver", "torch", "triton", "threads", "source_hash")
 _NOT_NEEDED = ("cell_id", "cell", "repro", "claimed_by", "timestamp_utc", "run_id")
 
 
@@ -75,11 +80,18 @@ class RecordSet:
 
 
 class _Cell(NamedTuple):
-    """One cell of a set: what is compared of its rows, which are not held."""
+    """One cell of a set: what is compared of its rows, which are not held.
+
+    The contest is what it has in common with those that it took turns with; the code is that of its rows, by
+    everything that can change their time, and ``is_base`` says whether the others' ratios are to it.
+    """
 
     what: str
     passes: Passes
     evidence: tuple[str, ...]
+    contest: tuple[object, ...]
+    code: frozenset[tuple[object, ...]]
+    is_base: bool
 
 
 class Compared(NamedTuple):
@@ -113,12 +125,17 @@ class Comparison:
         only_in_one: Cells that only one of the two sets holds, over all pairs.
         refused: Cells left out because they were run differently.
         drifts: What all cells of a set moved by together, in words.
+        beside: Cells from which what the machine did to the baseline beside them is taken out, over all
+            pairs.
+        other_baselines: Cells where it is not, because the baseline's code or the machine is another one.
     """
 
     rows: tuple[Compared, ...]
     only_in_one: int
     refused: int
     drifts: tuple[str, ...] = ()
+    beside: int = 0
+    other_baselines: int = 0
 
 
 def load_set(argument: str) -> RecordSet:
@@ -183,6 +200,7 @@ def compare(
     base, alone, refused = sets[0], 0, 0
     rows: list[Compared] = []
     drifts: list[str] = []
+    beside = other_baselines = 0
     mismatch = ""
     base_groups = _groups(base, across)
     for other in sets[1:]:
@@ -198,11 +216,12 @@ def compare(
                 mismatch = mismatch or _mismatch(base, key, other, other_groups)
             else:
                 alone += 1
-        judged = judge_runs(
-            [(mine.passes, theirs.passes) for mine, theirs in common],
-            margin=margin,
-            confidence=confidence,
-        )
+        same = _same_baselines(base_groups.values(), other_groups.values())
+        pairs = [_to_judge(mine, theirs, same) for mine, theirs in common]
+        judged = judge_runs(pairs, margin=margin, confidence=confidence)
+        could = sum(bool(mine.passes.beside and theirs.passes.beside) for mine, theirs in common)
+        beside += (had := sum(bool(a.beside and b.beside) for a, b in pairs))
+        other_baselines += could - had
         if judged.sentence:
             drifts.append(f"{other.label}: {judged.sentence}")
         for (mine, theirs), verdict in zip(common, judged.verdicts, strict=True):
@@ -216,7 +235,28 @@ def compare(
     if not rows:
         labels = ", ".join(s.label for s in sets)
         raise UsageError(f"no cell is in the first set and another one: {labels}")
-    return Comparison(tuple(rows), alone, refused, tuple(drifts))
+    return Comparison(tuple(rows), alone, refused, tuple(drifts), beside, other_baselines)
+
+
+def _same_baselines(*sets: Iterable[_Cell]) -> set[tuple[object, ...]]:
+    """The contests whose baseline is one and the same code, on one kind of machine, in all sets."""
+    codes: dict[tuple[object, ...], list[frozenset[tuple[object, ...]]]] = {}
+    for cells in sets:
+        for cell in cells:
+            if cell.is_base:
+                codes.setdefault(cell.contest, []).append(cell.code)
+    return {
+        contest
+        for contest, found in codes.items()
+        if len(found) == len(sets) and len(frozenset.union(*found)) == 1
+    }
+
+
+def _to_judge(mine: _Cell, theirs: _Cell, same: set[tuple[object, ...]]) -> tuple[Passes, Passes]:
+    """The passes of a cell in both sets, with the baseline beside them where it is the same in both."""
+    if mine.contest in same:
+        return mine.passes, theirs.passes
+    return mine.passes.alone, theirs.passes.alone
 
 
 def _groups(found: RecordSet, across: bool) -> dict[tuple[object, ...], _Cell]:
@@ -226,7 +266,12 @@ def _groups(found: RecordSet, across: bool) -> dict[tuple[object, ...], _Cell]:
         first = rows[0]
         evidence = tuple(sorted({row.evidence for row in rows}))
         groups[tuple(_value(first, name) for name in names)] = _Cell(
-            describe(first), passes_of(rows), evidence
+            what=describe(first),
+            passes=passes_of(rows),
+            evidence=evidence,
+            contest=tuple(_value(first, name) for name in names if name not in _RIVALS),
+            code=frozenset(tuple(getattr(row, name) for name in _CODE) for row in rows),
+            is_base=is_base(first),
         )
     return groups
 

@@ -49,12 +49,18 @@ class IsolatedRunner:
         machine: Where. Of several GPUs, one that is known by its UUID is the only one that the worker sees.
         settings: How long to measure; regime and cache state come from each cell.
         memory_limit_bytes: Most memory of the worker; by default 80 % of a CPU's, none on a GPU.
+        preload: Modules that the worker imports before its first cell.
     """
 
     evidence = "measured"
 
     def __init__(
-        self, machine: Machine, settings: MeterSettings, *, memory_limit_bytes: int | None = None
+        self,
+        machine: Machine,
+        settings: MeterSettings,
+        *,
+        memory_limit_bytes: int | None = None,
+        preload: Sequence[str] = (),
     ) -> None:
         self.machine = machine
         self.settings = settings
@@ -67,7 +73,10 @@ class IsolatedRunner:
         if memory_limit_bytes is None and not machine.is_cuda:
             memory_limit_bytes = int(_MEMORY_SHARE * machine.memory_bytes) or None
         self._new_worker = functools.partial(
-            Worker, env=env, preload=("bratune.run.measure_cell",), memory_limit_bytes=memory_limit_bytes
+            Worker,
+            env=env,
+            preload=("bratune.run.measure_cell", *preload),
+            memory_limit_bytes=memory_limit_bytes,
         )
         self._worker = self._new_worker()
         self._foreign: Worker | None = None
@@ -210,6 +219,7 @@ class IsolatedEngine(CellEngine):
         machine: Where.
         settings: How cells are sampled.
         memory_limit_bytes: See `IsolatedRunner`.
+        preload: See `IsolatedRunner`.
         options: Those of `bratune.run.engine.CellEngine`.
     """
 
@@ -219,9 +229,10 @@ class IsolatedEngine(CellEngine):
         settings: MeterSettings,
         *,
         memory_limit_bytes: int | None = None,
+        preload: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        runner = IsolatedRunner(machine, settings, memory_limit_bytes=memory_limit_bytes)
+        runner = IsolatedRunner(machine, settings, memory_limit_bytes=memory_limit_bytes, preload=preload)
         super().__init__(runner, settings, **options)
 
 

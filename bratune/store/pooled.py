@@ -6,6 +6,7 @@ Rows of earlier versions have no pass; each of them is one process.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,13 +108,22 @@ def _timed(rows: Sequence[Record]) -> Sequence[Record]:
 
 
 def passes_of(rows: Sequence[Record]) -> Passes:
-    """The times of a cell, each of its rows one pass.
+    """The times of a cell, each of its rows one pass, beside what it took turns with, where that is known.
 
     Raises:
         UsageError: no row has a time.
     """
-    timed = [(row.median_ms, row.ci_lo_ms, row.ci_hi_ms) for row in rows if row.median_ms is not None]
-    return Passes.of(timed, kind=_kind(rows), wait_pct=_wait_pct(rows))
+    timed = [row for row in rows if row.median_ms is not None]
+    found = Passes.of(
+        [(row.median_ms or 0.0, row.ci_lo_ms, row.ci_hi_ms) for row in timed],
+        kind=_kind(rows),
+        wait_pct=_wait_pct(rows),
+    )
+    ratios = ratios_of(timed)
+    if ratios is None or len(ratios.values) < len(timed):
+        return found
+    beside = tuple(ms * ratio for ms, ratio in zip(found.values, ratios.values, strict=True))
+    return dataclasses.replace(found, beside=beside, beside_noise=ratios.noise)
 
 
 def ratios_of(rows: Sequence[Record]) -> Passes | None:

@@ -2,8 +2,8 @@
 
     $ python -m bratune.studies coverage run -o out              # eight runs of attention and whole models
     $ python -m bratune.studies coverage run -o out --busy       # the same beside one busy process
-    $ python -m bratune.studies coverage run -o out --delay 0    # gather, and a backend that is gather too
-    $ python -m bratune.studies coverage run -o out --delay 10   # that backend really is 10 % slower
+    $ python -m bratune.studies coverage run -o out --delay 0    # backends, each beside itself once more
+    $ python -m bratune.studies coverage run -o out --delay 10   # those really are 10 % slower
     $ python -m bratune.studies coverage tune -o out             # how much slower plans are than the best
     $ python -m bratune.studies coverage show -o out             # what they say, and out/coverage-study.json
     $ python -m bratune.studies coverage table out/coverage-study.json
@@ -30,21 +30,16 @@ from statistics import median
 from typing import Any
 
 import click
-from torch import Tensor
 
 from bratune import store
-from bratune.backend import Config
 from bratune.errors import StoreError
-from bratune.kernels import registry
-from bratune.kernels.gather import GatherBackend
 from bratune.machine import detect
 from bratune.measure.settings import EFFORTS, MeterSettings
 from bratune.measure.verdict import Passes, estimate, priors
-from bratune.problem import Problem
 from bratune.record import Record, new_run_id
 from bratune.report.compare import RecordSet, compare
 from bratune.run.isolated import IsolatedEngine
-from bratune.run.summary import is_base, judged
+from bratune.run.summary import judged
 from bratune.store import Store
 from bratune.studies import regret
 from bratune.work.cells import scenes
@@ -52,7 +47,6 @@ from bratune.work.request import make_request
 
 __all__ = [
     "Coverage",
-    "Delayed",
     "Found",
     "Pairs",
     "coverage",
@@ -63,31 +57,8 @@ __all__ = [
     "table_of",
 ]
 
-DELAY_VARIABLE = "BRATUNE_STUDY_DELAY"
 _PAIRS, _FEWEST_RUNS = 20, 3
-
-
-class Delayed(GatherBackend):
-    """`gather`, and then a wait of so many percent of the time that it took."""
-
-    name = "delayed"
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        routes: Tensor,
-        problem: Problem,
-        config: Config | None = None,
-    ) -> Tensor:
-        """The result of `gather`."""
-        begin = time.perf_counter()
-        out = super().forward(q, k, v, routes, problem, config)
-        end = begin + (time.perf_counter() - begin) * (1 + float(os.environ.get(DELAY_VARIABLE, "0")) / 100)
-        while time.perf_counter() < end:
-            pass
-        return out
+_DELAYED = "delayed-"
 
 
 @dataclass(frozen=True)
@@ -119,10 +90,19 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Found:
-    """A true slowdown: cells compared, and those that were SLOWER."""
+    """A true slowdown of some cells.
+
+    Attributes:
+        n: Those cells, over all comparisons.
+        slower: Of them, the ones that were SLOWER.
+        comparisons: How often cells were judged together.
+        wrong: Comparisons in which a cell that did not change was called faster or slower.
+    """
 
     n: int
     slower: int
+    comparisons: int = 0
+    wrong: int = 0
 
 
 Interval = tuple[float, float, float]
@@ -189,27 +169,38 @@ def pairs(runs: Sequence[RecordSet], most: int = _PAIRS) -> Pairs:
 
 
 def found(before: Sequence[RecordSet], after: Sequence[RecordSet]) -> Found:
-    """How often `bratune compare` calls the backend `delayed` SLOWER after than before, over all pairs."""
-    n = slower = 0
+    """How often `bratune compare` calls a delayed backend SLOWER after than before, over all pairs."""
+    n = slower = comparisons = wrong = 0
     for a, b in itertools.product(before, after):
-        for row in compare([a, b]).rows:
-            if Delayed.name in row.what.split():
-                n += 1
-                slower += row.verdict.verdict == "SLOWER"
-    return Found(n, slower)
+        claimed = {row.what: row.verdict.verdict for row in compare([a, b]).rows}
+        changed = {what for what in claimed if any(word.startswith(_DELAYED) for word in what.split())}
+        n += len(changed)
+        slower += sum(claimed[what] == "SLOWER" for what in changed)
+        comparisons += 1
+        wrong += any(claimed[what] in ("FASTER", "SLOWER") for what in claimed.keys() - changed)
+    return Found(n, slower, comparisons, wrong)
 
 
 def found_in_turn(runs: Sequence[RecordSet]) -> Found:
-    """How often the table of one run calls `delayed` SLOWER than `gather`, beside which it took turns."""
+    """How often one run calls a delayed backend SLOWER than the one it is, beside which it took turns."""
     n = slower = 0
     for run in runs:
-        rows = [row for row in store.pool(run.records) if row.part == "attention"]
-        base = {row.stage: row for row in rows if is_base(row)}
-        pairs = [(row, base[row.stage]) for row in rows if row.backend == Delayed.name and row.stage in base]
+        rows = {(row.stage, row.backend): row for row in store.pool(run.records) if row.part == "attention"}
+        pairs = [
+            (row, rows[stage, name.removeprefix(_DELAYED)])
+            for (stage, name), row in rows.items()
+            if name.startswith(_DELAYED) and (stage, name.removeprefix(_DELAYED)) in rows
+        ]
         verdicts = judged(pairs, run.records)
         n += len(verdicts)
         slower += sum(verdict is not None and verdict.verdict == "SLOWER" for verdict in verdicts)
-    return Found(n, slower)
+    return Found(n, slower, len(runs))
+
+
+def _run_files(output: Path) -> list[Path]:
+    """Records of the runs of a folder; those of searches are `bratune.studies.regret`'s."""
+    found = sorted(output.glob("*-*/records.jsonl"))
+    return [path for path in found if path.parent.name.rpartition("-")[0] != "tune"]
 
 
 def _folders(output: Path, kind: str) -> list[Path]:
@@ -219,10 +210,21 @@ def _folders(output: Path, kind: str) -> list[Path]:
 def _sets(output: Path, kind: str) -> list[RecordSet]:
     sets = []
     for path in _folders(output, kind):
-        rows = tuple(row for row in store.read_records([path]) if row.ok)
-        if rows:
-            sets.append(RecordSet(path.name, rows))
+        rows = list(store.read_records([path]))
+        timed = tuple(row for row in rows if row.ok)
+        if timed and not _is_cut_short(rows):
+            sets.append(RecordSet(path.name, timed))
     return sets
+
+
+def _is_cut_short(rows: Sequence[Record]) -> bool:
+    """Whether a run ended before every cell had its passes: what it lacks would count as not found."""
+    missing: dict[str, int] = {}
+    for row in rows:
+        begun = row.outcome == "started"
+        left = 0 if not (begun or row.ok) else (row.passes or 1) - (0 if begun else row.pass_number or 1)
+        missing[row.cell_id] = min(left, missing.get(row.cell_id, left))
+    return any(left > 0 for left in missing.values())
 
 
 @contextmanager
@@ -237,14 +239,6 @@ def _neighbour(busy: bool) -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
-
-
-def _install(folder: Path) -> None:
-    """Describe `Delayed` as a package in a folder, so that a process with it on its path has it."""
-    info = folder / "bratune_study-1.0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bratune-study\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[bratune.backends]\n{Delayed.name} = {__name__}:Delayed\n")
 
 
 @click.group()
@@ -263,27 +257,28 @@ main.add_command(regret.tune_command)
     "--delay",
     type=click.FloatRange(0),
     metavar="PERCENT",
-    help="Only attention by gather and by `delayed`, which waits this much; 0 is what it is compared with.",
+    help="Only attention, by backends each of which is there again and waits this much; compared with 0.",
 )
 @click.option("--effort", type=click.Choice(EFFORTS), help="[default: quick; standard with --delay]")
 @click.option("--passes", type=click.IntRange(2), help="Fresh processes.  [default: by effort]")
 @click.option("--stage", "stages", type=click.IntRange(1, 4), multiple=True, help="[default: all]")
 @click.option("--res", type=click.IntRange(32), default=224, show_default=True, help="Side of the images.")
+@click.option("--attention-only", is_flag=True, help="No whole models.")
 @click.option("--smoke", is_flag=True, help="Shorter than short: shows that it works, and nothing else.")
 def run_command(output: Path, runs: int, busy: bool, delay: float | None, **how: Any) -> None:
     """Take the measurements."""
     kind = "busy" if busy else "quiet" if delay is None else f"delay{delay:g}"
     env = dict(os.environ)
     if delay is not None:
-        _install(output / "package")
-        env |= {DELAY_VARIABLE: f"{delay:g}", "BRATUNE_BACKENDS": Delayed.name}
-        here = [str((output / "package").resolve()), *sys.path]
-        env["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in here)
+        from bratune.studies.delayed import DELAY_VARIABLE
+
+        env[DELAY_VARIABLE] = f"{delay:g}"
     how["effort"] = how["effort"] or ("quick" if delay is None else "standard")
     options = [
         f"--{name}={value}" for name, value in how.items() if name in ("effort", "passes", "res") and value
     ]
     options += [f"--stage={stage}" for stage in how["stages"]] + ["--smoke"] * how["smoke"]
+    options += ["--attention-only"] * how["attention_only"]
     options += ["--delayed"] * (delay is not None)
     with _neighbour(busy):
         for number in range(1, runs + 1):
@@ -299,6 +294,7 @@ def run_command(output: Path, runs: int, busy: bool, delay: float | None, **how:
 @click.option("--passes", type=int)
 @click.option("--stage", "stages", type=int, multiple=True)
 @click.option("--res", type=int, default=224)
+@click.option("--attention-only", is_flag=True)
 @click.option("--smoke", is_flag=True)
 @click.option("--delayed", is_flag=True)
 def one_command(
@@ -307,19 +303,23 @@ def one_command(
     passes: int | None,
     stages: tuple[int, ...],
     res: int,
+    attention_only: bool,
     smoke: bool,
     delayed: bool,
 ) -> None:
     """One run, in this process and its workers."""
     machine = detect("auto")
-    wanted = ("gather", Delayed.name) if delayed else ("gather", "native", "gather-sdpa", "dense")
-    names = tuple(name for name in wanted if delayed or name in registry.BACKENDS)
+    names: tuple[str, ...] = ("gather", "native", "gather-sdpa", "dense")
+    if delayed:
+        from bratune.studies.delayed import DELAYED
+
+        names = (*DELAYED.values(), *DELAYED)
     request = make_request(machine, image=(res, res), backends=names)
     (scene,) = scenes(request)
     chosen = [stage for stage in scene.stages if stage.kind == "routed" or not delayed]
     chosen = [stage for stage in chosen if not stages or stage.index in stages]
     cells = [cell for stage in chosen for cell in scene.attention_cells(stage)]
-    cells += [] if delayed else scene.form_cells()
+    cells += [] if delayed or attention_only else scene.form_cells()
     settings = MeterSettings.for_effort(effort, **({"passes": passes} if passes else {}))
     if smoke:
         settings = settings.replace(min_time_s=0.0, warmup_s=0.0, max_noise_pct=100.0, min_samples=6)
@@ -329,6 +329,7 @@ def one_command(
         passes=settings.passes,
         store=Store(folder / "records.jsonl"),
         run_id=new_run_id(),
+        preload=("bratune.studies.delayed",) if delayed else (),
     ) as engine:
         for row in engine.run(cells):
             if not row.ok:
@@ -343,6 +344,9 @@ def show_command(output: Path) -> None:
     """What the runs that are there say; also written to coverage-study.json in the folder."""
     figures = study_of(output)
     (output / "coverage-study.json").write_text(json.dumps(figures, indent=1) + "\n")
+    for path in _run_files(output):
+        if _is_cut_short(list(store.read_records([path]))):
+            click.echo(f"{path.parent.name} was cut short and is left out; the same run goes on", err=True)
     if busy := regret.disturbed(output):
         click.echo(busy, err=True)
     click.echo(table_of(figures))
@@ -361,7 +365,7 @@ def study_of(output: Path) -> dict[str, Any]:
     Raises:
         StoreError: there are no runs.
     """
-    kinds = sorted({path.parent.name.rpartition("-")[0] for path in output.glob("*-*/records.jsonl")})
+    kinds = sorted({path.parent.name.rpartition("-")[0] for path in _run_files(output)})
     sets = {kind: _sets(output, kind) for kind in kinds}
     sets = {kind: found for kind, found in sets.items() if found}
     plans = regret.stored_regrets(output)
@@ -394,6 +398,7 @@ def _kind_figures(sets: Sequence[RecordSet], kind: str, undelayed: Sequence[Reco
         figures["in_turn"] = asdict(found_in_turn(sets))
         if kind != "delay0" and undelayed:
             figures["compared"] = asdict(found(undelayed, sets))
+        figures["pairs"] = asdict(pairs(sets))
         return figures
     if len(sets) >= _FEWEST_RUNS:
         pooled = [store.pool(one.records) for one in sets]
@@ -433,7 +438,8 @@ def table_of(figures: Mapping[str, Any]) -> str:
             seen = one["compared"]
             lines.append(
                 f"| a true +{percent} %, two runs compared | {runs} | "
-                f"{_share(seen['slower'], seen['n'])} SLOWER |"
+                f"{_share(seen['slower'], seen['n'])} SLOWER; {seen['wrong']} of {seen['comparisons']} "
+                "pairs with a false claim |"
             )
     if "tune" in figures:
         lines += _tune_lines(figures["tune"])

@@ -172,7 +172,7 @@ def _asked_backends(plan: Plan) -> list[str]:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(1), help="Searches.")
 @click.option("--budget", default="4m", show_default=True, help="Of each search.")
-@click.option("--passes", default=12, show_default=True, type=click.IntRange(2), help="Of the truth.")
+@click.option("--passes", default=8, show_default=True, type=click.IntRange(2), help="Of the truth.")
 @click.argument("tune_options", nargs=-1, type=click.UNPROCESSED)
 def tune_command(output: Path, seeds: int, budget: str, passes: int, tune_options: tuple[str, ...]) -> None:
     """Search by several seeds, then measure the truth; options after ``--`` go to `bratune tune`."""

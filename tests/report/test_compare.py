@@ -180,3 +180,57 @@ def test_bad_requests_are_one_sentence(
     a = write(tmp_path / "a.jsonl", 1.0)
     assert run(["compare", *(x.replace("{a}", str(a)) for x in arguments)]) == code
     assert message in capsys.readouterr().err
+
+
+def write_in_turn(folder: Path, *, delayed: float = 1.0, code: str = "same", base: str = "gather") -> str:
+    """Six passes of two stages, by a baseline and another backend, on a machine of changing speed."""
+    target = Store(folder / "records.jsonl")
+    for number in range(1, 7):
+        speed = 1.0 + (number * 7 + len(folder.name)) % 5 / 5
+        for stage in (1, 2):
+            for name, level in ((base, 1.0), ("sparse", delayed * (1 + 0.001 * (number % 3)))):
+                row = Record.of(
+                    cell(stage, backend=name),
+                    machine(),
+                    run_id="r",
+                    median_ms=speed * level,
+                    ci_lo_ms=speed * level * 0.999,
+                    ci_hi_ms=speed * level * 1.001,
+                    pass_number=number,
+                    passes=6,
+                    source_hash=code if name == base else "other",
+                )
+                ratio = None if name == base else 1 / level
+                target.append(row.replace(ratio=ratio, ratio_lo=ratio, ratio_hi=ratio))
+    return str(folder)
+
+
+def test_two_runs_are_compared_beside_a_baseline_that_is_the_same_code(tmp_path: Path) -> None:
+    before = load_set(write_in_turn(tmp_path / "a"))
+    after = load_set(write_in_turn(tmp_path / "bcd", delayed=1.1))
+    found = compare([before, after])
+    assert [(row.what.split()[4], row.verdict.verdict) for row in found.rows] == [
+        ("gather", "UNDECIDED"),
+        ("sparse", "SLOWER"),
+    ] * 2
+    assert (found.beside, found.other_baselines) == (2, 0)
+
+
+@pytest.mark.parametrize("changed", [{"code": "new"}, {"base": "dense"}])
+def test_a_baseline_that_is_other_code_says_nothing_of_the_machine(
+    tmp_path: Path, changed: dict[str, str]
+) -> None:
+    before = load_set(write_in_turn(tmp_path / "a"))
+    after = load_set(write_in_turn(tmp_path / "bcd", delayed=1.1, **changed))
+    found = compare([before, after])
+    assert {row.verdict.verdict for row in found.rows} == {"UNDECIDED"}
+    assert (found.beside, found.other_baselines) == (0, 2)
+
+
+def test_the_command_says_once_what_cells_were_compared_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [write_in_turn(tmp_path / name) for name in ("a", "bcd")]
+    assert run(["compare", *sets]) == 0
+    said = capsys.readouterr().err
+    assert said.count("2 cells are compared beside the baseline that took turns with them") == 1

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from bratune import store
 from bratune.cell import Cell
 from bratune.errors import StoreError
 from bratune.machine import Machine
 from bratune.problem import Problem
 from bratune.record import Record
 from bratune.store import Store
+from bratune.studies import delayed
 from bratune.studies.coverage import main, study_of
+from bratune.studies.delayed import DELAYED
 
 CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="CPU")
 PROBLEM = Problem(batch=1, height=8, width=8, heads=2, head_dim=32, region=(4, 4), topk=2)
@@ -26,7 +29,7 @@ CELLS = 12
 def write(
     folder: Path, *, seed: int, scatter: float = 0.02, run_effect: float = 0.0, slower: float = 1.0
 ) -> None:
-    """A run of three passes of twelve cells, the last by the backend `delayed`."""
+    """A run of three passes of twelve cells, the last by the backend `delayed-dense`, and no baseline."""
     rng = np.random.default_rng(seed)
     levels = np.exp(rng.normal(0, run_effect, CELLS))
     target = Store(folder / "records.jsonl")
@@ -35,7 +38,7 @@ def write(
         cell = Cell(
             part="attention",
             problem=PROBLEM,
-            backend="delayed" if last else "gather",
+            backend="delayed-dense" if last else "dense",
             model="m",
             stage=number,
         )
@@ -46,11 +49,11 @@ def write(
 
 
 def write_beside(folder: Path, ratio: float) -> None:
-    """Three stages of `gather` with `delayed`, which is ``ratio`` times as fast in every round."""
+    """Three stages of `gather` with its delayed form, ``ratio`` times as fast in every round."""
     target = Store(folder / "records.jsonl")
     for stage in (1, 2, 3):
         for which in (1, 2, 3):
-            for name, own in (("gather", None), ("delayed", ratio * (1 + 0.001 * which))):
+            for name, own in (("gather", None), ("delayed-gather", ratio * (1 + 0.001 * which))):
                 cell = Cell(part="attention", problem=PROBLEM, backend=name, model="m", stage=stage)
                 row = Record.of(cell, CPU, median_ms=1.0 + which, pass_number=which, passes=3, run_id="r")
                 if own is not None:
@@ -88,7 +91,9 @@ def test_a_true_slowdown_is_counted_where_it_is_found(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path / f"delay0-{number}", seed=number, scatter=0.005)
         write(tmp_path / f"delay10-{number}", seed=10 + number, scatter=0.005, slower=1.1)
-    assert figures(tmp_path)["delay10"]["compared"] == {"n": 9, "slower": 9}  # every pair of them
+    found = figures(tmp_path)["delay10"]["compared"]
+    assert (found["n"], found["slower"], found["comparisons"]) == (9, 9, 9)  # every pair of them
+    assert found["wrong"] <= 1
 
 
 def test_a_true_slowdown_is_counted_in_turn_within_a_run(tmp_path: Path) -> None:
@@ -96,8 +101,21 @@ def test_a_true_slowdown_is_counted_in_turn_within_a_run(tmp_path: Path) -> None
         for number in range(2):
             write_beside(tmp_path / f"delay{delay}-{number}", ratio)
     seen = figures(tmp_path)
-    assert seen["delay0"]["in_turn"] == {"n": 6, "slower": 0}
-    assert seen["delay10"]["in_turn"] == {"n": 6, "slower": 6}
+    counted = [
+        (seen[kind]["in_turn"]["n"], seen[kind]["in_turn"]["slower"]) for kind in ("delay0", "delay10")
+    ]
+    assert counted == [(6, 0), (6, 6)]
+
+
+def test_a_run_that_was_cut_short_is_left_out_and_named(tmp_path: Path) -> None:
+    for number in range(2):
+        write_beside(tmp_path / f"delay10-{number}", 1 / 1.1)
+    cut = tmp_path / "delay10-1" / "records.jsonl"
+    lines = cut.read_text().splitlines(keepends=True)
+    cut.write_text("".join(line for line in lines if '"pass_number":3' not in line))
+    result = CliRunner().invoke(main, ["show", "-o", str(tmp_path)])
+    assert "delay10-1 was cut short and is left out" in result.stderr
+    assert "1 x 3 | 3 of 3 (100 %) SLOWER" in result.stdout
 
 
 def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
@@ -112,7 +130,23 @@ def test_a_run_is_taken_in_processes_of_its_own_and_shown(tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     seen = figures(tmp_path)
     assert (seen["delay10"]["runs"], seen["delay10"]["passes"]) == (1, 2)
-    assert seen["delay10"]["in_turn"]["n"] == 1
+    assert seen["delay10"]["in_turn"]["n"] == 3
+    rows = store.read_records([tmp_path / "delay10-1"])
+    assert {row.backend for row in rows if row.ok} == {*DELAYED, *DELAYED.values()}
+
+
+def test_a_delayed_backend_takes_that_much_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    monkeypatch.setattr("time.perf_counter", clock)
+    monkeypatch.setenv(delayed.DELAY_VARIABLE, "900")
+    wait = delayed._and_wait(lambda: now[0])
+    assert wait() == 1.0
+    assert now[0] == 11.0  # one second of work, nine of waiting
 
 
 def test_too_few_runs_or_nothing_in_common_is_said(tmp_path: Path) -> None:

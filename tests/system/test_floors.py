@@ -22,7 +22,8 @@ FLOORS = (
         "bratune.backend",
         "bratune.defaults",
         "bratune.engine",
-        "bratune.measure.verdict",  # arithmetic only: what rows say together
+        "bratune.measure.beside",  # arithmetic only, as the next: what rows say together
+        "bratune.measure.verdict",
         "bratune.store",
         "bratune.data",
     ),
