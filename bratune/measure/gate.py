@@ -12,7 +12,8 @@ call returned is compared with what it returned before (`agrees`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -70,6 +71,9 @@ _LARGE_LOGIT, _LARGE_LOGIT_SLACK = 100.0, 30.0
 
 # Multiply-adds that the reference may spend: about a second on one core. A larger batch is sampled.
 _REFERENCE_MACS = 2 * 10**9
+# Multiply-adds of a region below which one thread computes it: handing so little to others takes longer than
+# they need, and on a busy machine a time slice for every product.
+_SMALL_MACS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,11 +370,25 @@ def _truth(
     one = slice(image, image + 1)
     exact = [x[one].detach().double().requires_grad_(cotangent is not None) for x in inputs]
     small = problem.replace(batch=1, dtype="float64")
-    with torch.set_grad_enabled(cotangent is not None):
-        out = reference.forward(exact[0], exact[1], exact[2], routes[one], small)
-    if cotangent is None:
-        return out, ()
-    return out, torch.autograd.grad(out, exact, cotangent[one].double())
+    with _threads(1 if small.attention_macs < _SMALL_MACS * small.regions else 0):
+        with torch.set_grad_enabled(cotangent is not None):
+            out = reference.forward(exact[0], exact[1], exact[2], routes[one], small)
+        if cotangent is None:
+            return out, ()
+        return out, torch.autograd.grad(out, exact, cotangent[one].double())
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads of torch for a while; 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def _wrong_form(out: object, shape: tuple[int, ...], dtype: torch.dtype, *, differentiable: bool) -> str:

@@ -209,3 +209,23 @@ def test_large_logits_are_given_what_rounding_them_costs_and_no_more() -> None:
     assert result(1.0, 1.02).tolerance == table
     loose, wide = result(1.0, 1.5).tolerance, result(3.0, 1.5).tolerance
     assert table == loose < wide < 0.1
+
+
+def test_threads_are_as_before_when_the_reference_has_run_by_one() -> None:
+    seen = []
+
+    class Counting(Altered):
+        def forward(self, *arguments: Any) -> Any:
+            seen.append(torch.get_num_threads())
+            return super().forward(*arguments)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        truth: Any = Counting(lambda out: out)
+        assert gate.check(registry.get("gather"), FORWARD, *inputs(FORWARD), reference=truth).ok
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
+    assert len(seen) == 5  # three images of its data, then other data, and large logits
