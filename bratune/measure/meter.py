@@ -295,7 +295,8 @@ class DeviceMeter:
             settings: How long and how often; times are those of one call, of several so many times more.
             seed: Of the orders.
             keep: Numbers of the calls that never give up, such as the one that others are compared with.
-            worse: How many times slower than the fastest a call must be to give up; None never does.
+            worse: How many times slower than the fastest a call must be to give up, and slower than those
+                that never do; None never does.
             on_turn: Told the number of a call before each of its turns.
 
         Returns:
@@ -409,11 +410,15 @@ def _over(active: Sequence[_Player]) -> bool:
 
 
 def _without_hopeless(active: Sequence[_Player], worse: float | None) -> list[_Player]:
-    """Those that still take turns: not the ones whose own limit, or the fastest of all, rules them out."""
+    """Those that still take turns: not the ones whose own limit, or the fastest of all, rules them out.
+
+    One that is faster than what it is compared with is worth a precise time, whoever else is faster still.
+    """
     left = []
     fastest = min(player.fastest_ms for player in active)
+    compared_with = max((player.fastest_ms for player in active if not player.give_up), default=0.0)
     for player in active:
-        limit = float("inf") if worse is None else worse * fastest
+        limit = float("inf") if worse is None else max(worse * fastest, compared_with)
         if player.give_up and limit < player.fastest_ms < float("inf"):
             player.reason = f"worse: every sample is above {limit:.3g} ms"
             player.gave_up = True

@@ -381,10 +381,12 @@ def test_a_ratio_within_rounds_does_not_see_what_happens_to_all() -> None:
 
 
 def test_a_hopeless_call_stops_taking_turns_and_the_one_it_is_compared_with_does_not() -> None:
-    found, order = in_turn(FakeDevice(), [[50.0], [1.0], [10.0]], worse=3.0)
-    assert [m.n_samples for m in found] == [6, 6, 3]
-    assert found[2].stop_reason.startswith("worse: every sample is above 3 ms")
+    found, order = in_turn(FakeDevice(), [[5.0], [1.0], [10.0], [4.0]], worse=3.0)
+    assert [m.n_samples for m in found] == [6, 6, 3, 6]  # the last one is faster than the first
+    assert found[2].stop_reason.startswith("worse: every sample is above 5 ms")
     assert order.count(0) == 6
+    found, _ = in_turn(FakeDevice(), [[2.0], [1.0], [10.0], [4.0]], worse=3.0)
+    assert [m.n_samples for m in found] == [6, 6, 3, 3]
 
 
 def test_samples_that_waited_for_a_processor_are_set_aside_but_never_all() -> None:
