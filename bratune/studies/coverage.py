@@ -398,7 +398,8 @@ def _kind_figures(sets: Sequence[RecordSet], kind: str, undelayed: Sequence[Reco
         figures["in_turn"] = asdict(found_in_turn(sets))
         if kind != "delay0" and undelayed:
             figures["compared"] = asdict(found(undelayed, sets))
-        figures["pairs"] = asdict(pairs(sets))
+        if len(sets) > 1:
+            figures["pairs"] = asdict(pairs(sets))
         return figures
     if len(sets) >= _FEWEST_RUNS:
         pooled = [store.pool(one.records) for one in sets]
