@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 import os
 import platform
 import time
@@ -31,9 +30,10 @@ from bratune.errors import MissingPackageError, TargetError
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.record import Record
-from bratune.run.engine import GroupRunner, ParallelEngine, Runner
 from bratune.run.measure_cell import Result
+from bratune.run.parallel import ParallelEngine
 from bratune.run.reuse import NOT_FINISHED
+from bratune.run.runner import GroupRunner, Runner, Turns
 
 __all__ = ["ClusterEngine", "Site", "connect", "find_sites", "machine_of"]
 
@@ -204,26 +204,23 @@ class ClusterRunner:
         return machine
 
     def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
-        """See `bratune.run.engine.Runner.run`; the limit counts on the node, from the cell's start."""
+        """See `bratune.run.runner.Runner.run`; the limit counts on the node, from the cell's start."""
         found = self._task(self._measure, limit_s, cell.to_dict(), limit_s, give_up_ms)
         if isinstance(found, _Failure):
             return self._failed(cell, found)
         return Result(Record.from_dict(found["record"]), tuple(found["samples_ms"]))
 
-    def run_group(
-        self,
-        cells: Sequence[Cell],
-        *,
-        limit_s: float,
-        left_s: float = math.inf,
-        base: Cell | None = None,
-        seed: int = 0,
-    ) -> Iterator[tuple[Cell, Result]]:
-        """See `bratune.run.engine.GroupRunner.run_group`: one task, in a new process of one node."""
-        group = [cell.to_dict() for cell in cells]
-        number = None if base is None else cells.index(base)
-        most = min(len(cells) * limit_s, left_s)
-        found = self._task(self._measure_group, most, group, number, limit_s, left_s, seed)
+    def run_group(self, turns: Turns) -> Iterator[tuple[Cell, Result]]:
+        """See `bratune.run.runner.GroupRunner.run_group`: one task, in a new process of one node."""
+        cells = turns.cells
+        how = {
+            "cells": [cell.to_dict() for cell in cells],
+            "base": None if turns.base is None else turns.base.to_dict(),
+            "limit_s": turns.limit_s,
+            "left_s": turns.left_s,
+            "seed": turns.seed,
+        }
+        found = self._task(self._measure_group, min(len(cells) * turns.limit_s, turns.left_s), how)
         if isinstance(found, _Failure):
             yield from ((cell, self._failed(cell, found)) for cell in cells)
             return
@@ -300,7 +297,7 @@ class ClusterRunner:
 
 
 class ClusterEngine(ParallelEngine):
-    """A `bratune.run.engine.ParallelEngine` that measures on as many GPUs of a site as there are.
+    """A `bratune.run.parallel.ParallelEngine` that measures on as many GPUs of a site as there are.
 
     Args:
         site: Which nodes.
@@ -346,11 +343,7 @@ def _measure_group(
     settings: Mapping[str, Any],
     same: Mapping[str, str],
     number: int,
-    group: Sequence[Mapping[str, Any]],
-    base: int | None,
-    limit_s: float,
-    left_s: float,
-    seed: int,
+    turns: Mapping[str, Any],
 ) -> list[tuple[int, dict[str, Any], list[float]]]:
     """Measure one pass of a group in a new process: place in the group, row and samples of each cell.
 
@@ -361,10 +354,9 @@ def _measure_group(
     if not isinstance(runner, GroupRunner):
         raise TargetError(f"{type(runner).__name__} measures cell after cell; passes need a GroupRunner")
     runner.fresh()
-    cells = [Cell.from_dict(cell) for cell in group]
-    results = runner.run_group(
-        cells, limit_s=limit_s, left_s=left_s, base=None if base is None else cells[base], seed=seed
-    )
+    cells = [Cell.from_dict(cell) for cell in turns["cells"]]
+    base = None if turns["base"] is None else Cell.from_dict(turns["base"])
+    results = runner.run_group(Turns(**{**turns, "cells": cells, "base": base}))
     return [(cells.index(cell), r.record.to_dict(), list(r.samples_ms)) for cell, r in results]
 
 

@@ -1,12 +1,11 @@
 """Engines: cells in, rows out, and everything that a long run needs around the measurement of one cell.
 
-Who measures is a `Runner`: this process (`LocalEngine`), a worker that may die
-(`bratune.run.isolated.IsolatedEngine`) or stored records (`bratune.run.replay.ReplayEngine`). What
-surrounds it is the same for all: rows that are there already are not measured again, a line "started" is
-on disk before a cell is launched and its outcome right after, the budget is kept, speedups are filled in.
+Who measures is a `bratune.run.runner.Runner`. What surrounds it is the same for all: rows that are there
+already are not measured again, a line "started" is on disk before a cell is launched and its outcome right
+after, the budget is kept, speedups are filled in.
 
 A precise answer takes *passes*. A pass is a fresh process that measures every *group* of cells in turn; a
-group is the cells that answer one question and differ in backend, settings or form. Passes are spread over
+group is the cells that answer one question (`bratune.run.groups`). Passes are spread over
 the run: pass 1 of every group, then pass 2 of every group. Every pass is a row; what `CellEngine.run` gives
 is the cell pooled over its passes (`bratune.store.pooled`).
 """
@@ -14,251 +13,40 @@ is the cell pooled over its passes (`bratune.store.pooled`).
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Self
 
 from bratune.cell import Cell
 from bratune.machine import Machine
-from bratune.measure.meter import Meter, meter_for
+from bratune.measure.meter import Meter
 from bratune.measure.settings import MeterSettings
 from bratune.measure.verdict import BUSY_PCT
 from bratune.record import Record
-from bratune.run.measure_cell import Result, run_cell
+from bratune.run.groups import Baselines, groups_of, is_baseline
+from bratune.run.measure_cell import Result
 from bratune.run.repro import command_for
 from bratune.run.reuse import NOT_FINISHED, NOT_STARTED, Cache, key_of, source_hash
+from bratune.run.runner import ComparingRunner, GroupRunner, LocalRunner, Runner, Turns
 from bratune.store import Store, pool
 from bratune.store.claims import Claim, Claims
 from bratune.store.pooled import IN_TURN_WITH
-from bratune.work.cells import BASELINE, MIXER_BASELINE
 from bratune.work.contents import contents_of
 
-__all__ = [
-    "CLEARLY_WORSE",
-    "Baselines",
-    "CellEngine",
-    "GroupRunner",
-    "LocalEngine",
-    "LocalRunner",
-    "ParallelEngine",
-    "Runner",
-    "group_of",
-    "groups_of",
-    "is_baseline",
-]
-
-T = TypeVar("T")
+__all__ = ["CellEngine", "LocalEngine", "lacks"]
 
 # Making inputs and checking them against the reference come on top of sampling; compiling can take minutes.
 _OVERHEAD_S, _COMPILE_S = 180.0, 600.0
-# What cells on other machines may take to notice that the budget is spent, before they are stopped.
-_GRACE_S = 15.0
 # How often a cell of another run is looked at, and after how many of its limits it is taken over.
 _LOOK_S, _LEASES = 1.0, 2.0
-# A backend that is this many times slower than the fastest one so far is not worth a precise time.
-CLEARLY_WORSE = 3.0
-
-
-class Runner(Protocol):
-    """Whoever takes the measurement of one cell."""
-
-    @property
-    def evidence(self) -> str:
-        """What its rows are: ``measured`` or ``replayed``."""
-        ...
-
-    @property
-    def machine(self) -> Machine:
-        """The machine that rows speak of."""
-        ...
-
-    def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
-        """The row of a cell and its raw samples; a failure is a row too.
-
-        Args:
-            cell: What is measured.
-            limit_s: Most wall time in seconds, where it can be enforced.
-            give_up_ms: Time above which it is not worth measuring well.
-        """
-        ...
-
-    def interrupt(self) -> None:
-        """End the cell that another thread is running here, where that is possible."""
-        ...
-
-    def close(self) -> None:
-        """Release what it holds."""
-        ...
-
-
-@runtime_checkable
-class GroupRunner(Runner, Protocol):
-    """A runner that can measure cells in turn, in processes that it starts anew."""
-
-    def run_group(
-        self,
-        cells: Sequence[Cell],
-        *,
-        limit_s: float,
-        left_s: float = math.inf,
-        base: Cell | None = None,
-        seed: int = 0,
-    ) -> Iterator[tuple[Cell, Result]]:
-        """One pass of a group: a result per cell, as each is known.
-
-        Args:
-            cells: What takes turns.
-            limit_s: Most wall time in seconds per cell.
-            left_s: Most wall time in seconds of all together.
-            base: Whom the others are compared with, within rounds; one of them.
-            seed: Of the order of turns.
-        """
-        ...
-
-    def fresh(self) -> None:
-        """Let the next cell find a new process."""
-        ...
-
-
-@runtime_checkable
-class ComparingRunner(Protocol):
-    """A runner that holds comparisons that were made before."""
-
-    def in_turn(self, cells: Sequence[Cell], base: Cell) -> dict[Cell, list[Record]]:
-        """The rows of cells that took turns with one of them; none of cells that did not."""
-        ...
-
-
-class LocalRunner:
-    """Measures in this process: for debugging, because a cell that crashes ends the run.
-
-    Args:
-        machine: Where.
-        settings: How long to measure; regime and cache state come from each cell.
-        meter: Takes the times; by default the machine's.
-    """
-
-    evidence = "measured"
-
-    def __init__(self, machine: Machine, settings: MeterSettings, meter: Meter | None = None) -> None:
-        self.machine, self.settings = machine, settings
-        self._meter = meter
-
-    def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
-        """See `Runner.run`; no limit can be enforced from inside."""
-        if self._meter is None:
-            self._meter = meter_for(self.machine)
-        return run_cell(cell, self.machine, self._meter, self.settings.replace(give_up_ms=give_up_ms))
-
-    def interrupt(self) -> None:
-        """A cell in this process ends when it ends."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class Baselines:
-    """Remembers the times of cells that differ in their backend only, to compare each with the others."""
-
-    def __init__(self) -> None:
-        self._medians: dict[str, float] = {}
-        self._fastest: dict[str, float] = {}
-
-    def compared(self, cell: Cell, record: Record) -> Record:
-        """The record with its speedup, where the baseline of its cell is known."""
-        if record.median_ms is None or not _is_compared(cell):
-            return record
-        if record.ratio is not None:  # measured in turn, which says more than two medians
-            return record.replace(speedup=record.ratio, baseline=baseline_of(cell))
-        key = _contest(cell)
-        self._fastest[key] = min(record.median_ms, self._fastest.get(key, record.median_ms))
-        if is_baseline(cell):
-            self._medians[key] = record.median_ms
-        if key not in self._medians:
-            return record
-        return record.replace(speedup=self._medians[key] / record.median_ms, baseline=baseline_of(cell))
-
-    def give_up_ms(self, cell: Cell) -> float | None:
-        """Time above which a cell is clearly worse than what is known; None for the baseline itself."""
-        fastest = self._fastest.get(_contest(cell))
-        return None if fastest is None or is_baseline(cell) else CLEARLY_WORSE * fastest
 
 
 def _question(row: Record) -> str:
     """What a row answers: two runs that ask the same share the work."""
     return f"{key_of(row)} {row.pass_number} {row.evidence}"
-
-
-def _contest(cell: Cell) -> str:
-    return group_of(cell) if _is_compared(cell) else ""
-
-
-def _is_compared(cell: Cell) -> bool:
-    """Whether others do the same in another way; a peer is only compared within rounds."""
-    return bool(cell.backend) or cell.form in ("published", "yours")
-
-
-def group_of(cell: Cell) -> str:
-    """A name for the question that a cell answers, with others that differ in backend, settings or form."""
-    return cell.replace(backend="", config="{}", form="plain").cell_id
-
-
-def groups_of(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Cells that take turns: what answers one question, a block with its parts, a model with its peers.
-
-    Peers join the first model of ours that runs on the same images in the same way.
-    """
-    groups: dict[str, list[Cell]] = {}
-    peers: list[Cell] = []
-    for cell in cells:
-        if cell.form == "timm":
-            peers.append(cell)
-        else:
-            groups.setdefault(_turns_of(cell), []).append(cell)
-    for peer in peers:
-        own = next((g for g in groups.values() if g[0].part == "model" and _way(g[0]) == _way(peer)), None)
-        if own is None:
-            own = groups.setdefault(f"peers {_way(peer)}", [])
-        own.append(peer)
-    return list(groups.values())
-
-
-def _turns_of(cell: Cell) -> str:
-    """The group of a cell; the parts of a block add up to it only where the machine is the same for all."""
-    alone = cell.part in ("attention", "model") or cell.form == "mixer"  # rivals, not parts of one block
-    return group_of(cell if alone else cell.replace(part="block"))
-
-
-def _way(cell: Cell) -> tuple[object, ...]:
-    p = cell.problem
-    how = (cell.regime, cell.l2, cell.layout, cell.amp, cell.seed)
-    return (cell.task, cell.image, p.batch, p.dtype, p.direction, *how)
-
-
-def is_baseline(cell: Cell) -> bool:
-    """Whether others are compared with this cell: gather-then-dense, or window attention among mixers.
-
-    Of a model of somebody else, the model as it is.
-    """
-    if cell.form not in ("plain", "mixer", "yours"):
-        return False
-    return set(cell.backend.split(",")) == {baseline_of(cell)} and cell.config == "{}"
-
-
-def baseline_of(cell: Cell) -> str:
-    """The backend, or the mixer, that what answers the cell's question is compared with.
-
-    Of a whole model of somebody else it has no name: it is the model as it is.
-    """
-    if cell.form == "yours" and cell.part == "model":
-        return ""
-    return MIXER_BASELINE if cell.form == "mixer" else BASELINE
 
 
 class CellEngine:
@@ -412,7 +200,7 @@ class CellEngine:
         for number in range(1, self.passes + 1):
             begun = False
             for place, group in enumerate(groups):
-                missing = [cell for cell in group if _lacks(rows[cell], number)]
+                missing = [cell for cell in group if lacks(rows[cell], number)]
                 if self._left_s() <= 0:
                     return False
                 if self._left_s() < took_s[place]:  # half a pass of a group would be lost
@@ -450,7 +238,7 @@ class CellEngine:
         how = f"{self._settings.sampling}{IN_TURN_WITH}{base.cell_id}"
         rows = {cell: [*filter(_is_quiet, self._cache.find_all(cell, sampling=how))] for cell in cells}
         for number in range(1, (1 if isinstance(self._runner, LocalRunner) else passes) + 1):
-            missing = [cell for cell in cells if _lacks(rows[cell], number)]
+            missing = [cell for cell in cells if lacks(rows[cell], number)]
             if not missing:
                 continue
             if self._cancelled.is_set() or enough(number - 1):
@@ -474,10 +262,8 @@ class CellEngine:
         limit = max(self._limit_of(cell) for cell in turns)
         if isinstance(self._runner, GroupRunner):
             self._runner.fresh()
-            left = self._left_s()
-            for cell, result in self._runner.run_group(
-                turns, limit_s=limit, left_s=left, base=base, seed=number
-            ):
+            one_pass = Turns(cells=turns, limit_s=limit, left_s=self._left_s(), base=base, seed=number)
+            for cell, result in self._runner.run_group(one_pass):
                 if cell in missing and not self._cancelled.is_set():
                     yield cell, result
             return
@@ -503,7 +289,7 @@ class CellEngine:
         def answered() -> bool:
             if number is None:
                 return self._cache.find(cell) is not None
-            return not _lacks(self._cache.find_all(cell), number)
+            return not lacks(self._cache.find_all(cell), number)
 
         lease = _LEASES * self._limit_of(cell)
         return self._claims.take(started, answered=answered, lease_s=lease) is Claim.OURS
@@ -519,9 +305,9 @@ class CellEngine:
         for cell in missing:
             if self._on_start:
                 self._on_start(cell)
-        limit, left = max(self._limit_of(cell) for cell in missing), self._left_s()
-        results = self._runner_of_passes.run_group(turns, limit_s=limit, left_s=left, base=base, seed=number)
-        for cell, result in results:
+        limit = max(self._limit_of(cell) for cell in missing)
+        one_pass = Turns(cells=turns, limit_s=limit, left_s=self._left_s(), base=base, seed=number)
+        for cell, result in self._runner_of_passes.run_group(one_pass):
             if self._cancelled.is_set():
                 return
             if cell not in missing:
@@ -593,7 +379,7 @@ class CellEngine:
         )
 
 
-def _lacks(rows: Sequence[Record], number: int) -> bool:
+def lacks(rows: Sequence[Record], number: int) -> bool:
     """Whether a cell needs a pass: not where it is there, nor where an earlier one failed.
 
     A row that was no part of a series of passes, and is sampled like one, is the first.
@@ -612,84 +398,7 @@ def _one_of(rows: Sequence[Record]) -> Record:
 
 
 def _is_complete(rows: Sequence[Record], passes: int) -> bool:
-    return bool(rows) and not any(_lacks(rows, number) for number in range(1, passes + 1))
-
-
-class ParallelEngine(CellEngine):
-    """A `CellEngine` whose runner measures several cells at a time, each on a device of its own.
-
-    Args:
-        runner: Measures a cell in the thread that asks; several threads do.
-        settings: How cells are sampled.
-        slots: Cells at a time.
-        options: Those of `CellEngine`.
-    """
-
-    def __init__(self, runner: Runner, settings: MeterSettings, *, slots: int, **options: Any) -> None:
-        super().__init__(runner, settings, **options)
-        self.slots = slots
-
-    def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
-        """One finished record per cell, as each is known, baselines first; see `bratune.engine.Engine`.
-
-        In passes, pooled over them and in the order of the cells: a pass of a group is what one device does.
-        """
-        if self.passes > 1:
-            yield from self._run_passes(list(dict.fromkeys(cells)))
-            return
-        waves: tuple[list[Cell], list[Cell]] = [], []
-        for cell in cells:
-            waves[0 if set(cell.backend.split(",")) == {baseline_of(cell)} else 1].append(cell)
-        for wave in waves:
-            for found in self._side_by_side(functools.partial(self._one, cell) for cell in wave):
-                yield from found
-
-    def _all_passes(self, groups: list[list[Cell]], rows: dict[Cell, list[Record]]) -> bool:
-        """See `CellEngine._all_passes`: passes of groups side by side, the first of every group first."""
-
-        def one(number: int, group: list[Cell]) -> bool:
-            missing = [cell for cell in group if _lacks(rows[cell], number)]
-            if self._left_s() <= 0 or self._cancelled.is_set():
-                return False
-            ours = [cell for cell in missing if self._claim(cell, number)]
-            for cell, record in self._pass(group, ours, number) if ours else ():
-                rows[cell].append(record)
-            return len(ours) < len(missing)
-
-        turns = [(number, group) for number in range(1, self.passes + 1) for group in groups]
-        taken = list(self._side_by_side(functools.partial(one, *turn) for turn in turns))
-        return any(taken) and self._left_s() > 0
-
-    def _side_by_side(self, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-        """What jobs return that run side by side, each writing down its rows where they are known.
-
-        No more are under way than can run, so that what a sweep of a hundred thousand cells holds in memory
-        does not grow with it.
-        """
-        waiting, running = iter(jobs), set[Future[T]]()
-        with ThreadPoolExecutor(self.slots) as pool:
-            try:
-                running = {pool.submit(job) for job in itertools.islice(waiting, self.slots)}
-                while running:
-                    done, running = wait(running, self._patience_s(), return_when=FIRST_COMPLETED)
-                    if not done:  # the budget is spent, and cells still wait for a device
-                        self._runner.interrupt()
-                    for job in itertools.islice(waiting, len(done)):
-                        running.add(pool.submit(job))
-                    for turn in done:
-                        yield turn.result()
-            finally:
-                if running:
-                    self.cancel()
-
-    def _patience_s(self) -> float | None:
-        """How long to wait for the next cell: none may be under way shortly after the budget is spent."""
-        if self._deadline is None:
-            return None
-        return max(1.0, self._deadline + _GRACE_S - self._clock())
-
-    def _one(self, cell: Cell) -> list[Record]:
-        return list(super().run([cell]))
+    return bool(rows) and not any(lacks(rows, number) for number in range(1, passes + 1))
 
 
 class LocalEngine(CellEngine):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import tempfile
 import time
@@ -31,8 +30,10 @@ from bratune.measure.settings import MeterSettings
 from bratune.measure.state import TorchState
 from bratune.measure.worker import JobOutcome, Worker
 from bratune.record import Record
-from bratune.run.engine import CLEARLY_WORSE, CellEngine
+from bratune.run.engine import CellEngine
+from bratune.run.groups import CLEARLY_WORSE
 from bratune.run.measure_cell import CheckedCell, Result, failure, finish, prepare, run_cell
+from bratune.run.runner import Turns
 from bratune.work.modules import scenery_for
 
 __all__ = ["IsolatedEngine", "IsolatedRunner", "job"]
@@ -43,7 +44,7 @@ _MEMORY_SHARE = 0.8
 
 
 class IsolatedRunner:
-    """Measures cells in a worker process, one after the other; see `bratune.run.engine.Runner`.
+    """Measures cells in a worker process, one after the other; see `bratune.run.runner.Runner`.
 
     Args:
         machine: Where. Of several GPUs, one that is known by its UUID is the only one that the worker sees.
@@ -82,30 +83,22 @@ class IsolatedRunner:
         self._foreign: Worker | None = None
 
     def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
-        """See `bratune.run.engine.Runner.run`."""
+        """See `bratune.run.runner.Runner.run`."""
         payload = self._payload(cell, give_up_ms=give_up_ms)
         with self._worker_for(cell) as worker:
             outcome = worker.run("bratune.run.isolated:job", payload, limit_s=limit_s)
         return self._result(cell, outcome)
 
-    def run_group(
-        self,
-        cells: Sequence[Cell],
-        *,
-        limit_s: float,
-        left_s: float = math.inf,
-        base: Cell | None = None,
-        seed: int = 0,
-    ) -> Iterator[tuple[Cell, Result]]:
-        """See `bratune.run.engine.GroupRunner.run_group`."""
-        limit = _Limit(limit_s, time.monotonic() + left_s)
-        ours = [cell for cell in cells if not _is_foreign(cell)]
+    def run_group(self, turns: Turns) -> Iterator[tuple[Cell, Result]]:
+        """See `bratune.run.runner.GroupRunner.run_group`."""
+        base, limit = turns.base, _Limit(turns.limit_s, time.monotonic() + turns.left_s)
+        ours = [cell for cell in turns.cells if not _is_foreign(cell)]
         if ours:
-            yield from self._in_turn(self._worker, ours, limit, base, seed)
-        for cell in (cell for cell in cells if _is_foreign(cell)):
+            yield from self._in_turn(self._worker, ours, limit, base, turns.seed)
+        for cell in (cell for cell in turns.cells if _is_foreign(cell)):
             beside = [] if base is None or base == cell or _is_foreign(base) else [base]
             with self._worker_for(cell) as worker:
-                for found, result in self._in_turn(worker, [*beside, cell], limit, base, seed):
+                for found, result in self._in_turn(worker, [*beside, cell], limit, base, turns.seed):
                     if found == cell:  # the other one only ran beside it, for the ratio
                         yield found, result
 

@@ -7,7 +7,6 @@ every row (``evidence``), and a cell that was never measured is an error with th
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from bratune.measure.settings import MeterSettings
 from bratune.record import Record
 from bratune.run.engine import CellEngine
 from bratune.run.measure_cell import Result
+from bratune.run.runner import Turns
 from bratune.store import Rows, pool_each, read_rows
 from bratune.store.pooled import alike, sizes_of
 
@@ -28,7 +28,7 @@ _NOT_NEEDED = ("cell", "claimed_by")
 
 
 class ReplayRunner:
-    """Answers cells from records; see `bratune.run.engine.Runner`.
+    """Answers cells from records; see `bratune.run.runner.Runner`.
 
     Args:
         records: Rows of one or several machines.
@@ -75,7 +75,7 @@ class ReplayRunner:
         return cls(rows, gpu=gpu, source=", ".join(map(str, several)))
 
     def run(self, cell: Cell, *, limit_s: float, give_up_ms: float | None = None) -> Result:
-        """See `bratune.run.engine.Runner.run`; takes no time."""
+        """See `bratune.run.runner.Runner.run`; takes no time."""
         row = self._answer(cell.cell_id)
         return self._missing(cell) if row is None else self._replayed(cell, row)
 
@@ -101,7 +101,7 @@ class ReplayRunner:
         return Result(row.replace(evidence="replayed", cell=asked.cell))
 
     def in_turn(self, cells: Sequence[Cell], base: Cell) -> dict[Cell, list[Record]]:
-        """See `bratune.run.engine.ComparingRunner.in_turn`."""
+        """See `bratune.run.runner.ComparingRunner.in_turn`."""
         return {
             cell: [
                 self._replayed(cell, row).record
@@ -111,22 +111,14 @@ class ReplayRunner:
             for cell in cells
         }
 
-    def run_group(
-        self,
-        cells: Sequence[Cell],
-        *,
-        limit_s: float,
-        left_s: float = math.inf,
-        base: Cell | None = None,
-        seed: int = 0,
-    ) -> Iterator[tuple[Cell, Result]]:
-        """See `bratune.run.engine.GroupRunner.run_group`: rows of pass ``seed``, of cells that have it."""
-        for cell in cells:
+    def run_group(self, turns: Turns) -> Iterator[tuple[Cell, Result]]:
+        """See `bratune.run.runner.GroupRunner.run_group`: rows of pass ``seed``, of cells that have it."""
+        for cell in turns.cells:
             rows = self._passes(cell.cell_id)
             if not rows:
                 yield cell, self._missing(cell)
-            elif len(rows) >= seed:
-                yield cell, self._replayed(cell, rows[seed - 1])
+            elif len(rows) >= turns.seed:
+                yield cell, self._replayed(cell, rows[turns.seed - 1])
 
     def fresh(self) -> None:
         """There is no process."""

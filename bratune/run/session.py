@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bratune.cell import Cell
 from bratune.engine import Engine
 from bratune.record import Record
-from bratune.run.engine import Baselines, group_of, is_baseline
+from bratune.run.groups import Baselines, group_of, is_baseline
 from bratune.run.summary import best_attention
 from bratune.variant import Stage
 from bratune.work.cells import BASELINE, Scene, scenes

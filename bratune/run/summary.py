@@ -153,7 +153,7 @@ def _error(value: float | None, lo: float | None, hi: float | None) -> float:
 
 
 def is_base(row: Record) -> bool:
-    """Whether ratios within rounds are relative to this row's cell: see `bratune.run.engine.is_baseline`."""
+    """Whether ratios within rounds are relative to this row's cell: see `bratune.run.groups.is_baseline`."""
     if row.form == "mixer":
         return row.backend == MIXER_BASELINE
     if row.form == "yours":

@@ -28,8 +28,8 @@ from bratune.machine import detect
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.record import Record
-from bratune.run.engine import ParallelEngine
 from bratune.run.measure_cell import Result
+from bratune.run.parallel import ParallelEngine
 from bratune.store import maintenance as upkeep
 
 __all__ = ["COLUMNS", "rows"]

@@ -3,7 +3,7 @@
     python -m bratune.studies sweep results/cpu-epyc-biformer-tiny-224.jsonl
 
 Records say when a cell started and when its outcome was written. The simulation draws such times for as many
-cells as are asked for and hands each to the first free device, as `bratune.run.engine.ParallelEngine`
+cells as are asked for and hands each to the first free device, as `bratune.run.parallel.ParallelEngine`
 does. It loses devices at random: the cell in flight runs again elsewhere, and the device is back after a
 while. The tables of docs/scale.md come from it.
 """

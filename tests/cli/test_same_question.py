@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from bratune.predict.model import ModelEngine, absent_machine
 from bratune.record import Record
 from bratune.report.demo import modelled_records
 from bratune.run.measure_cell import Result
+from bratune.run.runner import Turns
 from bratune.store import read_records
 from bratune.store.pooled import IN_TURN_WITH
 from bratune.tune.bench import Bench
@@ -209,12 +210,10 @@ class Counting:
         row = Record.of(cell, self.machine, median_ms=median, ci_lo_ms=0.99 * median, ci_hi_ms=1.01 * median)
         return Result(row, (median,))
 
-    def run_group(
-        self, cells: Sequence[Cell], *, limit_s: float, base: Cell | None = None, **_: object
-    ) -> Iterator[tuple[Cell, Result]]:
-        for cell in cells:
-            result = self.run(cell, limit_s=limit_s)
-            ratio = None if base in (None, cell) else 1.1
+    def run_group(self, turns: Turns) -> Iterator[tuple[Cell, Result]]:
+        for cell in turns.cells:
+            result = self.run(cell, limit_s=turns.limit_s)
+            ratio = None if turns.base in (None, cell) else 1.1
             yield cell, Result(result.record.replace(ratio=ratio, ratio_lo=ratio, ratio_hi=ratio), (1.0,))
 
     def fresh(self) -> None: ...

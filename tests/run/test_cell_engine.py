@@ -22,8 +22,9 @@ from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.record import Record
 from bratune.run import reuse as cache
-from bratune.run.engine import CellEngine, ParallelEngine
+from bratune.run.engine import CellEngine
 from bratune.run.measure_cell import Result
+from bratune.run.parallel import ParallelEngine
 from bratune.run.replay import ReplayRunner
 from bratune.store import Store, read_records
 
@@ -437,7 +438,7 @@ def test_a_caller_that_stops_ends_what_runs_side_by_side() -> None:
 def test_a_cell_that_waits_for_a_device_when_the_budget_ends_is_interrupted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bratune.run.engine._GRACE_S", 0.0)
+    monkeypatch.setattr("bratune.run.parallel._GRACE_S", 0.0)
     runner = ManyRunner(first_waits=True)
     (row,) = ParallelEngine(runner, QUICK, slots=2, budget_s=0.1).run([GATHER])
     assert (row.outcome, row.reason) == ("timeout", "not finished: the budget of 0.1 s was spent")

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.record import Record
 from bratune.run.measure_cell import Result
+from bratune.run.runner import Turns
 from bratune.store import Store
 
 QUICK = MeterSettings.for_effort("quick")
@@ -68,9 +69,8 @@ class Fake:
     def fresh(self) -> None:
         (self.folder / f"0-fresh-{time.time_ns()}").touch()
 
-    def run_group(
-        self, group: Sequence[Cell], *, base: Cell | None = None, seed: int = 0, **_: float
-    ) -> Iterator[tuple[Cell, Result]]:
+    def run_group(self, turns: Turns) -> Iterator[tuple[Cell, Result]]:
+        group, base, seed = turns.cells, turns.base, turns.seed
         (self.folder / f"{seed}-turn-{'+'.join(str(cell.seed) for cell in group)}-{os.getpid()}").touch()
         if seed == self.dies_in and not (self.folder / "0-died-0").exists():
             (self.folder / "0-died-0").touch()

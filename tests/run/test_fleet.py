@@ -15,8 +15,9 @@ from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.record import Record
 from bratune.run import fleet, session
-from bratune.run.engine import CellEngine, ParallelEngine
+from bratune.run.engine import CellEngine
 from bratune.run.measure_cell import Result
+from bratune.run.parallel import ParallelEngine
 from bratune.run.target import device_names
 from bratune.store import Store
 from bratune.work.request import make_request

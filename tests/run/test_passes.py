@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,11 +16,14 @@ from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.record import Record
 from bratune.run import session
-from bratune.run.engine import CellEngine, LocalEngine, ParallelEngine, groups_of
+from bratune.run.engine import CellEngine, LocalEngine
+from bratune.run.groups import groups_of
 from bratune.run.isolated import IsolatedEngine, IsolatedRunner
 from bratune.run.measure_cell import Result
+from bratune.run.parallel import ParallelEngine
 from bratune.run.passes import disturbance
 from bratune.run.replay import ReplayRunner
+from bratune.run.runner import Turns
 from bratune.store import Store, pool, read_records
 from bratune.testing import faults
 from bratune.work.request import make_request
@@ -61,15 +62,8 @@ class FakeGroups:
     def fresh(self) -> None:
         self.log.append("fresh")
 
-    def run_group(
-        self,
-        cells: Sequence[Cell],
-        *,
-        limit_s: float,
-        left_s: float = math.inf,
-        base: Cell | None = None,
-        seed: int = 0,
-    ) -> Iterator[tuple[Cell, Result]]:
+    def run_group(self, turns: Turns) -> Iterator[tuple[Cell, Result]]:
+        cells, base, seed = turns.cells, turns.base, turns.seed
         self.parts[len(self.log)] = f" {group_part(cells)}"
         self.log.append(f"{seed}:{cells[0].seed}:" + "+".join(one.backend for one in cells))
         if (seed, cells[0].seed) == self.die_at:
@@ -223,9 +217,9 @@ def test_a_comparison_is_answered_by_nothing_else_and_answers_nothing_else(tmp_p
 
 def test_a_disturbed_pass_of_a_comparison_is_made_again_by_the_same_command(tmp_path: Path) -> None:
     class Busy(FakeGroups):
-        def run_group(self, cells: Sequence[Cell], **more: Any) -> Iterator[tuple[Cell, Result]]:
-            for one, result in super().run_group(cells, **more):
-                wait = 40.0 if more["seed"] == 2 else 1.0
+        def run_group(self, turns: Turns) -> Iterator[tuple[Cell, Result]]:
+            for one, result in super().run_group(turns):
+                wait = 40.0 if turns.seed == 2 else 1.0
                 yield one, Result(result.record.replace(cpu_wait_pct=wait), result.samples_ms)
 
     gather, dense = GROUPS[:2]
@@ -273,9 +267,9 @@ def test_a_pass_that_would_not_end_in_time_is_not_begun(tmp_path: Path) -> None:
     now = [0.0]
 
     class Slow(FakeGroups):
-        def run_group(self, cells: Sequence[Cell], **options: Any) -> Iterator[tuple[Cell, Result]]:
-            now[0] += 10.0 if cells[0].seed == 0 else 2.0
-            return super().run_group(cells, **options)
+        def run_group(self, turns: Turns) -> Iterator[tuple[Cell, Result]]:
+            now[0] += 10.0 if turns.cells[0].seed == 0 else 2.0
+            return super().run_group(turns)
 
     runner = Slow()
     rows = list(
@@ -377,9 +371,11 @@ def test_two_passes_are_two_processes_and_ratios_are_within_rounds() -> None:
 
 def test_a_cell_has_the_memory_that_it_would_have_alone() -> None:
     with contextlib.closing(IsolatedRunner(machine.detect("cpu"), SETTINGS)) as runner:
-        together = {one: result.record for one, result in runner.run_group(GROUPS[:2], limit_s=60)}
+        together = {
+            one: result.record for one, result in runner.run_group(Turns(cells=GROUPS[:2], limit_s=60))
+        }
         runner.fresh()
-        ((_, alone),) = runner.run_group(GROUPS[1:2], limit_s=60)
+        ((_, alone),) = runner.run_group(Turns(cells=GROUPS[1:2], limit_s=60))
     assert alone.record.peak_alloc_mb is not None
     assert together[GROUPS[1]].peak_alloc_mb == pytest.approx(alone.record.peak_alloc_mb, rel=0.02)
 
@@ -388,9 +384,8 @@ def test_a_cell_has_the_memory_that_it_would_have_alone() -> None:
 def test_a_backend_that_crashes_costs_its_own_process_and_not_the_pass() -> None:
     group = [GROUPS[0], cell("fault-segfault"), cell("fault-raise"), GROUPS[1]]
     runner = IsolatedRunner(machine.detect("cpu"), SETTINGS)
-    found = {
-        one.backend: result.record for one, result in runner.run_group(group, limit_s=60, base=GROUPS[0])
-    }
+    turns = Turns(cells=group, limit_s=60, base=GROUPS[0])
+    found = {one.backend: result.record for one, result in runner.run_group(turns)}
     runner.close()
     assert {name: row.outcome for name, row in found.items()} == {
         "gather": "measured",

@@ -19,8 +19,9 @@ from bratune.report.explain_tables import n_win_table
 from bratune.report.profile_tables import profile_markdown, profile_text
 from bratune.report.timm_format import timm_csv, timm_row
 from bratune.run import session
-from bratune.run.engine import CellEngine, LocalRunner
+from bratune.run.engine import CellEngine
 from bratune.run.measure_cell import run_cell
+from bratune.run.runner import LocalRunner
 from bratune.run.summary import best_attention, differ, group, residual
 from bratune.run.target import find_target
 from bratune.store import Store
@@ -140,7 +141,7 @@ def test_without_stages_only_whole_models_are_measured() -> None:
 
 
 def test_peers_take_turns_with_the_model_of_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bratune.run.engine import groups_of
+    from bratune.run.groups import groups_of
     from bratune.work.cells import scenes
 
     monkeypatch.setattr("bratune.work.request.peer_name", lambda name: name)

@@ -28,7 +28,7 @@ from bratune.report.answer import answer
 from bratune.report.figures.facts import timed
 from bratune.report.profile_tables import MIXER_TITLES, profile_text, scene_tables
 from bratune.run import reuse, session
-from bratune.run.engine import Baselines, group_of, groups_of, is_baseline
+from bratune.run.groups import Baselines, group_of, groups_of, is_baseline
 from bratune.run.isolated import _is_foreign
 from bratune.run.measure_cell import check, prepare, refusals
 from bratune.run.repro import command_for

@@ -15,7 +15,7 @@ from bratune.errors import UsageError
 from bratune.machine import detect
 from bratune.record import Record
 from bratune.run import session
-from bratune.run.engine import group_of, is_baseline
+from bratune.run.groups import group_of, is_baseline
 from bratune.run.measure_cell import check, refusals
 from bratune.run.repro import command_for
 from bratune.work import yours
