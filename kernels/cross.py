@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from bratune.backend import Config
 from bratune.errors import ProblemError
 from bratune.kernels import layout
-from bratune.kernels.api import route, routed_attention
-from bratune.kernels.registry import get
+from bratune.kernels.api import route
+from bratune.kernels.layer import Attending
 from bratune.problem import ceil_div
 
 __all__ = ["CrossBiLevelRoutingAttention"]
 
 
-class CrossBiLevelRoutingAttention(nn.Module):
+class CrossBiLevelRoutingAttention(Attending):
     """Routed attention of a map to a context, NHWC; of a map to itself where there is none.
 
     The arithmetic is that of `bratune.kernels.layer.BiLevelRoutingAttention` without its depthwise
@@ -56,16 +56,9 @@ class CrossBiLevelRoutingAttention(nn.Module):
         backend: str = "auto",
         config: Config | None = None,
     ) -> None:
-        super().__init__()
-        self.dim, self.context_dim = dim, context_dim or dim
-        self.num_heads, self.qk_dim = num_heads, qk_dim or dim
+        super().__init__(dim, num_heads, qk_dim or dim, qk_scale, topk, backend=backend, config=config)
+        self.context_dim, self.auto_pad = context_dim or dim, auto_pad
         self.n_win = (n_win, n_win) if isinstance(n_win, int) else n_win
-        self.scale = qk_scale or self.qk_dim**-0.5
-        self.topk, self.auto_pad = topk, auto_pad
-        if num_heads < 1 or dim % num_heads or self.qk_dim % num_heads:
-            raise ProblemError(
-                f"{num_heads} heads do not divide {dim} channels of v and {self.qk_dim} of q and k"
-            )
         rows, columns = self.n_win
         if rows < 1 or columns < 1 or not 1 <= topk <= rows * columns:
             raise ProblemError(
@@ -74,13 +67,6 @@ class CrossBiLevelRoutingAttention(nn.Module):
         self.q = nn.Linear(dim, self.qk_dim)
         self.kv = nn.Linear(self.context_dim, self.qk_dim + dim)
         self.wo = nn.Linear(dim, dim)
-        self.set_backend(backend, config)
-
-    def set_backend(self, backend: str, config: Config | None = None) -> None:
-        """Let another backend attend from now on."""
-        if backend != "auto":
-            get(backend)
-        self.backend, self.config = backend, config
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Attend.
@@ -108,18 +94,7 @@ class CrossBiLevelRoutingAttention(nn.Module):
         q = self.q(x)
         k, v = self.kv(given).split([self.qk_dim, self.dim], dim=-1)
         routes = route(q, k, region=region, kv_region=kv_region, topk=self.topk)
-        out = routed_attention(
-            q,
-            k,
-            v,
-            routes,
-            heads=self.num_heads,
-            region=region,
-            kv_region=kv_region,
-            scale=self.scale,
-            backend=self.backend,
-            config=self.config,
-        )
+        out = self.attend_regions(q, k, v, routes, region, kv_region)
         return layout.crop_tokens(self.wo(out), height, width)
 
     def _region(self, x: Tensor) -> tuple[int, int]:

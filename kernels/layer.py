@@ -25,7 +25,7 @@ from bratune.kernels.registry import get
 from bratune.kernels.routing import region_means, route_pooled
 from bratune.problem import split_map
 
-__all__ = ["BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention", "RoutedLayer"]
+__all__ = ["Attending", "BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention", "RoutedLayer"]
 
 
 class _QKVLinear(nn.Module):
@@ -40,8 +40,74 @@ class _QKVLinear(nn.Module):
         return out
 
 
-class RoutedLayer(nn.Module):
-    """What both layers share: their numbers, and the parts of a forward pass on NHWC maps.
+class Attending(nn.Module):
+    """What every routed layer has: channels, heads, top-k, and the backend that attends.
+
+    Args:
+        dim: Channels of values and output.
+        num_heads: Attention heads.
+        qk_dim: Channels of queries and keys.
+        qk_scale: Factor of the logits; by default ``qk_dim ** -0.5`` (all channels, not a head's).
+        topk: Key regions per query region.
+        backend: Which implementation attends, a name of `bratune.kernels.registry.names` or ``auto``.
+        config: Settings of the backend.
+
+    Raises:
+        ProblemError: heads do not divide the channels.
+        UnknownNameError: no backend has this name.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qk_dim: int,
+        qk_scale: float | None,
+        topk: int,
+        *,
+        backend: str,
+        config: Config | None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.qk_dim, self.topk = dim, num_heads, qk_dim, topk
+        self.scale = qk_scale or qk_dim**-0.5
+        self.set_backend(backend, config)
+        if num_heads < 1 or dim % num_heads or qk_dim % num_heads:
+            channels = f"{dim} channels" if dim == qk_dim else f"{dim} channels of v and {qk_dim} of q and k"
+            raise ProblemError(f"{num_heads} heads do not divide {channels}")
+
+    def set_backend(self, backend: str, config: Config | None = None) -> None:
+        """Let another backend attend from now on."""
+        if backend != "auto":
+            get(backend)
+        self.backend, self.config = backend, config
+
+    def attend_regions(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        routes: Tensor,
+        region: tuple[int, int],
+        kv_region: tuple[int, int],
+    ) -> Tensor:
+        """Level two, from every query region to its routed key regions, by the layer's backend."""
+        return routed_attention(
+            q,
+            k,
+            v,
+            routes,
+            heads=self.num_heads,
+            region=region,
+            kv_region=kv_region,
+            scale=self.scale,
+            backend=self.backend,
+            config=self.config,
+        )
+
+
+class RoutedLayer(Attending):
+    """What both layers share: the parts of a forward pass on NHWC maps.
 
     The layers differ in the modules that hold their weights and in how a map is divided. ``qkv_layer`` and
     ``output_layer`` are the projections, a linear layer or a 1x1 convolution.
@@ -63,18 +129,9 @@ class RoutedLayer(nn.Module):
         config: Config | None,
         pooled_routing: bool,
     ) -> None:
-        super().__init__()
-        self.dim = dim
-        self.num_heads = num_heads
+        super().__init__(dim, num_heads, qk_dim, qk_scale, topk, backend=backend, config=config)
         self.n_win = n_win
-        self.qk_dim = qk_dim
-        self.scale = qk_scale or qk_dim**-0.5
-        self.topk = topk
         self.pooled_routing = pooled_routing
-        self.set_backend(backend, config)
-        if num_heads < 1 or dim % num_heads or qk_dim % num_heads:
-            channels = f"{dim} channels" if dim == qk_dim else f"{dim} channels of v and {qk_dim} of q and k"
-            raise ProblemError(f"{num_heads} heads do not divide {channels}")
 
     @property
     def qkv_layer(self) -> nn.Linear | nn.Conv2d:
@@ -85,12 +142,6 @@ class RoutedLayer(nn.Module):
     def output_layer(self) -> nn.Module:
         """The output projection."""
         raise NotImplementedError
-
-    def set_backend(self, backend: str, config: Config | None = None) -> None:
-        """Let another backend attend from now on."""
-        if backend != "auto":
-            get(backend)
-        self.backend, self.config = backend, config
 
     def region_of(self, height: int, width: int) -> tuple[int, int]:
         """The region in tokens on a map of this size."""
@@ -114,7 +165,7 @@ class RoutedLayer(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> Tensor:
         """Level two: from every query region to its routed regions."""
         region = self.region_of(*layout.sides(q))
-        return self._attend(q, k, v, routes, region, region)
+        return self.attend_regions(q, k, v, routes, region, region)
 
     def enhance(self, v: Tensor) -> Tensor | None:
         """The depthwise convolution of the values (LePE); None without one."""
@@ -143,28 +194,6 @@ class RoutedLayer(nn.Module):
         q, k, v = split_packed(qkv, (self.qk_dim, self.qk_dim, self.dim))
         out, local = self.attend(q, k, v, self.route(q, k)), self.enhance(v)
         return self.merge(out if local is None else out + local)
-
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        routes: Tensor,
-        region: tuple[int, int],
-        kv_region: tuple[int, int],
-    ) -> Tensor:
-        return routed_attention(
-            q,
-            k,
-            v,
-            routes,
-            heads=self.num_heads,
-            region=region,
-            kv_region=kv_region,
-            scale=self.scale,
-            backend=self.backend,
-            config=self.config,
-        )
 
 
 class BiLevelRoutingAttention(RoutedLayer):
@@ -367,7 +396,7 @@ class BiLevelRoutingAttention(RoutedLayer):
         """Level two: from every query region to its routed regions, pooled as the layer says."""
         region = self.region_of(*layout.sides(q))
         k, v, kv_region = self._pool(k, v, region)
-        return self._attend(q, k, v, routes, region, kv_region)
+        return self.attend_regions(q, k, v, routes, region, kv_region)
 
     def merge(self, x: Tensor) -> Tensor:
         """The output projection."""
