@@ -7,10 +7,19 @@ published ones are open, bounds are lines.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["EVIDENCE_WORDS", "as_text", "bar_marker", "colours", "layout", "line", "point_marker"]
+__all__ = [
+    "EVIDENCE_WORDS",
+    "as_text",
+    "bar_marker",
+    "colours",
+    "error_bars",
+    "layout",
+    "line",
+    "point_marker",
+]
 
 # Neutral grey for the published baseline, so that what differs from it carries the colour.
 BACKEND_COLOURS = {
@@ -67,6 +76,19 @@ def colours(names: Iterable[str]) -> dict[str, str]:
         alone = tails.count(tail) == 1
         found[name] = fixed[tail] if alone and tail in fixed else next(free)
     return found
+
+
+def error_bars(values: Sequence[float], lo: Sequence[float], hi: Sequence[float]) -> dict[str, Any]:
+    """From the lower to the upper bound of each value."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [top - value for value, top in zip(values, hi, strict=True)],
+        "arrayminus": [value - bottom for value, bottom in zip(values, lo, strict=True)],
+        "thickness": 1.2,
+        "width": 3,
+        "color": "rgba(70,80,92,0.85)",
+    }
 
 
 def bar_marker(colour: str, evidence: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ __all__ = ["CHEATS", "FAULTS", "install"]
 
 
 class _Fault(ReferenceBackend):
-    """The reference, with something before it."""
+    """The reference, with something before it, in its place or after it."""
 
     def forward(
         self,
@@ -38,11 +38,19 @@ class _Fault(ReferenceBackend):
         config: Config | None = None,
     ) -> Tensor:
         self.misbehave(q)
-        return super().forward(q, k, v, routes, problem, config)
+        out = super().forward(q, k, v, routes, self.understood(problem), config)
+        return self.answer(out, q, k, problem)
 
     def misbehave(self, q: Tensor) -> None:
-        """Do the wrong thing."""
-        raise NotImplementedError
+        """What is done before."""
+
+    def understood(self, problem: Problem) -> Problem:
+        """What is computed instead of what was asked."""
+        return problem
+
+    def answer(self, out: Tensor, q: Tensor, k: Tensor, problem: Problem) -> Tensor:
+        """What is returned instead of the result."""
+        return out
 
 
 class Hang(_Fault):
@@ -175,60 +183,36 @@ class Fork(_Fault):
             time.sleep(86_400)
 
 
-class NotANumber(ReferenceBackend):
+class NotANumber(_Fault):
     """One value in the output is NaN."""
 
     name = "fault-nan"
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        routes: Tensor,
-        problem: Problem,
-        config: Config | None = None,
-    ) -> Tensor:
+    def answer(self, out: Tensor, q: Tensor, k: Tensor, problem: Problem) -> Tensor:
         """The right result with its last value spoilt."""
-        out = super().forward(q, k, v, routes, problem, config).clone()
+        out = out.clone()
         out[-1, -1, -1, -1] = float("nan")
         return out
 
 
-class WrongNumbers(ReferenceBackend):
+class WrongNumbers(_Fault):
     """Forgets the scale of the logits."""
 
     name = "fault-wrong"
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        routes: Tensor,
-        problem: Problem,
-        config: Config | None = None,
-    ) -> Tensor:
-        """A plausible map that is not the right one."""
-        return super().forward(q, k, v, routes, problem.replace(scale=1.0), config)
+    def understood(self, problem: Problem) -> Problem:
+        """A problem whose map is plausible, and not the right one."""
+        return problem.replace(scale=1.0)
 
 
-class _Cheat(ReferenceBackend):
+class _Cheat(_Fault):
     """The reference where it is looked at once, something else where it is not."""
 
     calls = 0
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        routes: Tensor,
-        problem: Problem,
-        config: Config | None = None,
-    ) -> Tensor:
+    def answer(self, out: Tensor, q: Tensor, k: Tensor, problem: Problem) -> Tensor:
+        """The result, or zeros."""
         self.calls += 1
-        out = super().forward(q, k, v, routes, problem, config)
         return torch.zeros_like(out) if self.is_off(q, k, problem) else out
 
     def is_off(self, q: Tensor, k: Tensor, problem: Problem) -> bool:
@@ -276,27 +260,18 @@ class Contiguous(_Cheat):
         return q.is_contiguous()
 
 
-class LargeLogits(ReferenceBackend):
+class LargeLogits(_Fault):
     """Takes exponentials without subtracting the largest logit, as far as the result shows it."""
 
     name = "cheat-large-logits"
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        routes: Tensor,
-        problem: Problem,
-        config: Config | None = None,
-    ) -> Tensor:
+    def answer(self, out: Tensor, q: Tensor, k: Tensor, problem: Problem) -> Tensor:
         """Infinite where an exponential would overflow."""
-        out = super().forward(q, k, v, routes, problem, config)
         limit = q.abs().amax() * k.abs().amax() * problem.scale * problem.head_dim
         return out * float("inf") if limit > 80 else out
 
 
-class ByPointer(ReferenceBackend):
+class ByPointer(_Fault):
     """Remembers the result by the address of the queries."""
 
     name = "cheat-by-pointer"
@@ -305,41 +280,23 @@ class ByPointer(ReferenceBackend):
     def __init__(self) -> None:
         self.known = {}
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        routes: Tensor,
-        problem: Problem,
-        config: Config | None = None,
-    ) -> Tensor:
+    def answer(self, out: Tensor, q: Tensor, k: Tensor, problem: Problem) -> Tensor:
         """What was at this address before."""
-        if q.data_ptr() not in self.known:
-            self.known[q.data_ptr()] = super().forward(q, k, v, routes, problem, config)
-        return self.known[q.data_ptr()]
+        return self.known.setdefault(q.data_ptr(), out)
 
 
 class _LazyTensor(Tensor):
     """A tensor that could put its work off."""
 
 
-class Lazy(ReferenceBackend):
+class Lazy(_Fault):
     """Returns a subclass of Tensor."""
 
     name = "cheat-lazy"
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        routes: Tensor,
-        problem: Problem,
-        config: Config | None = None,
-    ) -> Tensor:
+    def answer(self, out: Tensor, q: Tensor, k: Tensor, problem: Problem) -> Tensor:
         """The right numbers, in what is no plain tensor."""
-        return super().forward(q, k, v, routes, problem, config).as_subclass(_LazyTensor)
+        return out.as_subclass(_LazyTensor)
 
 
 class LeaveState(_Fault):

@@ -182,24 +182,17 @@ def _rates(title: str, rows: Sequence[AttentionModel]) -> Panel:
 
 
 def _rate_bars(rows: Sequence[AttentionModel], evidence: str) -> dict[str, Any]:
+    rates = [row.images_per_s for row in rows]
     published = [f"{row.top1_published:.1f} % published" if row.top1_published else "" for row in rows]
     return {
         "type": "bar",
         "orientation": "h",
         "name": evidence,
         "y": [row.attention for row in rows],
-        "x": [row.images_per_s for row in rows],
+        "x": rates,
         "text": published,
         "textposition": "inside",
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": [row.hi - row.images_per_s for row in rows],
-            "arrayminus": [row.images_per_s - row.lo for row in rows],
-            "thickness": 1,
-            "width": 2.5,
-            "color": "rgba(120,130,142,0.6)",
-        },
+        "error_x": style.error_bars(rates, [row.lo for row in rows], [row.hi for row in rows]),
         "marker": style.bar_marker(style.OTHER_COLOURS[0], evidence),
         "customdata": [[row.note] for row in rows],
         "hovertemplate": "<b>%{y}</b><br>%{x:,.3g} images/s<br>%{customdata[0]}<extra></extra>",

@@ -225,23 +225,16 @@ def _panel(bars: Sequence[Bar]) -> Panel:
 
 def _bars(meaning: str, rows: Sequence[tuple[str, Bar, float]], evidence: str) -> dict[str, Any]:
     bars = [bar for _, bar, _ in rows]
+    rates = [b.images_per_s for b in bars]
     return {
         "type": "bar",
         "orientation": "h",
         "name": meaning,
         "legendgroup": meaning,
         "y": [place for _, _, place in rows],
-        "x": [b.images_per_s for b in bars],
+        "x": rates,
         "width": LINE_PX + GAP_PX / 2,
-        "error_x": {
-            "type": "data",
-            "symmetric": False,
-            "array": [b.hi - b.images_per_s for b in bars],
-            "arrayminus": [b.images_per_s - b.lo for b in bars],
-            "thickness": 1.2,
-            "width": 3,
-            "color": "rgba(70,80,92,0.85)",
-        },
+        "error_x": style.error_bars(rates, [b.lo for b in bars], [b.hi for b in bars]),
         "marker": style.bar_marker(COLOURS[meaning], evidence),
         "customdata": [
             [name, bar.gpu, number(bar.bound) if bar.bound else "not known", bar.note]
