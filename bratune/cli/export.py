@@ -154,7 +154,7 @@ def _model(plan: Plan | None, given: dict[str, Any]) -> tuple[nn.Module, Tensor,
     from bratune.export.fields import identifier
     from bratune.kernels.checkpoint import classes_of, load_weights
     from bratune.tune.create import create_model
-    from bratune.work.yours import example_of, is_factory, load_factory, shape_of
+    from bratune.work.factory import example_of, is_factory, load_factory, shape_of
 
     usual = (1, 3, plan.height, plan.width) if plan else (1, 3, 224, 224)
     shape = shape_of(given["input"]) if "input" in given else usual

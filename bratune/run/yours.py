@@ -24,7 +24,8 @@ from bratune.run.engine import CellEngine, LocalEngine
 from bratune.run.isolated import IsolatedEngine
 from bratune.run.session import run
 from bratune.store import Store
-from bratune.work.yours import LayerSite, YoursRequest, find_sites, is_live, live, request_of, shape_of
+from bratune.work.factory import shape_of
+from bratune.work.yours import LayerSite, YoursRequest, find_sites, is_live, live, request_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,7 +19,7 @@ from bratune.errors import UsageError
 from bratune.kernels import registry
 from bratune.kernels.mixers import registry as mixers
 from bratune.work.deploy import RUNTIMES
-from bratune.work.yours import source_of
+from bratune.work.factory import source_of
 
 __all__ = ["contents_of"]
 

@@ -12,13 +12,14 @@ from torch import nn
 from bratune.cell import Cell
 from bratune.engine import Engine
 from bratune.errors import UsageError
+from bratune.foreign import swap
 from bratune.machine import detect
 from bratune.record import Record
 from bratune.run import session
 from bratune.run.groups import group_of, is_baseline
 from bratune.run.measure_cell import check, refusals
 from bratune.run.repro import command_for
-from bratune.work import yours
+from bratune.work import factory, yours
 from bratune.work.call import build
 from bratune.work.contents import contents_of
 from bratune.work.yours import YoursRequest, find_sites, live, request_of
@@ -72,10 +73,9 @@ def test_every_layer_and_the_whole_model_pass_the_gate(model: str, shape: str, d
 
 def test_a_swap_that_computes_something_else_is_incorrect(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = request()
-    right = yours.swap
 
     def wrong(model: nn.Module, *args: Any) -> None:
-        right(model, *args)
+        swap(model, *args)
         with torch.no_grad():
             model.get_submodule("c2f.0").scale = 1.0  # type: ignore[assignment]
 
@@ -131,17 +131,17 @@ def test_the_command_of_a_row_names_the_function_and_rows_follow_its_sources(
     assert before.startswith("somebodys_nets ")
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "another_net.py").write_text("x = 1")
-    first = yours.source_of("another_net:x")
-    yours.source_of.cache_clear()
+    first = factory.source_of("another_net:x")
+    factory.source_of.cache_clear()
     (tmp_path / "another_net.py").write_text("x = 2")
-    assert yours.source_of("another_net:x") != first
+    assert factory.source_of("another_net:x") != first
 
 
 def test_a_live_model_has_cells_in_this_process_with_what_else_it_is_called_with() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = yours.load_factory(YOLO)
+            self.net = factory.load_factory(YOLO)
 
         def forward(self, *, number: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"y": self.net(x) + number}
