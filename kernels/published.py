@@ -2,7 +2,9 @@
 
 `as_published` runs the weights of a `BiFormer` as the official code does: NCHW maps between blocks, tokens
 brought into regions before they are projected, one gathered copy of keys and values, every
-intermediate result written out. It shares the parameters of the model that it is made from.
+intermediate result written out. It shares the parameters of the model that it is made from. The layers'
+own parts (``project``, ``attend``, ``enhance``, ``merge``), of which `bratune.work.parts` makes the steps
+that are timed, are no help here: they avoid the very copies that this form is measured for.
 """
 
 from __future__ import annotations

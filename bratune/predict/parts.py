@@ -1,7 +1,8 @@
 """Parts: the kernels of every part of a block, of a whole block and of a whole model.
 
-Part names are those of `bratune.cell.PARTS`. Sizes come from the published layouts
-(`bratune.variant`): attention, projections and LePE see the padded map, the rest the map itself.
+Part names are those of `bratune.cell.PARTS`. Sizes come from the published layouts (`bratune.variant`).
+`products` is the one list of what a block multiplies by weights; here it becomes kernels, with what a
+machine adds to it (whole tiles, bytes, launches), and in `bratune.work.count` multiply-adds.
 """
 
 from __future__ import annotations
@@ -16,8 +17,20 @@ from bratune.predict.work import Op
 from bratune.problem import Problem
 from bratune.variant import Stage, Variant
 
-__all__ = ["BlockShape", "Group", "block_of", "groups", "model_blocks", "part_ops"]
+__all__ = [
+    "BlockShape",
+    "Group",
+    "Product",
+    "block_of",
+    "groups",
+    "model_blocks",
+    "part_ops",
+    "products",
+    "stage_block",
+]
 
+# The side of the convolution in the place of attention (official top-k 0).
+CONV_SIDE = 5
 # Parts that a block consists of: both norms are one part, and a part that ends with a residual addition
 # includes it, so that the parts add up to the block.
 BLOCK_PARTS = ("pos_embed", "norm", "qkv", "routing", "attention", "lepe", "proj", "mlp")
@@ -48,25 +61,52 @@ class BlockShape:
         problem: Its attention call; None for a block without attention.
         backend: Who computes that call.
         rows: Tokens of the batch, unpadded.
-        padded_rows: Tokens that attention, projections and LePE see.
+        projected_rows: Tokens that projections and LePE see: with padding where the module pads its input,
+            without where it pads queries, keys and values.
         dim: Channels.
         mlp_ratio: Hidden over outer channels of the MLP.
         side: Side of the LePE convolution.
         item: Bytes of a number.
         kind: ``routed``, ``full`` or ``conv``.
         pos_embed: Whether it adds a position embedding.
+        local: Whether a depthwise convolution enhances the values, or stands in the place of attention.
     """
 
     problem: Problem | None
     backend: str
     rows: int
-    padded_rows: int
+    projected_rows: int
     dim: int
     mlp_ratio: int
     side: int
     item: int
     kind: str = "routed"
     pos_embed: bool = True
+    local: bool = True
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer, or a depthwise convolution.
+
+    Attributes:
+        name: What it computes.
+        rows: Tokens of the batch.
+        inner: Channels that an output sums over; 1 of a depthwise convolution.
+        outer: Channels that it writes.
+        taps: Positions that an output sums over.
+    """
+
+    name: str
+    rows: int
+    inner: int
+    outer: int
+    taps: int = 1
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds."""
+        return self.rows * self.inner * self.outer * self.taps
 
 
 def block_of(cell: Cell) -> BlockShape:
@@ -76,7 +116,7 @@ def block_of(cell: Cell) -> BlockShape:
         problem=p,
         backend=cell.backend,
         rows=p.batch * p.tokens,
-        padded_rows=p.batch * p.padded[0] * p.padded[1],
+        projected_rows=p.batch * p.tokens,
         dim=p.channels,
         mlp_ratio=3,
         side=5,
@@ -86,19 +126,74 @@ def block_of(cell: Cell) -> BlockShape:
         return plain
     variant = variants.get_variant(cell.model)
     height, width = variant.maps(*cell.image)[cell.stage - 1] if cell.image[0] else (p.height, p.width)
-    full = int(cell.topk or variant.topks[cell.stage - 1]) < 0
+    topk = int(cell.topk or variant.topks[cell.stage - 1])
     return BlockShape(
         problem=p,
         backend=cell.backend,
         rows=p.batch * height * width,
-        padded_rows=plain.padded_rows,
+        projected_rows=plain.projected_rows,
         dim=variant.dims[cell.stage - 1],
         mlp_ratio=variant.mlp_ratio,
         side=variant.side_dwconv,
         item=p.item_bytes,
-        kind="full" if full else "routed",
+        kind="full" if topk < 0 else "routed",
         pos_embed=variant.layout == "biformer",
+        local=_enhances(variant, topk),
     )
+
+
+def stage_block(
+    variant: Variant, stage: Stage, batch: int = 1, *, backend: str = "", item: int = 0
+) -> BlockShape:
+    """One of the blocks of a stage.
+
+    Args:
+        variant: The model that the stage belongs to.
+        stage: The stage; its problem's batch says how large that is, and nothing else.
+        batch: Images.
+        backend: Who attends.
+        item: Bytes of a number.
+    """
+    tokens = stage.height * stage.width
+    return BlockShape(
+        problem=stage.problem,
+        backend=backend,
+        rows=batch * tokens,
+        projected_rows=batch * (tokens if stage.problem is None else stage.problem.tokens),
+        dim=stage.dim,
+        mlp_ratio=variant.mlp_ratio,
+        side=variant.side_dwconv if stage.problem is not None else CONV_SIDE,
+        item=item,
+        kind=stage.kind,
+        pos_embed=variant.layout == "biformer",
+        local=_enhances(variant, stage.topk),
+    )
+
+
+def _enhances(variant: Variant, topk: int) -> bool:
+    """Whether a block has a depthwise convolution beside its 3x3 one; full attention of top-k -1 has none."""
+    return topk != -1 or variant.layout == "stl_nchw"
+
+
+def products(block: BlockShape) -> dict[str, tuple[Product, ...]]:
+    """What a block multiplies by weights, by part; products of two activations are the problem's."""
+    dim, hidden, rows = block.dim, block.dim * block.mlp_ratio, block.projected_rows
+    found = {
+        "qkv": (Product("q, k, v", rows, dim, 3 * dim),),
+        "proj": (Product("projection", rows, dim, dim),),
+        "mlp": (
+            Product("first linear", block.rows, dim, hidden),
+            Product("second linear", block.rows, hidden, dim),
+        ),
+    }
+    if block.kind == "conv":
+        found["qkv"] = (Product("first 1x1", rows, dim, dim),)
+    if block.pos_embed:
+        found["pos_embed"] = (Product("depthwise, 9 taps", block.rows, 1, dim, 9),)
+    if block.local:
+        taps = block.side**2
+        found["lepe"] = (Product(f"depthwise, {taps} taps", rows, 1, dim, taps),)
+    return found
 
 
 def part_ops(block: BlockShape, part: str) -> tuple[Op, ...]:
@@ -107,40 +202,37 @@ def part_ops(block: BlockShape, part: str) -> tuple[Op, ...]:
     Raises:
         UnsupportedError: the backend is not one whose work is counted.
     """
-    p, item, dim = block.problem, block.item, block.dim
-    map_bytes = float(block.rows * dim * item)
-    padded_bytes = float(block.padded_rows * dim * item)
+    p, item = block.problem, block.item
+    map_bytes = float(block.rows * block.dim * item)
     if part == "attention":
         return _attention(block)
     if part == "routing":
         return attention.routing_ops(p) if p is not None and block.kind == "routed" else ()
-    if part == "pos_embed":
-        return (*_depthwise(block.rows * dim, 9, item), _add("add position", map_bytes, item))
     if part == "norm":
         norm = work.elementwise(
             "layer norm", map_bytes, map_bytes, cold=map_bytes, item=item, slots=8, rate="layer-norm"
         )
         return norm, norm
-    if part == "qkv":
-        return (work.matmul("q, k, v", block.padded_rows, dim, 3 * dim, item, cold=True),)
-    if part == "lepe":
-        taps = block.side**2
-        return (*_depthwise(block.padded_rows * dim, taps, item), _add("add LePE", padded_bytes, item))
-    if part == "proj":
-        product = work.matmul("projection", block.padded_rows, dim, dim, item, cold=True)
-        return product, _add("residual", map_bytes, item)
-    hidden = dim * block.mlp_ratio
-    hidden_bytes = float(block.rows * hidden * item)
-    return (
-        work.matmul("first linear", block.rows, dim, hidden, item, cold=True),
-        work.elementwise("GELU", hidden_bytes, hidden_bytes, item=item, slots=12),
-        work.matmul("second linear", block.rows, hidden, dim, item),
-        _add("residual", map_bytes, item),
-    )
+    ops = tuple(_product_op(one, item, cold=not i) for i, one in enumerate(products(block).get(part, ())))
+    if not ops:
+        return ()
+    if part == "mlp":
+        hidden = float(block.rows * block.dim * block.mlp_ratio * item)
+        gelu = work.elementwise("GELU", hidden, hidden, item=item, slots=12)
+        return ops[0], gelu, ops[1], _add("residual", map_bytes, item)
+    if part == "pos_embed":
+        return *ops, _add("add position", map_bytes, item)
+    if part == "lepe" and block.kind != "conv":
+        return *ops, _add("add LePE", float(block.projected_rows * block.dim * item), item)
+    return (*ops, _add("residual", map_bytes, item)) if part == "proj" else ops
 
 
-def _depthwise(elements: float, taps: int, item: int) -> tuple[Op, ...]:
-    return (work.conv_op(f"depthwise, {taps} taps", elements, elements, taps, item, depthwise=True),)
+def _product_op(product: Product, item: int, *, cold: bool) -> Op:
+    rows, inner, outer = product.rows, product.inner, product.outer
+    if inner > 1:
+        return work.matmul(product.name, rows, inner, outer, item, cold=cold)
+    size = float(rows * outer)
+    return work.conv_op(product.name, size, size, product.taps, item, depthwise=True)
 
 
 def _add(name: str, size: float, item: int) -> Op:
@@ -162,10 +254,7 @@ def _attention(block: BlockShape) -> tuple[Op, ...]:
 
 
 def _block_groups(block: BlockShape, times: int) -> list[Group]:
-    skipped = {"pos_embed"} if not block.pos_embed else set()
-    if block.kind == "conv":
-        skipped |= {"qkv", "routing", "attention", "proj"}
-    found = [_group(block, part, times) for part in BLOCK_PARTS if part not in skipped]
+    found = [_group(block, part, times) for part in BLOCK_PARTS]
     return [group for group in found if group.ops]
 
 
@@ -219,18 +308,7 @@ def model_blocks(cell: Cell) -> tuple[tuple[BlockShape, int], ...]:
     item = cell.problem.item_bytes
     blocks = []
     for stage, backend in zip(found, names + names[-1:] * (len(found) - len(names)), strict=True):
-        block = BlockShape(
-            problem=stage.problem,
-            backend=backend,
-            rows=cell.problem.batch * stage.height * stage.width,
-            padded_rows=cell.problem.batch * stage.padded_tokens,
-            dim=stage.dim,
-            mlp_ratio=variant.mlp_ratio,
-            side=variant.side_dwconv,
-            item=item,
-            kind=stage.kind,
-            pos_embed=variant.layout == "biformer",
-        )
+        block = stage_block(variant, stage, cell.problem.batch, backend=backend, item=item)
         blocks.append((block, stage.blocks))
     return tuple(blocks)
 

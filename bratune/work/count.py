@@ -1,13 +1,16 @@
 """Counted work: the multiply-adds of each part of a block, of a stage and of a whole model.
 
-What is counted is what runs, padding included: convolutions, linear layers and matrix products, as
-torch's ``FlopCounterMode`` counts them, so that the sum over a model at 224 is the published number.
+What is counted is what runs, padding of maps included: convolutions, linear layers and matrix products, as
+torch's ``FlopCounterMode`` counts them, so that the sum over a model at 224 is the published number. What a
+block multiplies by weights is listed once, in `bratune.predict.parts`; a prediction fills the same products
+up to whole tiles, which no count does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bratune.predict.parts import products, stage_block
 from bratune.variant import Stage, Variant
 
 __all__ = ["block_macs", "model_macs", "optimal_n_win", "part_macs"]
@@ -21,24 +24,14 @@ def part_macs(variant: Variant, stage: Stage, batch: int = 1) -> dict[str, int]:
         stage: The stage; its problem's batch is not used.
         batch: Images.
     """
-    dim, tokens = stage.dim, stage.height * stage.width
-    macs = {"mlp": 2 * variant.mlp_ratio * dim * dim * tokens}
-    if variant.layout == "biformer":
-        macs["pos_embed"] = 9 * dim * tokens
-    side = variant.side_dwconv**2
+    listed = products(stage_block(variant, stage, batch))
+    macs = {part: sum(product.macs for product in found) for part, found in listed.items()}
     problem = stage.problem
-    if problem is None:  # two 1x1 convolutions with a 5x5 depthwise one between them
-        macs |= {"qkv": dim * dim * tokens, "lepe": 25 * dim * tokens, "proj": dim * dim * tokens}
-    else:
-        # The legacy module pads its input and projects padding too: its problem is that of the padded map.
-        projected = problem.tokens
-        macs["qkv"] = 3 * dim * dim * projected
-        macs["attention"] = problem.attention_macs // problem.batch
-        macs["lepe"] = side * dim * projected
-        macs["proj"] = dim * dim * projected
-        if stage.kind == "routed":
-            macs["routing"] = problem.regions * problem.kv_regions * dim
-    return {part: batch * count for part, count in macs.items()}
+    if problem is not None:
+        macs["attention"] = batch * problem.attention_macs // problem.batch
+    if problem is not None and stage.kind == "routed":
+        macs["routing"] = batch * problem.regions * problem.kv_regions * stage.dim
+    return macs
 
 
 def block_macs(variant: Variant, stage: Stage, batch: int = 1) -> int:

@@ -8,6 +8,9 @@ the steps before it leave:
     ...     state |= step.run(state)
     >>> torch.equal(state["x"], block(x))
     True
+
+Attention maps, recall and the optimized models take a layer apart by the same methods of the layer;
+`bratune.predict.parts` has the sizes of the same parts without any layer.
 """
 
 from __future__ import annotations

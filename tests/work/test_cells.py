@@ -7,11 +7,14 @@ import shlex
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bratune.cell import Cell
 from bratune.cli.options import request_values, settings_of
 from bratune.errors import BratuneError, ProblemError, UsageError
 from bratune.kernels import registry
+from bratune.kernels.blocks import Block, NCHWBlockSTL
 from bratune.machine import Machine
 from bratune.run import session
 from bratune.run.repro import command_for
@@ -188,6 +191,40 @@ def test_counted_multiply_adds_include_padding(
 ) -> None:
     found = stages(get_variant(name), *image, n_win=n_win)
     assert model_macs(get_variant(name), found) / 1e9 == pytest.approx(gmacs, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "topk", "pixels"),
+    [
+        ("biformer_tiny", 4, 224),
+        ("biformer_tiny", 4, 200),  # S does not tile the map: the input is padded, then projected
+        ("biformer_tiny", 0, 224),
+        ("biformer_tiny", -1, 224),
+        ("biformer_tiny", -2, 224),
+        ("biformer_stl_nchw", 4, 200),  # queries, keys and values are padded, after the projection
+        ("biformer_stl_nchw", -1, 224),
+    ],
+)
+def test_a_block_is_counted_as_it_runs(name: str, topk: int, pixels: int) -> None:
+    variant = get_variant(name)
+    topks = (topk, *variant.topks[1:])
+    stage = stages(variant, pixels, pixels, topks=topks)[0]
+    kind = Block if variant.layout == "biformer" else NCHWBlockSTL
+    how: dict[str, Any] = {"auto_pad": True, "kv_downsample_mode": "identity"} if kind is Block else {}
+    with torch.device("meta"):
+        block: Any = kind(
+            stage.dim,
+            num_heads=stage.dim // variant.head_dim,
+            topk=topk,
+            mlp_ratio=variant.mlp_ratio,
+            side_dwconv=variant.side_dwconv,
+            backend="reference",
+            **how,
+        ).eval()
+        x = torch.empty(1, stage.height, stage.width, stage.dim)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        block(x)
+    assert counter.get_total_flops() == 2 * block_macs(variant, stage)
 
 
 def test_parts_add_up_to_the_block_and_scale_with_the_batch() -> None:
