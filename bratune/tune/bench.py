@@ -25,7 +25,7 @@ from bratune.tune.request import TuneRequest
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
 from bratune.tune.table import Entry, OptionTable
-from bratune.variant import Stage, get_task, stages
+from bratune.variant import get_task
 from bratune.work import request as work_request
 from bratune.work.cells import BASELINE, Scene, scenes
 
@@ -154,29 +154,16 @@ class Bench:
         stage = self.space.stage(entry.stage, entry.n_win, entry.topk)
         return self.scene.block_cell(stage, entry.backend, entry.config)
 
-    def _stages(self, setting: Setting) -> tuple[Stage, ...]:
-        space = self.space
-        return stages(
-            space.variant,
-            space.height,
-            space.width,
-            batch=space.batch,
-            n_win=setting.n_win,
-            topks=setting.topks,
-            dtype=space.dtype,
-            direction=space.direction,
-        )
-
     def published_cell(self, setting: Setting) -> Cell | None:
         """The official composition with the S and top-k of a setting; None where a model has none."""
         if self.space.variant.layout != "biformer":
             return None
-        cell = self.scene.model_cell((), form="published", stages=self._stages(setting))
+        cell = self.scene.model_cell((), form="published", stages=self.space.stages_of(setting))
         return cell.replace(regime=setting.regime)
 
     def model_cell(self, setting: Setting) -> Cell:
         """The cell of the whole model with a setting."""
-        space, found = self.space, self._stages(setting)
+        space, found = self.space, self.space.stages_of(setting)
         configs = {
             str(i + 1): json.loads(setting.configs[i]) for i in space.routed if setting.configs[i] != "{}"
         }

@@ -24,7 +24,6 @@ from bratune.tune.plan import EndToEnd, Plan, stage_plans
 from bratune.tune.setting import Setting
 from bratune.tune.table import Entry
 from bratune.tune.tuner import GATHER, Tuner
-from bratune.variant import stages
 
 __all__ = ["conclude", "front_rows"]
 
@@ -63,27 +62,10 @@ def conclude(tuner: Tuner, *, command: str = "", complete: bool = True) -> Plan:
     chosen, outcome, reason = _decide(tuner, default, found, rule, complete=complete)
     setting = chosen.setting
     request = tuner.request
-    parts = stages(
-        tuner.space.variant,
-        tuner.space.height,
-        tuner.space.width,
-        batch=tuner.space.batch,
-        n_win=setting.n_win,
-        topks=setting.topks,
-        dtype=tuner.space.dtype,
-        direction=tuner.space.direction,
-    )
+    parts = tuner.space.stages_of(setting)
     error = tuner.error()
     return Plan(
-        model=request.model,
-        task=request.task,
-        height=request.height,
-        width=request.width,
-        batch=request.batch,
-        dtype=request.dtype,
-        amp=request.amp,
-        direction=request.direction,
-        l2=request.l2,
+        **request.question,
         setting=setting.replace(layout=request.layout),
         default=tuner.reference.replace(layout=request.layout),
         stages=stage_plans(setting, parts, _stage_times(tuner, setting)),

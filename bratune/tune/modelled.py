@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,6 @@ from bratune.tune.plan import EndToEnd, Plan, stage_plans
 from bratune.tune.request import TuneRequest
 from bratune.tune.setting import Setting
 from bratune.tune.table import Entry, OptionTable
-from bratune.variant import stages
 
 __all__ = ["Modelled", "Ranked", "measuring_command", "search"]
 
@@ -155,18 +153,10 @@ class Modelled:
         It holds no measured time: not of a stage, not end to end.
         """
         request, best, space = self.request, self.best, self.request.space
-        parts = _stages(request, best.setting)
+        parts = space.stages_of(best.setting)
         same = space.model_key(best.setting) == space.model_key(request.reference)
         return Plan(
-            model=request.model,
-            task=request.task,
-            height=request.height,
-            width=request.width,
-            batch=request.batch,
-            dtype=request.dtype,
-            amp=request.amp,
-            direction=request.direction,
-            l2=request.l2,
+            **request.question,
             setting=best.setting,
             default=self.default.setting,
             stages=stage_plans(best.setting, parts, {}),
@@ -278,24 +268,10 @@ def _entries(bench: Bench, board: GPU, c: Coefficients) -> tuple[list[Entry], li
     return found, [(name, why) for name, why in refused.items() if name not in used]
 
 
-def _stages(request: TuneRequest, setting: Setting) -> Sequence[Any]:
-    space = request.space
-    return stages(
-        space.variant,
-        space.height,
-        space.width,
-        batch=space.batch,
-        n_win=setting.n_win,
-        topks=setting.topks,
-        dtype=space.dtype,
-        direction=space.direction,
-    )
-
-
 def _keys(request: TuneRequest, setting: Setting) -> tuple[int, ...]:
     """Keys per query of every routed stage."""
-    found = _stages(request, setting)
-    return tuple(found[i].problem.keys_per_query for i in request.space.routed)
+    problems = [request.space.stages_of(setting)[i].problem for i in request.space.routed]
+    return tuple(problem.keys_per_query for problem in problems if problem is not None)
 
 
 def measuring_command(found: Modelled) -> str:

@@ -107,6 +107,12 @@ class TuneRequest:
     budget_s: float = 0.0
     seed: int = 0
 
+    @property
+    def question(self) -> dict[str, Any]:
+        """What a plan repeats of it."""
+        names = ("model", "task", "height", "width", "batch", "dtype", "amp", "direction", "l2")
+        return {name: getattr(self, name) for name in names}
+
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
             raise UsageError(f"effort {self.effort!r} is not known; these are: {', '.join(EFFORTS)}")

@@ -95,20 +95,27 @@ class Space:
             topks = [0] * len(self.variant.dims)  # the other stages shall not object
             topks[index] = topk
             try:
-                found: Stage | None = stages(
-                    self.variant,
-                    self.height,
-                    self.width,
-                    batch=self.batch,
-                    n_win=n_win,
-                    topks=topks,
-                    dtype=self.dtype,
-                    direction=self.direction,
-                )[index]
+                found: Stage | None = self._made(n_win, topks)[index]
             except ProblemError:
                 found = None
             self._stages[key] = found
         return self._stages[key]
+
+    def stages_of(self, setting: Setting) -> tuple[Stage, ...]:
+        """The stages of the model with a setting."""
+        return self._made(setting.n_win, setting.topks)
+
+    def _made(self, n_win: int | Sequence[int], topks: Sequence[int]) -> tuple[Stage, ...]:
+        return stages(
+            self.variant,
+            self.height,
+            self.width,
+            batch=self.batch,
+            n_win=n_win,
+            topks=topks,
+            dtype=self.dtype,
+            direction=self.direction,
+        )
 
     def stage(self, index: int, n_win: int, topk: int) -> Stage:
         """As `find_stage`.
