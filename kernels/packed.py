@@ -12,10 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.utils.flop_counter import register_flop_formula
 
 from bratune.kernels.dispatch import is_recorded, is_transformed
 
-__all__ = ["differentiate_attention", "is_packed", "mark_packed", "origin_of", "split_packed"]
+__all__ = [
+    "count_attention",
+    "differentiate_attention",
+    "empty_gradients",
+    "is_packed",
+    "mark_packed",
+    "origin_of",
+    "split_packed",
+]
 
 _ORIGIN = "_bratune_origin"
 _WHOLE = "_bratune_whole"
@@ -72,6 +81,13 @@ def is_packed(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> list[Tensor]:
+    """Room for the gradients, contiguous: side by side in one tensor, or each in its own."""
+    if packed:
+        return [q.new_empty((*q.shape[:-1], 3 * q.shape[-1]))]
+    return [x.new_empty(x.shape) for x in (q, k, v)]
+
+
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], origin: object) -> tuple[Tensor, ...]:
@@ -112,6 +128,33 @@ def differentiate_attention(operator: str) -> None:
         return (dq, dk, dv, None, *(None,) * (len(ctx.arguments) + 1))
 
     library.register_autograd(f"bratune::{operator}", differentiate, setup_context=keep)
+
+
+def count_attention(operator: str) -> None:
+    """Tell `torch.utils.flop_counter` what an operator of attention and its backward multiply.
+
+    As PyTorch counts its own attention: two products forward, five backward. Both take region and key region
+    after q, k, v, routes and the heads; the backward has a gradient before, and output and log-sum-exp behind
+    the routes.
+
+    Args:
+        operator: Name without its namespace, ``bratune``.
+    """
+
+    def products(q: Sequence[int], routes: Sequence[int], region: Sequence[int], kv: Sequence[int]) -> int:
+        rows, cols = -(-q[1] // region[0]) * region[0], -(-q[2] // region[1]) * region[1]
+        return 2 * q[0] * rows * cols * routes[-1] * kv[0] * kv[1] * q[3]
+
+    def forward(*shapes: Any, **_: Any) -> int:
+        q, _k, _v, routes, _heads, region, kv_region = shapes[:7]
+        return 2 * products(q, routes, region, kv_region)
+
+    def backward(*shapes: Any, **_: Any) -> int:
+        _grad, q, _k, _v, routes, _out, _lse, _heads, region, kv_region = shapes[:10]
+        return 5 * products(q, routes, region, kv_region)
+
+    register_flop_formula(getattr(torch.ops.bratune, operator))(forward)
+    register_flop_formula(getattr(torch.ops.bratune, f"{operator}_backward"))(backward)
 
 
 def _whole_of(grad: Tensor, origin: object) -> Tensor | None:

@@ -69,84 +69,44 @@ class CompileTarget:
         return blocks * num_warps
 
 
+def _nvidia(arch: int, warps: int, blocks: int, smem_kib: int, l1_kib: int) -> CompileTarget:
+    return CompileTarget(
+        name=f"sm{arch}",
+        backend="cuda",
+        arch=arch,
+        max_warps=warps,
+        max_blocks=blocks,
+        smem_kib=smem_kib,
+        smem_block_kib=smem_kib - 1,  # the rest is the system's
+        l1_kib=l1_kib,
+    )
+
+
+# Four SIMD units of 512 vector registers for each of 64 lanes; eight waves per unit.
+_MI300 = CompileTarget(
+    name="gfx942",
+    backend="hip",
+    arch="gfx942",
+    warp_size=64,
+    max_warps=32,
+    max_blocks=32,
+    registers=4 * 512 * 64,
+    register_unit=8 * 64,
+    smem_kib=64,
+    l1_kib=64 + 32,
+    smem_block_kib=64,
+    smem_reserved=0,
+)
 TARGETS = {
-    t.name: t
-    for t in (
-        CompileTarget(
-            name="sm80",
-            backend="cuda",
-            arch=80,
-            max_warps=64,
-            max_blocks=32,
-            smem_kib=164,
-            l1_kib=192,
-            smem_block_kib=163,
-        ),
-        CompileTarget(
-            name="sm86",
-            backend="cuda",
-            arch=86,
-            max_warps=48,
-            max_blocks=16,
-            smem_kib=100,
-            l1_kib=128,
-            smem_block_kib=99,
-        ),
-        CompileTarget(
-            name="sm89",
-            backend="cuda",
-            arch=89,
-            max_warps=48,
-            max_blocks=24,
-            smem_kib=100,
-            l1_kib=128,
-            smem_block_kib=99,
-        ),
-        CompileTarget(
-            name="sm90",
-            backend="cuda",
-            arch=90,
-            max_warps=64,
-            max_blocks=32,
-            smem_kib=228,
-            l1_kib=256,
-            smem_block_kib=227,
-        ),
-        CompileTarget(
-            name="sm100",
-            backend="cuda",
-            arch=100,
-            max_warps=64,
-            max_blocks=32,
-            smem_kib=228,
-            l1_kib=256,
-            smem_block_kib=227,
-        ),
-        CompileTarget(
-            name="sm120",
-            backend="cuda",
-            arch=120,
-            max_warps=48,
-            max_blocks=24,
-            smem_kib=100,
-            l1_kib=128,
-            smem_block_kib=99,
-        ),
-        # Four SIMD units of 512 vector registers for each of 64 lanes; eight waves per unit.
-        CompileTarget(
-            name="gfx942",
-            backend="hip",
-            arch="gfx942",
-            warp_size=64,
-            max_warps=32,
-            max_blocks=32,
-            registers=4 * 512 * 64,
-            register_unit=8 * 64,
-            smem_kib=64,
-            l1_kib=64 + 32,
-            smem_block_kib=64,
-            smem_reserved=0,
-        ),
+    target.name: target
+    for target in (
+        _nvidia(80, 64, 32, 164, 192),
+        _nvidia(86, 48, 16, 100, 128),
+        _nvidia(89, 48, 24, 100, 128),
+        _nvidia(90, 64, 32, 228, 256),
+        _nvidia(100, 64, 32, 228, 256),
+        _nvidia(120, 48, 24, 100, 128),
+        _MI300,
     )
 }
 

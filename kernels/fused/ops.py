@@ -13,14 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
-from torch.utils.flop_counter import register_flop_formula
 
 from bratune import machine as machines
 from bratune.errors import UnsupportedError
 from bratune.kernels.dispatch import is_observed, is_recorded, is_transformed
 from bratune.kernels.fused.call import Call, call_for, statistics_planes
-from bratune.kernels.fused.run import empty_gradients, run_backward, run_forward
-from bratune.kernels.packed import differentiate_attention, is_packed, mark_packed, origin_of
+from bratune.kernels.fused.run import run_backward, run_forward
+from bratune.kernels.packed import (
+    count_attention,
+    differentiate_attention,
+    empty_gradients,
+    is_packed,
+    mark_packed,
+    origin_of,
+)
 from bratune.machine import Machine
 from bratune.problem import Problem
 
@@ -253,6 +259,7 @@ def _backward_fake(
 
 
 differentiate_attention("routed_attention")
+count_attention("routed_attention")
 
 
 def _refuse(ctx: Any, grads: Sequence[Tensor]) -> None:
@@ -260,29 +267,3 @@ def _refuse(ctx: Any, grads: Sequence[Tensor]) -> None:
 
 
 library.register_autograd("bratune::routed_attention_backward", _refuse)
-
-
-def _pairs(q: Sequence[int], routes: Sequence[int], region: Sequence[int], kv_region: Sequence[int]) -> int:
-    """Query-key pairs that the kernels compute for one channel of a head, padding included."""
-    rows = -(-q[1] // region[0]) * region[0]
-    cols = -(-q[2] // region[1]) * region[1]
-    return q[0] * rows * cols * routes[-1] * kv_region[0] * kv_region[1] * q[3]
-
-
-@register_flop_formula(torch.ops.bratune.routed_attention)
-def _forward_flops(
-    q: Sequence[int], k: Sequence[int], v: Sequence[int], routes: Sequence[int], heads: int,
-    region: Sequence[int], kv_region: Sequence[int], *rest: Any, **kwargs: Any,
-) -> int:  # fmt: skip
-    """Two products, a multiplication and an addition each."""
-    return 2 * 2 * _pairs(q, routes, region, kv_region)
-
-
-@register_flop_formula(torch.ops.bratune.routed_attention_backward)
-def _backward_flops(
-    grad: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], routes: Sequence[int],
-    out: Sequence[int], lse: Sequence[int], heads: int, region: Sequence[int], kv_region: Sequence[int],
-    *rest: Any, **kwargs: Any,
-) -> int:  # fmt: skip
-    """Five products, as PyTorch counts the backward pass of its own attention."""
-    return 5 * 2 * _pairs(q, routes, region, kv_region)

@@ -17,8 +17,9 @@ from torch import Tensor
 from bratune.errors import UnsupportedError
 from bratune.kernels.dispatch import on_device_of
 from bratune.kernels.fused.call import INTERPRETING, Call
+from bratune.kernels.packed import empty_gradients
 
-__all__ = ["empty_gradients", "run_backward", "run_forward"]
+__all__ = ["run_backward", "run_forward"]
 
 
 def run_forward(
@@ -86,13 +87,6 @@ def _gather_pass(
         delta = lse.new_empty(call.delta_shape)
         gather_bwd_dq(q, k, v, routes, out, grad, lse, delta, dq, call)
     gather_bwd_dkv(q, k, v, starts, entries, out, grad, lse, delta, dq, dk, dv, call)
-
-
-def empty_gradients(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> list[Tensor]:
-    """Room for the gradients, contiguous: side by side in one tensor, or each in its own."""
-    if packed:
-        return [q.new_empty((*q.shape[:-1], 3 * q.shape[-1]))]
-    return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:

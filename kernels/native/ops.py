@@ -12,12 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
-from torch.utils.flop_counter import register_flop_formula
 
 from bratune.errors import UnsupportedError
 from bratune.kernels.dispatch import is_observed, is_recorded, is_transformed, refuse_second_derivative
-from bratune.kernels.native.run import NativeCall, empty_gradients, lse_shape, run_backward, run_forward
-from bratune.kernels.packed import differentiate_attention, is_packed, mark_packed, origin_of
+from bratune.kernels.native.run import NativeCall, lse_shape, run_backward, run_forward
+from bratune.kernels.packed import (
+    count_attention,
+    differentiate_attention,
+    empty_gradients,
+    is_packed,
+    mark_packed,
+    origin_of,
+)
 from bratune.problem import Problem
 
 __all__ = ["attend", "infer"]
@@ -197,6 +203,7 @@ def _backward_fake(
 
 
 differentiate_attention("native_attention")
+count_attention("native_attention")
 
 
 def _folded(size: int, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -222,29 +229,3 @@ def _backward_mapped(info: Any, dims: Sequence[int | None], *inputs: Any) -> tup
     size, tensors, rest = info.batch_size, inputs[:7], inputs[7:]
     found = torch.ops.bratune.native_attention_backward(*_folded(size, dims[:7], tensors), *rest)
     return [x.unflatten(0, (size, -1)) for x in found], [0] * len(found)
-
-
-def _pairs(q: Sequence[int], routes: Sequence[int], region: Sequence[int], kv_region: Sequence[int]) -> int:
-    """Query-key pairs that the kernels compute for one channel of a head, padding included."""
-    rows = -(-q[1] // region[0]) * region[0]
-    cols = -(-q[2] // region[1]) * region[1]
-    return q[0] * rows * cols * routes[-1] * kv_region[0] * kv_region[1] * q[3]
-
-
-@register_flop_formula(torch.ops.bratune.native_attention)
-def _forward_flops(
-    q: Sequence[int], k: Sequence[int], v: Sequence[int], routes: Sequence[int], heads: int,
-    region: Sequence[int], kv_region: Sequence[int], *rest: Any, **kwargs: Any,
-) -> int:  # fmt: skip
-    """Two products, a multiplication and an addition each."""
-    return 2 * 2 * _pairs(q, routes, region, kv_region)
-
-
-@register_flop_formula(torch.ops.bratune.native_attention_backward)
-def _backward_flops(
-    grad: Sequence[int], q: Sequence[int], k: Sequence[int], v: Sequence[int], routes: Sequence[int],
-    out: Sequence[int], lse: Sequence[int], heads: int, region: Sequence[int], kv_region: Sequence[int],
-    *rest: Any, **kwargs: Any,
-) -> int:  # fmt: skip
-    """Five products, as PyTorch counts the backward pass of its own attention."""
-    return 5 * 2 * _pairs(q, routes, region, kv_region)

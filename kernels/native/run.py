@@ -10,13 +10,13 @@ from torch import Tensor
 
 from bratune.errors import ProblemError
 from bratune.kernels.native.library import loaded, variant_number
+from bratune.kernels.packed import empty_gradients
 from bratune.problem import ceil_div
 
 __all__ = [
     "DTYPES",
     "MOST_CHANNELS",
     "NativeCall",
-    "empty_gradients",
     "lse_shape",
     "map_of",
     "run_backward",
@@ -88,13 +88,6 @@ def run_backward(
     )  # fmt: skip
     _check(loaded().functions.bratune_backward(variant_number(call.variant), arguments), routes, k, call)
     return results
-
-
-def empty_gradients(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> list[Tensor]:
-    """Room for the gradients, contiguous: side by side in one tensor, or each in its own."""
-    if packed:
-        return [q.new_empty((*q.shape[:-1], 3 * q.shape[-1]))]
-    return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
 def map_of(x: Tensor) -> tuple[int, ...]:
