@@ -149,7 +149,7 @@ def calibrate(samples: Sequence[FitSample], *, cpu: bool = False) -> Coefficient
     )
     if not cpu:
         c = _with_host(c, used)
-    c = dataclasses.replace(c, factors=_factors(c, used))
+    c = dataclasses.replace(c, factors=_factors(used))
     c = dataclasses.replace(c, spreads=_spreads(c, used))
     return dataclasses.replace(c, transfer=_transfer(used, cpu=cpu) or TRANSFER_SPREAD)
 
@@ -165,7 +165,7 @@ def _with_host(c: Coefficients, used: Sequence[FitSample]) -> Coefficients:
     return dataclasses.replace(c, host_us=statistics.median(limited), host_fitted=True)
 
 
-def _factors(c: Coefficients, used: Sequence[FitSample]) -> Mapping[str, float]:
+def _factors(used: Sequence[FitSample]) -> Mapping[str, float]:
     """Median measured over modelled device time by name, and over everything under the empty name."""
     ratios: dict[str, list[float]] = defaultdict(list)
     for s in used:
@@ -205,7 +205,7 @@ def _transfer(used: Sequence[FitSample], *, cpu: bool) -> float | None:
     offsets = []
     for key in keys:
         others = [s for s in used if s.gpu_key != key]
-        c = dataclasses.replace(UNCALIBRATED, factors=_factors(UNCALIBRATED, others))
+        c = dataclasses.replace(UNCALIBRATED, factors=_factors(others))
         c = _with_host(c, others)
         own = [math.log(s.measured_ms / combine(s, c)) for s in used if s.gpu_key == key]
         offsets.append(statistics.median(own))
