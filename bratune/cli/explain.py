@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bratune.cli import options
+from bratune.cli import options, values
 from bratune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--format",
-    type=options.Name("format", lambda: ("table", "json", "md")),
+    type=values.Name("format", lambda: ("table", "json", "md")),
     default="table",
     show_default=True,
     help="What goes to stdout: table, json or md.",

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from bratune.cli import options
+from bratune.cli import options, values
 
 Rows = list[dict[str, Any]]
 # Of a table where no terminal says how wide it is.
@@ -19,11 +19,11 @@ WIDTH = 100
 
 
 @click.command("list", context_settings=options.CONTEXT)
-@click.argument("what", type=options.Name("list", lambda: LISTS), metavar="WHAT")
+@click.argument("what", type=values.Name("list", lambda: LISTS), metavar="WHAT")
 @click.option("--device", default="auto", metavar="NAME", help="For backends: auto, cpu, cuda or cuda:N.")
 @click.option(
     "--format",
-    type=options.Name("format", lambda: ("table", "json", "csv", "md")),
+    type=values.Name("format", lambda: ("table", "json", "csv", "md")),
     default="table",
     show_default=True,
     help="table, json, csv or md.",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bratune.cli import options, tune_modelled, tune_yours
+from bratune.cli import options, tune_modelled, tune_yours, values
 from bratune.errors import UsageError
 from bratune.record import new_run_id
 
@@ -30,7 +30,7 @@ FORMATS = ("table", "json", "csv", "md")
 @options.target_options
 @options.what_options
 @click.option("-b", "--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Images.")
-@click.option("--dtype", type=options.Dtype(), help=options.DTYPE_HELP)
+@click.option("--dtype", type=values.Dtype(), help=values.DTYPE_HELP)
 @click.option("--amp", is_flag=True, help="Autocast to --dtype and keep float32 weights.")
 @click.option(
     "--channels-last/--no-channels-last", default=None, help="Memory order of images.  [default: no]"
@@ -44,17 +44,17 @@ FORMATS = ("table", "json", "csv", "md")
 )
 @click.option(
     "--backend",
-    type=options.Name("backend", options.backend_names),
+    type=values.Name("backend", values.backend_names),
     multiple=True,
     help="Only this backend; repeatable.",
 )
 @click.option(
-    "--seed", type=options.Seed(), default=0, show_default=True, help="Of weights, images and proposals."
+    "--seed", type=values.Seed(), default=0, show_default=True, help="Of weights, images and proposals."
 )
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Trained weights: tune for them.")
 @options.trust_option
 @options.input_option
-@click.option("--trained-res", type=options.Resolution(), help="Image size they were trained at.")
+@click.option("--trained-res", type=values.Resolution(), help="Image size they were trained at.")
 @click.option(
     "--images", type=click.Path(path_type=Path), metavar="DIR", help="Pictures to judge fidelity on."
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bratune.cli import options
+from bratune.cli import options, values
 from bratune.errors import UsageError
 
 
@@ -20,9 +20,9 @@ from bratune.errors import UsageError
 @click.option("--images", type=click.Path(path_type=Path), metavar="DIR", help="One subfolder per class.")
 @click.option("--labels", is_flag=True, help="Say that the subfolders are classes (needed).")
 @click.option("--model", default="biformer_small", show_default=True, help="Model of the weights.")
-@click.option("--res", type=options.Resolution(), default="224", show_default=True, help="Image size.")
-@click.option("--n-win", type=options.Numbers(), help="S that they were trained with.  [default: 7]")
-@click.option("--topks", type=options.Numbers(), help="Top-k likewise.  [default: the published]")
+@click.option("--res", type=values.Resolution(), default="224", show_default=True, help="Image size.")
+@click.option("--n-win", type=values.Numbers(), help="S that they were trained with.  [default: 7]")
+@click.option("--topks", type=values.Numbers(), help="Top-k likewise.  [default: the published]")
 @click.option("--settings", type=click.IntRange(6), default=24, show_default=True, help="How many are tried.")
 @click.option(
     "--calibration-images",
@@ -39,7 +39,7 @@ from bratune.errors import UsageError
     help="Other pictures, for accuracy.",
 )
 @click.option("--device", default="auto", show_default=True, help="To compute on.")
-@click.option("--seed", type=options.Seed(), default=0, show_default=True, help="Of everything.")
+@click.option("--seed", type=values.Seed(), default=0, show_default=True, help="Of everything.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="Folder (--study).")
 def command(**asked: Any) -> int:
     """Check how well the fidelity score ranks settings, for given weights or in a committed study.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from bratune.cli import options
+from bratune.cli import options, values
 from bratune.errors import BratuneError, UsageError
 
 
@@ -28,7 +28,7 @@ from bratune.errors import BratuneError, UsageError
 @click.option("--block", type=int, default=-1, show_default=True, help="From 1; -1 is the last of the stage.")
 @click.option("--head", type=click.IntRange(0), help="From 0; by default the mean of all.")
 @click.option("--query", "positions", multiple=True, metavar="X,Y", help="Pixels; repeatable.  [centre]")
-@click.option("--seed", type=options.Seed(), default=0, show_default=True, help="Of random weights.")
+@click.option("--seed", type=values.Seed(), default=0, show_default=True, help="Of random weights.")
 @click.option(
     "--pictures", type=click.Path(path_type=Path), help="Also a light and a dark PNG, into this folder."
 )
