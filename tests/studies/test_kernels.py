@@ -7,25 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from sample_plans import H200
 
 from bratune.cli import run
 from bratune.kernels.fused.call import as_text, call_for
 from bratune.kernels.fused.families import backward_families, forward_families
-from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.record import Record
 from bratune.studies import execute_kernels
 from bratune.studies import kernels as proof
 from bratune.studies.__main__ import studies
-
-H200 = Machine(
-    kind="cuda",
-    device="cuda:0",
-    gpu_key="h200",
-    gpu_name="NVIDIA H200",
-    compute_capability="9.0",
-    sm_count=132,
-)
 
 
 def test_every_size_is_asked_of_every_backend_in_both_directions() -> None:

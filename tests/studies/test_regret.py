@@ -35,13 +35,11 @@ def bench(world: SyntheticWorld) -> Bench:
 
 
 def plan(seed: int, setting: Setting, default: Setting) -> Plan:
-    own = bench(SyntheticWorld())
     return Plan(
-        **{name: getattr(REQUEST, name) for name in ("model", "task", "height", "width", "batch", "dtype")},
-        direction="fwd",
+        **REQUEST.question,
         setting=setting,
         default=default,
-        stages=stage_plans(setting, own._stages(setting), {}),
+        stages=stage_plans(setting, REQUEST.space.stages_of(setting), {}),
         end_to_end=EndToEnd(),
         evidence=prior_only(unchanged=True),
         machine=MACHINE,
