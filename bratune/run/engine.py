@@ -5,9 +5,9 @@ already are not measured again, a line "started" is on disk before a cell is lau
 after, the budget is kept, speedups are filled in.
 
 A precise answer takes *passes*. A pass is a fresh process that measures every *group* of cells in turn; a
-group is the cells that answer one question (`bratune.run.groups`). Passes are spread over
-the run: pass 1 of every group, then pass 2 of every group. Every pass is a row; what `CellEngine.run` gives
-is the cell pooled over its passes (`bratune.store.pooled`).
+group is the cells that answer one question (`bratune.run.groups`). Passes are spread over the run: pass 1 of
+every group, then pass 2 of every group. Every pass is a row; what `CellEngine.run` gives is the cell pooled
+over its passes (`bratune.store.pooled`).
 """
 
 from __future__ import annotations

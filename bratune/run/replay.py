@@ -9,19 +9,16 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from bratune.cell import Cell
 from bratune.errors import TargetError
-from bratune.measure.settings import MeterSettings
 from bratune.record import Record
-from bratune.run.engine import CellEngine
 from bratune.run.measure_cell import Result
 from bratune.run.runner import Turns
 from bratune.store import Rows, pool_each, read_rows
 from bratune.store.pooled import alike, sizes_of
 
-__all__ = ["ReplayEngine", "ReplayRunner"]
+__all__ = ["ReplayRunner"]
 
 # What a replayed row has from the cell that is asked for, or what only runs that measure look at.
 _NOT_NEEDED = ("cell", "claimed_by")
@@ -128,27 +125,6 @@ class ReplayRunner:
 
     def close(self) -> None:
         """Nothing to close."""
-
-
-class ReplayEngine(CellEngine):
-    """A `bratune.run.engine.CellEngine` that answers from stored records.
-
-    Args:
-        paths: Record files and folders.
-        settings: How cells would be sampled; replayed rows keep what their own run had.
-        gpu: See `ReplayRunner`.
-        options: Those of `bratune.run.engine.CellEngine`.
-    """
-
-    def __init__(
-        self,
-        paths: Iterable[str | os.PathLike[str]],
-        settings: MeterSettings,
-        *,
-        gpu: str = "",
-        **options: Any,
-    ) -> None:
-        super().__init__(ReplayRunner.of(paths, gpu=gpu), settings, **options)
 
 
 def _better(row: Record, other: Record | None) -> bool:
