@@ -133,11 +133,6 @@ class Telemetry:
             millijoules = _number(self._ask("nvmlDeviceGetTotalEnergyConsumption"))
         return None if millijoules is None else millijoules / 1e3
 
-    def power_limit_w(self) -> float | None:
-        """The power cap in force, in watts."""
-        milliwatts = _number(self._ask("nvmlDeviceGetEnforcedPowerLimit"))
-        return None if milliwatts is None else milliwatts / 1e3
-
     def processes(self) -> tuple[Process, ...] | None:
         """Every process with a compute or graphics context on the board; None when NVML will not say."""
         found: dict[int, Process] = {}

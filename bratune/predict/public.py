@@ -18,21 +18,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bratune.gpus import GPU, resolve
-from bratune.predict.counted import Load
+from bratune.gpus import GPU
 from bratune.predict.roofline import Rates
-from bratune.record import Record
 
 __all__ = [
     "HeldOut",
     "PublicRates",
     "PublishedFigure",
-    "calibration_date",
     "calibration_fits",
     "carried_fits",
     "public_rates",
     "published_figures",
-    "published_records",
     "used_matrix",
 ]
 
@@ -114,21 +110,12 @@ class PublicRates:
         """Microseconds of bytes of a kind."""
         return self.moved.get(kind, 1.0) * moved / self.memory * 1e6
 
-    def us_of(self, loads: Mapping[str, Load]) -> dict[str, float]:
-        """Microseconds of each kind of a counted model."""
-        return {kind: self.us(kind, load.macs, load.moved) for kind, load in loads.items()}
-
 
 @functools.cache
 def _data() -> Mapping[str, Any]:
     text = importlib.resources.files("bratune.data").joinpath("calibration.json").read_text("utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
-
-
-def calibration_date() -> str:
-    """The day of the fit, ``YYYY-MM-DD``."""
-    return str(_data()["date"])
 
 
 def calibration_fits() -> tuple[Mapping[str, Any], ...]:
@@ -260,39 +247,6 @@ class PublishedFigure:
     images_per_s: float
     software: str
     source: str
-
-
-def published_records(gpu: str = "") -> list[Record]:
-    """The selected published figures as records with evidence ``published``.
-
-    Args:
-        gpu: Key of a board; empty: of every board.
-    """
-    return [
-        Record(
-            cell_id=f"published:{f.source.rpartition('/')[2]}:{f.model}:{f.image}:{f.batch}",
-            evidence="published",
-            reason=f"{f.software}; {f.source}",
-            gpu_key=f.gpu,
-            gpu_name=resolve(f.gpu).name,
-            torch=f.software.partition(",")[0].removeprefix("torch "),
-            model=f.model,
-            part="model",
-            form="timm",
-            batch=f.batch,
-            image_height=f.image,
-            image_width=f.image,
-            dtype=f.dtype,
-            amp=f.amp,
-            layout=f.layout,
-            regime=f.regime,
-            direction="fwd",
-            median_ms=1e3 * f.batch / f.images_per_s,
-            images_per_s=f.images_per_s,
-        )
-        for f in published_figures()
-        if gpu in ("", f.gpu)
-    ]
 
 
 @functools.cache

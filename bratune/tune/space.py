@@ -11,9 +11,7 @@ authors' own: at least as many keys per query in every stage, and regions that a
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -312,14 +310,6 @@ class Space:
         for s in self.windows(index):
             for k in self.topks(index, s):
                 yield s, k
-
-    @property
-    def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that name this space; the same in every process."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "bounds"}
-        data["bounds"] = self.bounds.to_dict()
-        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def prior_bounds(space: Space, reference: Setting, *, omega: float = 1.0) -> Bounds:

@@ -91,7 +91,6 @@ def test_a_board_that_answers_nothing_reads_as_nothing() -> None:
     assert telemetry.processes() is None
     assert telemetry.foreign_processes(holds_context=True) is None
     assert telemetry.energy_j() is None
-    assert telemetry.power_limit_w() is None
 
 
 def test_a_library_that_lacks_the_functions_reads_as_nothing() -> None:

@@ -148,8 +148,3 @@ def test_checkpoint_changes_nothing_of_the_model_unless_allowed() -> None:
     assert max(fewer.topks(1, 14)) == 16
     more = space(bounds=checkpoint_bounds(free, own, allow_model_changes=True, allow_more_k=True))
     assert max(more.topks(1, 7)) == 49
-
-
-def test_fingerprint_names_the_content() -> None:
-    assert space().fingerprint == space().fingerprint
-    assert space().fingerprint != space(bounds=Bounds(max_keys=(1, 1, 1, 1))).fingerprint
