@@ -63,15 +63,13 @@ BACKEND = "gather-sdpa"
 RECALL_PICTURES = 16
 
 
-def load_checkpoint(
-    model: str, path: str | Path, *, features_only: bool = False, trust: bool = False
-) -> Backbone:
+def load_checkpoint(model: str, path: str | Path, *, features_only: bool = False) -> Backbone:
     """A model with trained weights and as many classes as they have, ready for any S and any map.
 
     Raises:
         CheckpointError: the weights do not fit the model.
     """
-    weights = read_weights(path, trust=trust)
+    weights = read_weights(path)
     head = weights.get("head.weight")
     arguments: dict[str, Any] = {"features_only": features_only}
     if head is not None and not features_only:
@@ -79,7 +77,7 @@ def load_checkpoint(
     if model.startswith("biformer_stl") is False:
         arguments["auto_pad"] = True
     net = build(model, **arguments)
-    load_weights(net, path, trust=trust)
+    load_weights(net, path)
     return net
 
 

@@ -275,30 +275,17 @@ class Space:
             parts.append("all" if full and not stage.padding_waste else f"{s}:{k}" if k > 0 else str(k))
         return "|".join(parts)
 
-    def first_settings(
-        self,
-        *,
-        native: tuple[int, int] = (224, 224),
-        native_n_win: int = 7,
-        checkpoint: tuple[Sequence[int], Sequence[int]] | None = None,
-    ) -> dict[str, Setting]:
+    def first_settings(self) -> dict[str, Setting]:
         """The settings that are tried before any other, by name, without backends.
 
-        Args:
-            native: Image size that ``native_n_win`` belongs to, in pixels.
-            native_n_win: S there; regions of the same size in pixels are the second setting.
-            checkpoint: S per stage and top-k per stage that weights were trained with.
-
-        Returns:
-            ``paper``, then ``constant-region`` and ``checkpoint`` where they differ from it.
+        ``paper`` is the authors' for the task, ``constant-region`` has regions of as many pixels as theirs at
+        224; it is left out where it is the same.
         """
         found = {"paper": self.setting(self.base_n_win, self.variant.topks)}
-        scale = math.sqrt(self.height * self.width / (native[0] * native[1]))
+        scale = math.sqrt(self.height * self.width) / 224
         if self.bounds.n_win is None:
-            side = self.nearest_window(native_n_win * scale) if self._common else self.base_n_win
+            side = self.nearest_window(7 * scale) if self._common else self.base_n_win
             found["constant-region"] = self.setting(side, self.variant.topks)
-        if checkpoint is not None:
-            found["checkpoint"] = self.setting(list(checkpoint[0]), list(checkpoint[1]))
         kept: dict[str, Setting] = {}
         for name, setting in found.items():
             if setting.key not in {s.key for s in kept.values()}:

@@ -116,11 +116,6 @@ def test_first_settings_are_the_papers_and_constant_regions(
     assert {name: setting.n_win[0] for name, setting in found.items()} == names
 
 
-def test_checkpoint_setting_is_tried_too() -> None:
-    found = space().first_settings(checkpoint=((14, 14, 14, 14), (4, 4, 4, -2)))
-    assert list(found) == ["paper", "checkpoint"]
-
-
 def test_s_that_fits_no_stage_is_one_sentence() -> None:
     with pytest.raises(ProblemError, match=r"S 5 .* does not fit stage 1 \(56x56 tokens\) of biformer_stl"):
         space("biformer_stl").stage(0, 5, 1)
