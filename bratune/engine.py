@@ -18,7 +18,15 @@ __all__ = ["ComparingEngine", "Engine"]
 
 @runtime_checkable
 class Engine(Protocol):
-    """Turns cells into records."""
+    """Turns cells into records.
+
+    Attributes:
+        slots: Cells that it measures at a time.
+        passes: Fresh processes per cell; 1 of an engine that knows of none.
+    """
+
+    slots: int
+    passes: int
 
     @property
     def machine(self) -> Machine:

@@ -337,6 +337,8 @@ class ModelEngine:
         UsageError: a rate that the model needs is not published for this board.
     """
 
+    slots = passes = 1
+
     def __init__(self, gpu: GPU, coefficients: Coefficients | None = None, *, compiled: bool = True) -> None:
         rates(gpu, "float32")
         self.compiled = compiled

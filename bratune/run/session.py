@@ -84,7 +84,7 @@ def run(
         for record in engine.run(_mixer_cells(request, stages, answer_first=answer_first)):
             yield compared.compared(record.to_cell(), record)
         return
-    if getattr(engine, "slots", 1) > 1 or getattr(engine, "passes", 1) > 1:
+    if engine.slots > 1 or engine.passes > 1:
         yield from _together(request, engine, stages, answer_first=answer_first)
         return
     for scene in scenes(request):
@@ -181,7 +181,7 @@ def _together(
     def known_after(number: int, scene: Scene) -> list[Cell]:
         whole = _model_cells(scene, rows[number]) if request.whole_model else []
         cells = [cell for cell in whole if cell not in given]
-        if cells and getattr(engine, "passes", 1) > 1:  # in turn with the others, whose rows are there
+        if cells and engine.passes > 1:  # in turn with the others, whose rows are there
             cells = whole
         for stage in sorted(_chosen(scene, stages), key=_possible_gain, reverse=True):
             block = _best_block(scene, rows[number], stage)

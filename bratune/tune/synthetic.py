@@ -82,6 +82,8 @@ class SyntheticWorld:
     equal: bool = False
     memory_gb: float = 80.0
 
+    slots = passes = 1
+
     def __post_init__(self) -> None:
         self._draws = random.Random(self.seed)
         self.measured: list[Cell] = []

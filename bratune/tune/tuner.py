@@ -19,7 +19,7 @@ from bratune.engine import ComparingEngine
 from bratune.errors import UsageError
 from bratune.kernels.tuned import machine_key
 from bratune.record import Record
-from bratune.run.engine import groups_of
+from bratune.run.groups import groups_of
 from bratune.tune.bench import Bench, Offers, StageOptions, failure, summary
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.ledger import Ledger
@@ -199,7 +199,7 @@ class Tuner:
         """
         known = self.cells.by_key()
         missing = [cell for cell in cells if cell.cell_id not in known]
-        slots, done = getattr(self.engine, "slots", 1), 0
+        slots, done = self.engine.slots, 0
         if slots > 1:
             at_once = 4 * slots  # between these the budget is looked at
             batches = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]

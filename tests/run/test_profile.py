@@ -38,6 +38,7 @@ class FakeEngine:
     """Answers every cell from a table of milliseconds by backend and part; notes what was asked."""
 
     machine = CPU
+    slots = passes = 1
 
     def __init__(self, **times: float | str) -> None:
         self.times: dict[str, float | str] = {"block": 8.0, "model": 100.0, **times}

@@ -23,6 +23,7 @@ class Told:
     """An engine whose passes are told: speed-ups over the default, a text being a failure."""
 
     machine = CPU
+    slots = passes = 1
 
     def __init__(self, speedups: Mapping[Cell, Sequence[float | str]], wait_pct: float = 0.0) -> None:
         self.speedups, self.wait_pct = speedups, wait_pct
