@@ -240,18 +240,18 @@ def attention_calls(model: nn.Module, example: Any) -> dict[str, list[AttentionC
             found[name].append(
                 AttentionCall(q, k, v, routes, layer.num_heads, region, kv_region, layer.scale)
             )
-            return type(layer)._attend(layer, q, k, v, routes, region, kv_region)
+            return type(layer).attend_regions(layer, q, k, v, routes, region, kv_region)
 
         return attend
 
     for name, layer in layers.items():
         found[name] = []
-        object.__setattr__(layer, "_attend", listen(name, layer))
+        object.__setattr__(layer, "attend_regions", listen(name, layer))
     try:
         _run(model, example)
     finally:
         for layer in layers.values():
-            object.__delattr__(layer, "_attend")
+            object.__delattr__(layer, "attend_regions")
     return found
 
 
