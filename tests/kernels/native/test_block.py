@@ -113,7 +113,7 @@ def test_the_operators_pass_the_checks_of_pytorch() -> None:
 
 def test_the_runtime_uses_them_and_gives_the_scores_of_the_model() -> None:
     torch.manual_seed(0)
-    model = biformer_tiny(num_classes=10, n_win=2, topks=(1, 2, 3, -2)).eval()
+    model = biformer_tiny(num_classes=10, depth=(1, 1, 1, 1), n_win=2, topks=(1, 2, 3, -2)).eval()
     x = torch.randn(2, 3, 64, 64)
     from torch.profiler import ProfilerActivity, profile
 
