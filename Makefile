@@ -20,7 +20,7 @@ profile: $(VENV)/.installed
 
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m interpreter tests/kernels tests/predict
 
 faults: $(VENV)/.tests
 	$(BIN)/python tests/run/fault_table.py

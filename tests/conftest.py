@@ -7,6 +7,7 @@ import os
 import types
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # processes that tests start share the cores with other tests
 
 
+# Where `make test` looks for tests of interpreted kernels: to collect all others once more takes longer.
+INTERPRETED = ("kernels", "predict")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    strays = [i.nodeid for i in items if "interpreter" in i.keywords and not _is_looked_for(i.path)]
+    if strays:
+        raise pytest.UsageError(f"make test looks for interpreted kernels in {INTERPRETED} only: {strays}")
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     broken = interpreting and _interpreter_is_broken()
     if interpreting and not broken:
@@ -33,6 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
         if "compile" in item.keywords and interpreting:
             item.add_marker(pytest.mark.skip(reason="cross-compiles; runs without TRITON_INTERPRET"))
+
+
+def _is_looked_for(path: Path) -> bool:
+    return any(path.is_relative_to(Path(__file__).parent / name) for name in INTERPRETED)
 
 
 def _interpreter_is_broken() -> bool:
