@@ -206,7 +206,7 @@ def _job(asked: dict[str, Any], target: Target, path: Path, replayed: ReplayRunn
     values |= {"regimes": asked["regime"], "l2": asked["l2"], "whole_model": whole}
     values["parts"] = asked["stages"]
     values["checkpoint"] = str(asked["checkpoint"] or "")
-    values |= {name: _names(asked[name]) for name in ("forms", "peers")}
+    values |= {name: options.names_of([asked[name] or ""]) for name in ("forms", "peers")}
     values["mixers"] = options.names_of(asked["mixer"])
     values["directions"] = asked.get("directions", ())
     request = make_request(target.machine, **values)
@@ -245,10 +245,6 @@ def _job_of_yours(
         click.echo(f"left {name}: {why}", err=True)
     settings, flags = _settings(asked, target.machine)
     return _Job(target, replayed, request, settings, flags, (), path)
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def _replayed(asked: dict[str, Any]) -> ReplayRunner | None:
