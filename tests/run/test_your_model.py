@@ -25,7 +25,7 @@ from bratune.record import Record
 from bratune.run.yours import Measured, ask, measure_model
 from bratune.tune.model_plan import ModelPlan, plan_of
 from bratune.work.deploy import open_file
-from bratune.work.yours import load_factory
+from bratune.work.factory import load_factory
 
 YOLO = "somebodys_nets:make_yolo"
 SHORT: dict[str, Any] = {"min_time_s": 0.01, "warmup_s": 0.01, "timeout_s": 1.0, "min_samples": 3}
