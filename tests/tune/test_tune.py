@@ -14,7 +14,7 @@ import pytest
 from bratune.cell import Cell
 from bratune.errors import PlanError, UsageError
 from bratune.record import Record
-from bratune.run.engine import group_of
+from bratune.run.groups import group_of
 from bratune.tune.conclude import _candidates, conclude, front_rows
 from bratune.tune.fidelity_source import FidelitySource
 from bratune.tune.plan import Plan, install, load_plan
