@@ -9,6 +9,9 @@
        softmax  P[i][j] = 2^((S[i][j] - max_i) * log2(e))
        output   o_i     = sum_j P[i][j] v_j / sum_j P[i][j]
 
+   A region of few tokens would read what is packed too seldom: its keys and values are read where they lie, one query at
+   a time (lone_region).
+
    Q_ROWS queries are taken at a time. Their scores stay in the L1 cache, and a block of keys or values that was
    read once serves all of them.
 
@@ -30,6 +33,8 @@
 #define Q_ROWS 16
 /* Keys whose values are added to all queries of a block before the next: 64 rows of 32 channels are 8 KiB. */
 #define KEY_STRETCH 64
+/* Queries of a region up to which nothing is packed for it: a register tile would be half empty. */
+#define FEW_TOKENS 2
 /* Blocks of a head are kept for its later query regions up to this size: half of a common L2 cache. */
 #define KEPT_BYTES (1 << 20)
 
@@ -40,6 +45,7 @@ typedef struct {
     int64_t regions, kv_regions;
     int64_t once;          /* blocks of four columns, read by one block of queries: never put side by side */
     int64_t direct;        /* values are read where they lie in the map */
+    int64_t lone;          /* keys too: regions of few tokens */
     int64_t slots, kept; /* blocks in the scratch; kept: one for every key region, else one per route */
     int64_t parts, stretch;
     float factor; /* the scale */
@@ -78,6 +84,11 @@ static shape_t shape_of(const attention_t *c, int64_t block_floats, int direct)
     s.kept = c->topk > 1 && s.kv_regions * s.tk * (block_floats - s.direct * s.dp) * 4 <= KEPT_BYTES;
     s.slots = s.kept ? s.kv_regions : c->topk;
     s.factor = (float)c->scale;
+    s.lone = s.t <= FEW_TOKENS && s.d == s.dp && c->k.channel == 1 && c->v.channel == 1;
+    if (s.lone) {
+        s.slots = s.kept = s.once = s.direct = 0;
+        s.pitch = s.kp;
+    }
     return s;
 }
 
@@ -448,9 +459,10 @@ typedef struct {
     int64_t *region_in, *regions;
     float **blocks;
     const float **columns, **value_columns, **rows;
+    const char **key_tokens, **value_tokens, *zero; /* regions of few tokens: [K], [K], a token that is padding */
     float *slots, *spare, *room, *value_room, *bias;
     float *q, *s, *o;                       /* [T + Q_ROWS, DP], [Q_ROWS, KP], [Q_ROWS, DP] */
-    float *grad, *out, *ds, *plain_q, *row; /* backward */
+    float *grad, *out, *ds, *plain_q;       /* backward */
 } scratch_t;
 
 static scratch_t lay_out(pieces_t *p, const shape_t *s, int64_t topk, int64_t backward)
@@ -470,6 +482,9 @@ static scratch_t lay_out(pieces_t *p, const shape_t *s, int64_t topk, int64_t ba
     int64_t joins = s->pitch % LANES != 0;
     m.room = piece(p, joins * s->d * s->kp * 4);
     m.rows = piece(p, s->k * (int64_t)sizeof(float *));
+    m.key_tokens = piece(p, s->lone * s->k * (int64_t)sizeof(char *));
+    m.value_tokens = piece(p, s->lone * s->k * (int64_t)sizeof(char *));
+    m.zero = piece(p, s->lone * s->d * 4);
     if (backward) {
         m.value_columns = piece(p, s->kp / 4 * (int64_t)sizeof(float *));
         m.value_room = piece(p, joins * s->d * s->kp * 4);
@@ -505,6 +520,8 @@ static blocks_t open_blocks(const attention_t *c, const shape_t *s, scratch_t *m
     blocks_t k = {c, s, b, h, backward ? 3 : 2, m->region_in, m->slots, m->spare, slot_floats(s, backward)};
     for (int64_t i = 0; i < s->slots; i++)
         m->region_in[i] = -1;
+    if (s->lone)
+        memset((void *)m->zero, 0, (size_t)s->d * 4);
     if (s->pitch != s->tk) /* columns beyond K are read, and must hold numbers */
         memset(m->slots, 0, (size_t)(s->slots * slot_floats(s, backward)) * 4);
     if (s->pitch % LANES) {
@@ -513,6 +530,72 @@ static blocks_t open_blocks(const attention_t *c, const shape_t *s, scratch_t *m
             memset(m->value_room, 0, (size_t)(s->d * s->kp) * 4);
     }
     return k;
+}
+
+/* --- regions of few tokens -------------------------------------------------------------------------- */
+
+/* Where the routed keys and values of query region r lie; what is padding is `zero`. */
+static void find_tokens(const attention_t *c, const shape_t *s, const scratch_t *m, int64_t b, int64_t h, int64_t r)
+{
+    const char **keys = m->key_tokens, **values = m->value_tokens;
+    for (int64_t slot = 0; slot < c->topk; slot++) {
+        tile_t at = key_tile(c, s, route_of(c, b, h, r, slot));
+        for (int64_t y = at.y; y < at.y + at.h; y++)
+            for (int64_t x = at.x; x < at.x + at.w; x++) {
+                int64_t real = y < at.height && x < at.width;
+                *keys++ = real ? token_at(&c->k, c->dtype, b, y, x, h, s->d) : m->zero;
+                *values++ = real ? token_at(&c->v, c->dtype, b, y, x, h, s->d) : m->zero;
+            }
+    }
+}
+
+/* to[j] = x . tokens[j]; where `hidden` is a token, its place and those up to KP get minus infinity. */
+INLINE void dot_tokens(float *to, const float *x, const char *const *tokens, const char *hidden, const shape_t *s,
+                       const int dtype)
+{
+    const int size = dtype == FLOAT32 ? 4 : 2;
+    for (int64_t j = 0; j < s->k; j++) {
+        V sum = {0};
+        for (int64_t e = 0; e < s->d; e += LANES)
+            sum += load(x + e) * read_vector(tokens[j] + e * size, dtype);
+        to[j] = tokens[j] == hidden ? -INFINITY : sum_of(sum);
+    }
+    for (int64_t j = s->k; j < s->kp; j++)
+        to[j] = -INFINITY;
+}
+
+/* to = sum of w[j] * tokens[j], in two sums: each alone would wait for itself. */
+INLINE void weigh_tokens(float *to, const float *w, const char *const *tokens, const shape_t *s, const int dtype)
+{
+    const int size = dtype == FLOAT32 ? 4 : 2;
+    for (int64_t e = 0; e < s->d; e += LANES) {
+        V even = {0}, odd = {0};
+        int64_t j = 0;
+        for (; j + 2 <= s->k; j += 2) {
+            even += splat(w[j]) * read_vector(tokens[j] + e * size, dtype);
+            odd += splat(w[j + 1]) * read_vector(tokens[j + 1] + e * size, dtype);
+        }
+        if (j < s->k)
+            even += splat(w[j]) * read_vector(tokens[j] + e * size, dtype);
+        store(to + e, even + odd);
+    }
+}
+
+INLINE void lone_forward(const attention_t *c, const shape_t *s, const scratch_t *m, int64_t b, int64_t h, int64_t r,
+                         const int dtype)
+{
+    tile_t at = query_tile(c, s, r);
+    find_tokens(c, s, m, b, h, r);
+    pack_rows(m->q, &c->q, c, b, h, at, s, s->factor);
+    for (int64_t i = 0; i < s->t; i++) {
+        float most;
+        dot_tokens(m->s, m->q + i * s->dp, m->key_tokens, c->masked ? m->zero : NULL, s, dtype);
+        float sum = soften(m->s, s->vectors, &most), by = 1.0f / sum;
+        if (c->lse)
+            c->lse[((b * c->heads + h) * s->regions + r) * s->t + i] = most + logf(sum);
+        weigh_tokens(m->o, m->s, m->value_tokens, s, dtype);
+        write_rows(m->o, &c->out, c, b, h, at, s, i, 1, &by);
+    }
 }
 
 static void forward_task(void *context, int64_t task, char *memory)
@@ -526,6 +609,15 @@ static void forward_task(void *context, int64_t task, char *memory)
     task_range(c, s, task, &b, &h, &first, &end);
     blocks_t keys = open_blocks(c, s, &m, b, h, 0);
     for (int64_t r = first; r < end; r++) {
+        if (s->lone) {
+            if (c->dtype == FLOAT32)
+                lone_forward(c, s, &m, b, h, r, FLOAT32);
+            else if (c->dtype == BFLOAT16)
+                lone_forward(c, s, &m, b, h, r, BFLOAT16);
+            else
+                lone_forward(c, s, &m, b, h, r, FLOAT16);
+            continue;
+        }
         for (int64_t slot = 0; slot < c->topk; slot++) {
             m.regions[slot] = route_of(c, b, h, r, slot);
             m.blocks[slot] = block_of(&keys, m.regions[slot], slot);
@@ -611,6 +703,44 @@ static void gather(float *sums, const shape_t *s, const float *w, int64_t rows, 
     }
 }
 
+/* The gradients of a region of few tokens; see lone_forward and backward_task. */
+INLINE void lone_backward(const attention_t *c, const shape_t *s, const scratch_t *m, int64_t b, int64_t h, int64_t r,
+                          float *key_sums, float *value_sums, const int dtype)
+{
+    tile_t at = query_tile(c, s, r);
+    const float *lse = c->lse + ((b * c->heads + h) * s->regions + r) * s->t;
+    find_tokens(c, s, m, b, h, r);
+    pack_rows(m->q, &c->q, c, b, h, at, s, s->factor);
+    pack_rows(m->plain_q, &c->q, c, b, h, at, s, 1.0f);
+    pack_rows(m->grad, &c->grad, c, b, h, at, s, 1.0f);
+    pack_rows(m->out, &c->out, c, b, h, at, s, 1.0f);
+    for (int64_t i = 0; i < s->t; i++) {
+        const float *q = m->plain_q + i * s->dp, *g = m->grad + i * s->dp, *o = m->out + i * s->dp;
+        dot_tokens(m->s, m->q + i * s->dp, m->key_tokens, c->masked ? m->zero : NULL, s, dtype);
+        dot_tokens(m->ds, g, m->value_tokens, NULL, s, dtype);
+        V product = {0};
+        for (int64_t e = 0; e < s->d; e += LANES)
+            product += load(g + e) * load(o + e);
+        V delta = splat(sum_of(product)), top = splat(lse[i]), by = splat((float)c->scale);
+        for (int64_t j = 0; j < s->kp; j += LANES) {
+            V weight = exp2_of((load(m->s + j) - top) * splat(LOG2_E));
+            store(m->s + j, weight);
+            store(m->ds + j, weight * (load(m->ds + j) - delta) * by);
+        }
+        weigh_tokens(m->o, m->ds, m->key_tokens, s, dtype);
+        write_rows(m->o, &c->dq, c, b, h, at, s, i, 1, NULL);
+        const float *p = m->s, *ds = m->ds;
+        for (int64_t slot = 0; slot < c->topk; slot++) {
+            int64_t place = route_of(c, b, h, r, slot) * s->tk * s->dp;
+            for (int64_t j = 0; j < s->tk; j++, place += s->dp, p++, ds++)
+                for (int64_t e = 0; e < s->d; e += LANES) {
+                    store(key_sums + place + e, load(key_sums + place + e) + splat(*ds) * load(q + e));
+                    store(value_sums + place + e, load(value_sums + place + e) + splat(*p) * load(g + e));
+                }
+        }
+    }
+}
+
 static void backward_task(void *context, int64_t task, char *memory)
 {
     const attention_job_t *job = context;
@@ -628,6 +758,15 @@ static void backward_task(void *context, int64_t task, char *memory)
     memset(value_sums, 0, (size_t)map * 4);
     float scale = (float)c->scale;
     for (int64_t r = first; r < end; r++) {
+        if (s->lone) {
+            if (c->dtype == FLOAT32)
+                lone_backward(c, s, &m, b, h, r, key_sums, value_sums, FLOAT32);
+            else if (c->dtype == BFLOAT16)
+                lone_backward(c, s, &m, b, h, r, key_sums, value_sums, BFLOAT16);
+            else
+                lone_backward(c, s, &m, b, h, r, key_sums, value_sums, FLOAT16);
+            continue;
+        }
         for (int64_t slot = 0; slot < c->topk; slot++) {
             m.regions[slot] = route_of(c, b, h, r, slot);
             m.blocks[slot] = block_of(&keys, m.regions[slot], slot);

@@ -39,6 +39,10 @@ INLINE float sum_of(V x)
 {
 #if LANES == 16
     return _mm512_reduce_add_ps(x);
+#elif LANES == 8
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
     float sum = 0;
     for (int i = 0; i < LANES; i++)
@@ -52,6 +56,10 @@ INLINE float largest_of(V x)
 {
 #if LANES == 16
     return _mm512_reduce_max_ps(x);
+#elif LANES == 8
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 #else
     float most = x[0];
     for (int i = 1; i < LANES; i++)

@@ -42,7 +42,8 @@ def _sizes(height: int, region: tuple[int, int], topk: int, **more: Any) -> Prob
 
 
 # What blocking could get wrong: keys that fill vectors and tiles or leave some over, heads of every width,
-# more queries than a block, an odd number of keys in a region, more keys than a stretch.
+# more queries than a block, an odd number of keys in a region, more keys than a stretch, regions of one or
+# two tokens.
 MORE = tuple(
     Case(problem.replace(dtype=dtype))
     for dtype in ("float32", "bfloat16")
@@ -56,6 +57,11 @@ MORE = tuple(
         _sizes(9, (3, 3), 4, head_dim=32),
         _sizes(9, (4, 4), 3, head_dim=56, padding="masked"),
         _sizes(9, (4, 4), 3, per_head=True),
+        _sizes(6, (1, 1), 5, head_dim=32),
+        _sizes(5, (1, 2), 3, padding="masked"),
+        _sizes(5, (2, 1), 3, per_head=True),
+        _sizes(4, (1, 1), 2, kv_height=7, kv_width=5, kv_region=(3, 3), head_dim=48),
+        _sizes(6, (1, 1), 5, head_dim=24),
     )
 )
 
@@ -67,7 +73,7 @@ class Conformance(BackendConformance):
 
 
 # The variants share their source: what only layouts and shapes decide need not be seen by each.
-SOME = (*CASES[::3], *CASES[-9:], *MORE[::2])
+SOME = (*CASES[::3], *CASES[-9:], *MORE[::2], *MORE[9:14])
 
 
 @here("portable")
