@@ -1,4 +1,4 @@
-"""Building the library: with no compiler, a broken one, nowhere to write, twice at once, and from a wheel."""
+"""Building the library: with no compiler, a broken one, nowhere to write, twice at once, and into a wheel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,29 @@ def test_a_library_that_came_along_is_taken_if_it_was_made_of_these_sources(
     build.source_digest.cache_clear()
     assert build.bundled() is None
     build.source_digest.cache_clear()
+
+
+@pytest.mark.parametrize("text", [COMPILER, "#!/bin/sh\nexit 1\n"], ids=["compiles", "fails"])
+def test_a_wheel_holds_the_library_where_a_compiler_makes_it(tmp_path: Path, text: str) -> None:
+    pytest.importorskip("setuptools.command.bdist_wheel")
+    if build.bundled() is not None:
+        pytest.skip("this checkout has a library already")
+    root = Path(__file__).resolve().parents[3]
+    there = str(tmp_path)
+    places = ["egg_info", "-e", there, "build", "-b", f"{there}/build"]
+    command = [sys.executable, "setup.py", "-q", *places, "bdist_wheel", "-b", f"{there}/b", "-d", there]
+    env = os.environ | {"CC": str(compiler(tmp_path, text))}
+    run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    libraries = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    if text == COMPILER:
+        assert libraries == [f"bratune/kernels/native/bratune-{build.source_digest()}.so"]
+        assert "-py3-none-any" not in wheel.name
+        assert "-py3-none-" in wheel.name
+    else:
+        assert libraries == []
+        assert wheel.name.endswith("-py3-none-any.whl")
+        assert "will be built at their first use" in run.stderr
 
 
 def test_the_backend_says_why_it_has_no_library() -> None:
