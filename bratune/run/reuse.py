@@ -229,9 +229,15 @@ def _hash_of(roots: tuple[str, ...], plans: str) -> str:
     digest = hashlib.sha256(plans.encode())
     for name in sorted(found):
         path = found[name]
-        for file in (path, *sorted(path.parent.glob(f"{path.stem}*.json"))):
+        for file in (path, *_beside(path)):
             digest.update(f"{name} {file.name}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _beside(module: Path) -> list[Path]:
+    """What a module reads and no import names: tables, and the C that it compiles."""
+    sources = module.parent.glob("*.[ch]") if module.name == "build.py" else ()
+    return sorted({*module.parent.glob(f"{module.stem}*.json"), *sources})
 
 
 def _reached(roots: Iterable[str], packages: tuple[str, ...]) -> dict[str, Path]:

@@ -91,6 +91,26 @@ def test_a_started_line_is_on_disk_before_a_cell_runs_and_its_outcome_after(tmp_
     assert last.sampling == QUICK.sampling
 
 
+def test_rows_of_the_c_kernels_answer_while_their_c_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_bytes
+    edited: list[str] = []
+
+    def read_bytes(path: Path) -> bytes:
+        return read(path) + b"/* edited */" * (path.name in edited)
+
+    def hash_of(name: str) -> str:
+        cache._hash_of.cache_clear()
+        return cache.source_hash(cells(name)[0])
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    native, gather = hash_of("native"), hash_of("gather")
+    for name in ("norm.h", "amx.c"):
+        edited[:] = [name]
+        assert hash_of("native") != native
+        assert hash_of("gather") == gather
+    cache._hash_of.cache_clear()
+
+
 def test_raw_samples_are_kept_beside_the_rows(tmp_path: Path) -> None:
     store = Store(tmp_path / "records.jsonl")
     list(CellEngine(FakeRunner(), QUICK, store=store).run(cells("gather")))
