@@ -99,8 +99,17 @@ def _attend(
     backend: str,
     config: Config | None,
 ) -> Tensor:
-    _check_alike(q, k, v, routes)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    as_before: tuple[Any, ...] | None = None
+    if config is None and not is_observed(q):
+        as_before = (
+            *((x.shape, x.dtype, x.device) for x in (q, k, v, routes)),
+            (needs_grad, heads, tuple(region), kv_region and tuple(kv_region), scale, padding, backend),
+        )
+        known = _KNOWN.get(as_before)
+        if known is not None:
+            return _run(q, k, v, routes, *known)
+    _check_alike(q, k, v, routes)
     call = _resolve(
         *_shapes(q, k, v, routes),
         str(q.dtype),
@@ -116,14 +125,25 @@ def _attend(
         is_exported(),
     )
     found: tuple[Problem, Backend, Config | None] = getattr(_RESOLVED, call)
+    if as_before is not None:
+        if len(_KNOWN) >= _MOST_CALLS:
+            _KNOWN.clear()
+        _KNOWN[as_before] = found
     problem, chosen, planned = found
+    return _run(q, k, v, routes, problem, chosen, planned if config is None else config)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, chosen: Backend, config: Config | None
+) -> Tensor:
+    """The backend that was chosen, on tensors that fit."""
     if _is_empty(q):
         return _nothing(q, k, v)
     if routes.device.type == "cpu" and not (
         getattr(chosen, "checks_routes", False) or is_observed(routes) or is_transformed()
     ):
         _check_range(routes, problem.kv_regions)
-    return chosen.forward(q, k, v, routes, problem, planned if config is None else config)
+    return chosen.forward(q, k, v, routes, problem, config)
 
 
 def _shapes(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
@@ -188,8 +208,16 @@ class _Resolved:
         vars(self).clear()
 
 
+def forget_calls() -> None:
+    """Choose anew in every later call: backends or plans are others now."""
+    _PLACES.clear()
+    _KNOWN.clear()
+
+
 _RESOLVED = _Resolved()
 _PLACES: dict[tuple[Any, ...], str] = {}
+# The same by what tensors say of themselves, where no graph is made: most calls are like one before.
+_KNOWN: dict[tuple[Any, ...], tuple[Problem, Backend, Config | None]] = {}
 _NUMBERS = itertools.count()
 # Backends that are operators of ours in a graph, which other tools do not know.
 OPERATORS = ("triton", "native")

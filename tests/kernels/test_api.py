@@ -186,6 +186,7 @@ def test_a_call_can_be_traced() -> None:
 def test_calls_of_ever_new_sizes_are_not_all_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "_MOST_CALLS", 4)
     monkeypatch.setattr(api, "_PLACES", {})
+    monkeypatch.setattr(api, "_KNOWN", {})
     monkeypatch.setattr(api, "_RESOLVED", api._Resolved())
     for seed in range(2):
         for height in range(4, 20):
@@ -194,6 +195,30 @@ def test_calls_of_ever_new_sizes_are_not_all_remembered(monkeypatch: pytest.Monk
             assert out.shape == v.shape, seed
     assert len(api._PLACES) <= 4
     assert set(api._PLACES.values()) == vars(api._RESOLVED).keys()
+    assert len(api._KNOWN) <= 4
+
+
+def test_a_call_like_one_before_is_checked_like_it() -> None:
+    q, k, v = qkv()
+    routes = route(q, k, region=(4, 4), topk=3)
+
+    def attend(q: Tensor, routes: Tensor, **more: Any) -> Tensor:
+        call: dict[str, Any] = {"heads": 2, "region": (4, 4)} | more
+        return routed_attention(q, k, v, routes, **call)
+
+    true = attend(q, routes)
+    assert torch.equal(attend(q, routes), true)
+    assert torch.equal(attend(q, routes, region=[4, 4]), true)
+    for change, message in (
+        ({"q": q.double()}, "must have one dtype"),
+        ({"routes": routes.float()}, "routes must be int32 or int64"),
+        ({"routes": routes + 100}, "out of range"),
+        ({"heads": 3}, "do not divide"),
+        ({"backend": "nobody"}, "nobody"),
+        ({"config": {"no_such": 1}}, "no setting"),
+    ):
+        with pytest.raises(BratuneError, match=message):
+            attend(**({"q": q, "routes": routes} | change))
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, topk: int, scale: float) -> Tensor:

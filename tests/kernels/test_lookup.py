@@ -173,9 +173,9 @@ def test_auto_runs_what_the_plan_of_this_machine_recommends(monkeypatch: pytest.
     install(make_plan(detect("cpu"), backend="spy", config='{"block": 32}', dtype="float32"))
     monkeypatch.setattr(registry, "names", lambda: ("reference", "spy"))
     monkeypatch.setattr(registry, "get", lambda name: Spy() if name == "spy" else reference)
-    api._PLACES.clear()
+    api.forget_calls()
     attend(make_plan())
-    api._PLACES.clear()
+    api.forget_calls()
     assert asked == [{"block": 32}]
 
 

@@ -62,7 +62,7 @@ def install(
         registry.get.cache_clear()
         registry._entry_points.cache_clear()
         registry._chosen_name.cache_clear()
-        api._PLACES.clear()
+        api.forget_calls()
 
     def install(points: dict[str, str], package: str = "stranger") -> None:
         info = tmp_path / f"{package}-1.0.dist-info"
