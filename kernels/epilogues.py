@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bratune.errors import ProblemError
 from bratune.kernels.dispatch import is_exported, is_recorded
 from bratune.kernels.native import block as native_block
+from bratune.kernels.native import whole as native_whole
 from bratune.kernels.nhwc import to_nchw, to_nhwc
 from bratune.kernels.norm import layer_norm
 
@@ -162,6 +163,14 @@ class FrozenLinear(Frozen):
         )
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
+    def use_native(self) -> None:
+        """Let a block take this layer into its call of the C kernels, where they have products for it."""
+        self.native = native_whole.can_multiply(self.weight)
+
+    def panels(self) -> native_whole.Linear:
+        """Weight and bias as the C kernels read them."""
+        return native_whole.pack_linear(self.weight), None if self.bias is None else self.bias.float()
+
     def _packing(self, weight: Tensor) -> Tensor:
         found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
         return found
@@ -251,10 +260,10 @@ class FrozenConv(Frozen):
         )
 
     @property
-    def strips(self) -> tuple[Tensor, Tensor | None] | None:
+    def strips(self) -> native_whole.Strips | None:
         """Weight and bias as the C kernels read them."""
         weight, bias = self.weight, self.bias
-        found: tuple[Tensor, Tensor | None] | None = self.natively(
+        found: native_whole.Strips | None = self.natively(
             lambda: (native_block.pack_depthwise(weight), None if bias is None else bias.float()),
             weight,
             bias,
@@ -359,6 +368,11 @@ class FrozenNorm(Frozen):
     def use_native(self) -> None:
         """Normalise by the C kernels for CPUs, where nothing is shifted and no means are wanted."""
         self.native = self.shift is None
+
+    def vectors(self) -> native_whole.Norm:
+        """Weight, bias and eps as the C kernels read them."""
+        weight, bias = (None if v is None else v.float() for v in (self.weight, self.bias))
+        return native_whole.Norm(weight, bias, self.eps)
 
     def forward(self, x: Tensor, region: tuple[int, int] | None = None) -> tuple[Tensor, Tensor | None]:
         """``[B, H, W, C]`` to the same, and the means of its regions where a region is given."""

@@ -40,6 +40,7 @@ from bratune.kernels.full_attention import Attention, FullAttention, full_attent
 from bratune.kernels.fused import launch
 from bratune.kernels.layer import BiLevelRoutingAttention, RoutedLayer
 from bratune.kernels.native import block as native_block
+from bratune.kernels.native.whole import AtOnce, BlockParts
 from bratune.kernels.nhwc import keeps_size, to_nchw, to_nhwc
 from bratune.kernels.packed_attention import PackedAttention, prefers_mask
 from bratune.kernels.plain import hooks_of, is_plain, is_plain_throughout
@@ -104,7 +105,7 @@ class FastModel(nn.Module):
         weight = next(model.parameters())
         if (pack if native is None else native) and native_block.can_run(weight):
             for part in self.stages.modules():
-                if isinstance(part, FrozenConv | FrozenNorm | _FastRouted | _FastFull):
+                if isinstance(part, FrozenConv | FrozenLinear | FrozenNorm | _FastRouted | _FastFull):
                     part.use_native()
         if model.features_only:
             self.norms = copy.deepcopy(model.extra_norms)
@@ -218,9 +219,13 @@ class FastBlock(nn.Module):
             self.pos_embed.raise_by(lead)
             lead = torch.zeros_like(lead)
         self.lead = lead
+        self.at_once = AtOnce(_native_parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, C]`` to ``[B, H, W, C]``; may write into its input."""
+        call = self.at_once.call(self, self.attn, x)
+        if call is not None:
+            return call(x, self.at_once.seconds)
         if self.pos_embed is not None:
             x = self.pos_embed(x)
         if not self.pre_norm:
@@ -236,6 +241,43 @@ class FastBlock(nn.Module):
         if self.between is None:
             return self.widen.gelu(y)
         return self.between.gelu(self.widen(y))
+
+
+def _native_parts(block: Any, x: Tensor) -> BlockParts | None:
+    """A block as the C kernels take it at once; None where they have not all of its parts."""
+    attn, position = block.attn, block.pos_embed
+    if not isinstance(attn, _FastRouted | _FastFull) or not block.pre_norm or block.between is not None:
+        return None
+    frozen = [position, block.norm1, attn.qkv, attn.lepe, attn.proj, block.norm2, block.widen, block.narrow]
+    if not attn.native or not all(part is None or part.native for part in frozen):
+        return None
+    if isinstance(attn, _FastFull):
+        heads, width, scale, region, topk = attn.heads, x.shape[-1], attn.scale, None, 0
+    else:
+        region = attn.source.region_of(*layout.sides(x))
+        numbers = attn._numbers(x, region)
+        if attn.source.pooled_routing or not attn._tiles(x, region) or not _attends_natively(*numbers):
+            return None
+        heads, width, scale, topk = attn.source.num_heads, attn.qk_dim, attn.source.scale, attn.source.topk
+    if attn.qkv.weight.shape[0] != 3 * width or width != x.shape[-1]:
+        return None
+    return BlockParts(
+        position=None if position is None else position.strips,
+        adds_input=position is not None and position.adds_input,
+        norm1=block.norm1.vectors(),
+        project=attn.qkv.panels(),
+        heads=heads,
+        qk_dim=width,
+        scale=scale,
+        region=region,
+        topk=topk,
+        local=None if attn.lepe is None else attn.lepe.strips,
+        enhances_input=isinstance(attn, _FastFull) and attn.enhances_input and attn.lepe is not None,
+        merge=attn.proj.panels(),
+        norm2=block.norm2.vectors(),
+        widen=block.widen.panels(),
+        narrow=block.narrow.panels(),
+    )
 
 
 class _Fast(nn.Module):

@@ -23,6 +23,7 @@
 #include "simd.h"
 
 #include "attention.h"
+#include "norm.h"
 
 /* Numbers of the tiles: two sums, two operands of the kind B, up to four of the kind A (128 channels of a query). */
 #define C0 0
@@ -339,7 +340,199 @@ static int64_t amx_forward(const attention_t *c)
     return spread(amx_task, &j, c->batch * c->heads * j.s.parts, (size_t)nothing.used, c->threads);
 }
 
-const variant_t amx_variant = {"amx", amx_forward, NULL, NULL, NULL, NULL};
+/* --- linear layers ----------------------------------------------------------------------------------
+
+   Rows through one linear layer or two, as in linear.h, on bfloat16: a block of 32 rows by 32 outputs is four sums, read
+   by two tiles of rows and two of weights per 32 channels. Sums, biases, GELU and what is added are float32; hidden
+   channels are rounded once, as PyTorch's would be. */
+
+enum { PANEL = 16, BLOCK = 32, FEW_ROWS = 64 }; /* FEW_ROWS: up to which outputs are cut, see linear.h */
+#define AMX_BYTES (384 << 10)
+
+/* GELU as in linear.h, to 1.4e-5 of x: finer than the result is stored. */
+INLINE V coarse_gelu(V x)
+{
+    static const float above[] = {3.380784969e-05f, 3.841027160e-03f, 2.705622243e-02f, 3.989451450e-01f};
+    static const float below[] = {1.176788996e-03f, 2.366203384e-02f, 2.345231731e-01f, 1.0f};
+    V held = larger(splat(-4.2f), x);
+    held = -larger(splat(-4.2f), -held);
+    V s = held * held, p = splat(above[0]), q = splat(below[0]);
+    UNROLL for (int i = 1; i < (int)(sizeof above / sizeof *above); i++) p = p * s + splat(above[i]);
+    UNROLL for (int i = 1; i < (int)(sizeof below / sizeof *below); i++) q = q * s + splat(below[i]);
+    return x * (held * p * _mm512_rcp14_ps(q) + splat(0.5f));
+}
+
+/* y [rows, n] = [gelu of] x [rows in whole blocks, k] times panels, plus bias, plus add. */
+typedef struct {
+    const uint16_t *x, *w, *add;
+    const float *bias;
+    uint16_t *y;
+    int64_t k, n, rows, gelu;
+} amx_product_t;
+
+/* A finished row of up to two vectors of sums becomes bfloat16. */
+INLINE void finish_row(const amx_product_t *t, const float *sums, int64_t at, int64_t c, const int two)
+{
+    V low = load(sums), high = two ? load(sums + 16) : (V){0};
+    if (t->bias) {
+        low += load(t->bias + c);
+        if (two)
+            high += load(t->bias + c + 16);
+    }
+    if (t->gelu) {
+        low = coarse_gelu(low);
+        if (two)
+            high = coarse_gelu(high);
+    }
+    if (t->add) {
+        low += read_vector((const char *)(t->add + at), BFLOAT16);
+        if (two)
+            high += read_vector((const char *)(t->add + at + 16), BFLOAT16);
+    }
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if (two)
+        _mm512_storeu_si512(t->y + at, both);
+    else
+        _mm256_storeu_si256((__m256i *)(t->y + at), _mm512_castsi512_si256(both));
+}
+
+static void amx_multiply(const amx_product_t *t, int64_t first, int64_t end)
+{
+    _Alignas(64) float sums[BLOCK * BLOCK];
+    int64_t stride = t->k * 2;
+    for (int64_t c = first; c < end; c += BLOCK) {
+        const int two = c + BLOCK <= end;
+        const uint16_t *w0 = t->w + c * t->k, *w1 = two ? w0 + PANEL * t->k : w0;
+        for (int64_t i = 0; i < t->rows; i += BLOCK) {
+            const uint16_t *x0 = t->x + i * t->k, *x1 = x0 + TILE * t->k;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t e = 0; e < t->k; e += DEEP) {
+                _tile_loadd(6, w0 + e * PANEL, 64);
+                _tile_loadd(4, x0 + e, stride);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(7, w1 + e * PANEL, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(5, x1 + e, stride);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(0, sums, BLOCK * 4);
+            _tile_stored(1, sums + TILE, BLOCK * 4);
+            _tile_stored(2, sums + TILE * BLOCK, BLOCK * 4);
+            _tile_stored(3, sums + TILE * BLOCK + TILE, BLOCK * 4);
+            int64_t n = min_of(BLOCK, t->rows - i);
+            if (two)
+                for (int64_t u = 0; u < n; u++)
+                    finish_row(t, sums + u * BLOCK, (i + u) * t->n + c, c, 1);
+            else
+                for (int64_t u = 0; u < n; u++)
+                    finish_row(t, sums + u * BLOCK, (i + u) * t->n + c, c, 0);
+        }
+    }
+}
+
+typedef struct {
+    const linear_t *call;
+    int64_t stretch, second; /* as in linear.h */
+    uint16_t *hidden;
+} amx_linear_t;
+
+/* Rows as tiles read them: normed or copied, and zeros up to a whole block. Whole blocks are read where they lie. */
+static const uint16_t *amx_rows(const linear_t *c, int64_t first, int64_t n, uint16_t *room, float *row)
+{
+    const uint16_t *x = (const uint16_t *)c->x + first * c->channels;
+    if (!c->norm.channels && n % BLOCK == 0)
+        return x;
+    for (int64_t i = 0; i < n; i++)
+        if (c->norm.channels)
+            norm_row((char *)(room + i * c->channels), (const char *)(x + i * c->channels), row, &c->norm);
+        else
+            memcpy(room + i * c->channels, x + i * c->channels, (size_t)c->channels * 2);
+    int64_t whole = ceil_div(n, BLOCK) * BLOCK;
+    memset(room + n * c->channels, 0, (size_t)((whole - n) * c->channels) * 2);
+    return room;
+}
+
+static amx_product_t amx_first(const linear_t *c, const uint16_t *x, uint16_t *y, int64_t rows)
+{
+    return (amx_product_t){x, c->first, NULL, c->first_bias, y, c->channels, c->hidden, rows, 1};
+}
+
+static amx_product_t amx_last(const linear_t *c, const uint16_t *x, int64_t first, int64_t rows)
+{
+    const uint16_t *add = c->add ? (const uint16_t *)c->add + first * c->last : NULL;
+    uint16_t *y = (uint16_t *)c->y + first * c->last;
+    if (c->second)
+        return (amx_product_t){x, c->second, add, c->second_bias, y, c->hidden, c->last, rows, 0};
+    return (amx_product_t){x, c->first, add, c->first_bias, y, c->channels, c->last, rows, 0};
+}
+
+static void amx_linear_task(void *context, int64_t task, char *memory)
+{
+    const amx_linear_t *j = context;
+    const linear_t *c = j->call;
+    tile_config_t config = {.palette = 1};
+    for (int i = 0; i < TILES; i++) {
+        config.row_bytes[i] = 64;
+        config.rows[i] = TILE;
+    }
+    _tile_loadconfig(&config);
+    int64_t by_outputs = c->rows <= FEW_ROWS * c->threads;
+    int64_t first = by_outputs ? 0 : task * j->stretch, n = by_outputs ? c->rows : min_of(j->stretch, c->rows - first);
+    int64_t whole = ceil_div(n, BLOCK) * BLOCK;
+    float *row = (float *)memory;
+    uint16_t *room = (uint16_t *)(row + ceil_div(c->channels, 16) * 16), *hidden = room + whole * c->channels;
+    const uint16_t *x = j->second ? j->hidden : amx_rows(c, first, n, room, row);
+    if (by_outputs) {
+        amx_product_t t = c->second && !j->second ? amx_first(c, x, j->hidden, n) : amx_last(c, x, 0, n);
+        amx_multiply(&t, task * j->stretch, min_of((task + 1) * j->stretch, t.n));
+    } else {
+        if (c->second) {
+            amx_product_t widen = amx_first(c, x, hidden, n);
+            amx_multiply(&widen, 0, c->hidden);
+            memset(hidden + n * c->hidden, 0, (size_t)((whole - n) * c->hidden) * 2);
+            x = hidden;
+        }
+        amx_product_t last = amx_last(c, x, first, n);
+        amx_multiply(&last, 0, c->last);
+    }
+    _tile_release();
+}
+
+static int64_t amx_linear(const linear_t *c)
+{
+    if (c->dtype != BFLOAT16)
+        return avx512_variant.linear(c);
+    amx_linear_t j = {.call = c};
+    int64_t head = ceil_div(c->channels, 16) * 64;
+    if (c->rows <= FEW_ROWS * c->threads) {
+        int64_t whole = ceil_div(c->rows, BLOCK) * BLOCK, wide = c->second ? c->hidden : c->last;
+        void *hidden = NULL;
+        if (c->second && posix_memalign(&hidden, 64, (size_t)(whole * c->hidden) * 2))
+            return NO_MEMORY;
+        j.hidden = hidden;
+        if (c->second)
+            memset(j.hidden + c->rows * c->hidden, 0, (size_t)((whole - c->rows) * c->hidden) * 2);
+        int64_t failed = 0;
+        for (j.second = 0; j.second <= (c->second != NULL) && !failed; j.second++, wide = c->last) {
+            j.stretch = ceil_div(ceil_div(wide, BLOCK), 2 * c->threads) * BLOCK;
+            failed = spread(amx_linear_task, &j, ceil_div(wide, j.stretch), (size_t)(head + whole * c->channels * 2),
+                            c->threads);
+        }
+        free(hidden);
+        return failed;
+    }
+    int64_t row = 2 * (c->channels + (c->second ? c->hidden : 0));
+    int64_t blocks = ceil_div(c->rows, BLOCK), most = max_of(1, AMX_BYTES / (row * BLOCK));
+    int64_t tasks = ceil_div(ceil_div(blocks, most), c->threads) * c->threads;
+    j.stretch = ceil_div(blocks, tasks) * BLOCK;
+    return spread(amx_linear_task, &j, ceil_div(c->rows, j.stretch), (size_t)(head + j.stretch * row), c->threads);
+}
+
+const variant_t amx_variant = {"amx", amx_forward, NULL, NULL, NULL, NULL, amx_linear};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

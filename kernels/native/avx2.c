@@ -10,7 +10,7 @@
 #define LANES 8
 #include "kernels.h"
 
-const variant_t avx2_variant = {"avx2", forward, backward, norm, depthwise, route};
+const variant_t avx2_variant = {"avx2", forward, backward, norm, depthwise, route, linear};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

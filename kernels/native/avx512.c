@@ -10,7 +10,7 @@
 #define LANES 16
 #include "kernels.h"
 
-const variant_t avx512_variant = {"avx512", forward, backward, norm, depthwise, route};
+const variant_t avx512_variant = {"avx512", forward, backward, norm, depthwise, route, linear};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

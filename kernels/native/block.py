@@ -2,6 +2,7 @@
 
 Each is an operator of PyTorch (``torch.ops.bratune.native_*``), so that compilers see it, and is called
 without the dispatcher where nothing watches. The runtime (`bratune.kernels.runtime`) uses them on a CPU.
+A whole block, with its linear layers, is one call of `bratune.kernels.native.whole`.
 """
 
 from __future__ import annotations

@@ -48,6 +48,18 @@ typedef struct {
     double eps;
 } norm_t;
 
+/* Rows [N, C], contiguous, through one linear layer or two: y = second(gelu(first(norm(x)))) + add, or without a second
+   one y = first(norm(x)) + add. Matrices [out, in] lie in panels of 16 outputs: of float32 as [out / 16, in, 16], of
+   bfloat16 as [out / 16, in / 2, 16, 2]. */
+typedef struct {
+    norm_t norm; /* of x; its x, y, rows and threads are not read, and no channels stand for no norm */
+    const char *x, *add;
+    char *y; /* may be add, and x where a norm or a second layer reads x first */
+    const void *first, *second;
+    const float *first_bias, *second_bias; /* NULL where there is none */
+    int64_t rows, channels, hidden, last, dtype, threads;
+} linear_t;
+
 /* Depthwise convolution of a map, stride 1, odd side, the map's size kept: out = conv(x) + bias + add. */
 typedef struct {
     map_t x, add, out; /* add.data is NULL where nothing is added; it may be out */
@@ -64,6 +76,21 @@ typedef struct {
     int64_t topk, dtype, threads;
 } routing_t;
 
+/* A block of a network: position embedding, norm and projection to q, k and v, routing, attention, local enhancement of v
+   or of the norm, output projection and MLP, both added to the map. Maps are [B, H, W, C], contiguous. The parts say all but where their
+   maps lie: of q, k and v they say where in the bytes of a map's projection. */
+typedef struct {
+    depthwise_t position; /* without a weight: none */
+    norm_t norm;          /* with channels: what local reads too, so the projection has none of its own */
+    linear_t project;
+    routing_t routing; /* topk 0: routes are given */
+    attention_t attention;
+    depthwise_t local; /* without a weight: none */
+    linear_t merge, mlp;
+    int64_t adds_input; /* the position embedding's kernel does not add the map itself */
+} block_t;
+enum { BLOCK_PARTS = 7 };
+
 /* What entry points return: 0, NO_MEMORY, or 1 + the place of the first route that names no region. */
 enum { NO_MEMORY = -1 };
 
@@ -75,6 +102,7 @@ typedef struct {
     int64_t (*norm)(const norm_t *);
     int64_t (*depthwise)(const depthwise_t *);
     int64_t (*route)(const routing_t *);
+    int64_t (*linear)(const linear_t *);
 } variant_t;
 
 /* Calls run(context, task, scratch) for every task from 0 to tasks - 1 on up to `threads` threads of torch's own

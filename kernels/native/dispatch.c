@@ -116,6 +116,7 @@ int64_t bratune_backward(int64_t i, const attention_t *call)
 int64_t bratune_norm(int64_t i, const norm_t *call) { return KERNEL(i, norm)(call); }
 int64_t bratune_depthwise(int64_t i, const depthwise_t *call) { return KERNEL(i, depthwise)(call); }
 int64_t bratune_route(int64_t i, const routing_t *call) { return KERNEL(i, route)(call); }
+int64_t bratune_linear(int64_t i, const linear_t *call) { return KERNEL(i, linear)(call); }
 
 int64_t bad_route(const attention_t *c)
 {

@@ -75,9 +75,11 @@ def find() -> Library | str:
         return f"the library {path} cannot be loaded: {error}"
     functions.bratune_variant.restype = ctypes.c_char_p
     functions.bratune_variant.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
-    for name in ("forward", "backward", "norm", "depthwise", "route"):
+    for name in ("forward", "backward", "norm", "depthwise", "route", "linear"):
         function = getattr(functions, f"bratune_{name}")
         function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64, ctypes.c_char_p]
+    functions.bratune_block.restype = ctypes.c_int64
+    functions.bratune_block.argtypes = [ctypes.c_int64, ctypes.c_char_p, *[ctypes.c_void_p] * 3]
     variants = _variants(functions)
     runnable = [name for name, here in variants if here]
     default = os.environ.get(VARIABLE) or runnable[0]

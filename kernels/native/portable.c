@@ -3,4 +3,4 @@
 #define LANES 4
 #include "kernels.h"
 
-const variant_t portable_variant = {"portable", forward, backward, norm, depthwise, route};
+const variant_t portable_variant = {"portable", forward, backward, norm, depthwise, route, linear};

@@ -14,8 +14,10 @@ from bratune.kernels.packed import empty_gradients
 from bratune.problem import ceil_div
 
 __all__ = [
+    "ATTENTION",
     "DTYPES",
     "MOST_CHANNELS",
+    "NOWHERE",
     "NativeCall",
     "lse_shape",
     "map_of",
@@ -29,8 +31,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_CHANNELS = 128
 _NO_MEMORY = -1
 # attention_t: five maps, the pointer between them, routes, sizes, the scale.
-_ATTENTION = struct.Struct("20qq20q6q15qd")
-_NOWHERE = (0, 0, 0, 0, 0)
+ATTENTION = struct.Struct("20qq20q6q15qd")
+NOWHERE = (0, 0, 0, 0, 0)
 
 
 class NativeCall(NamedTuple):
@@ -63,9 +65,9 @@ def run_forward(
     lse = q.new_empty(lse_shape(q, call) if keep_lse else (0,), dtype=torch.float32)
     if not out.numel():
         return out, lse
-    packed = _ATTENTION.pack(
+    packed = ATTENTION.pack(
         *map_of(q), *map_of(k), *map_of(v), *map_of(out), lse.data_ptr() if keep_lse else 0,
-        *_NOWHERE * 4, *_routes(routes), *_sizes(q, k, routes, call), call.scale,
+        *NOWHERE * 4, *_routes(routes), *_sizes(q, k, routes, call), call.scale,
     )  # fmt: skip
     _check(loaded().functions.bratune_forward(variant_number(call.variant), packed), routes, k, call)
     return out, lse
@@ -81,7 +83,7 @@ def run_backward(
         return [result.zero_() for result in results]
     dq, dk, dv = results[0].chunk(3, -1) if packed else results
     lse = lse.contiguous()  # as the forward pass made it, before any batching
-    arguments = _ATTENTION.pack(
+    arguments = ATTENTION.pack(
         *map_of(q), *map_of(k), *map_of(v), *map_of(out), lse.data_ptr(),
         *map_of(grad), *map_of(dq), *map_of(dk), *map_of(dv),
         *_routes(routes), *_sizes(q, k, routes, call), call.scale,

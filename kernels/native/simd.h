@@ -9,7 +9,7 @@
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 #endif
 
 typedef float V __attribute__((vector_size(4 * LANES)));
@@ -65,6 +65,21 @@ INLINE float largest_of(V x)
     for (int i = 1; i < LANES; i++)
         most = x[i] > most ? x[i] : most;
     return most;
+#endif
+}
+
+/* 1 / x of a normal number, to 1e-7 of its value. */
+INLINE V inverse_of(V x)
+{
+#if LANES == 16
+    V guess = _mm512_rcp14_ps(x);
+#elif LANES == 8
+    V guess = _mm256_rcp_ps(x);
+#else
+    return splat(1.0f) / x;
+#endif
+#if LANES >= 8
+    return guess + guess * (splat(1.0f) - x * guess);
 #endif
 }
 

@@ -104,7 +104,7 @@ def test_rows_of_the_c_kernels_answer_while_their_c_is_the_same(monkeypatch: pyt
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     native, gather = hash_of("native"), hash_of("gather")
-    for name in ("norm.h", "amx.c"):
+    for name in ("linear.h", "amx.c"):
         edited[:] = [name]
         assert hash_of("native") != native
         assert hash_of("gather") == gather
