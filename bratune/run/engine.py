@@ -16,7 +16,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,12 +36,12 @@ from bratune.store.claims import Claim, Claims
 from bratune.store.pooled import IN_TURN_WITH
 from bratune.work.contents import contents_of
 
-__all__ = ["CellEngine", "LocalEngine", "lacks"]
+__all__ = ["LEASES", "LOOK_S", "OVERHEAD_S", "CellEngine", "LocalEngine", "lacks"]
 
 # Making inputs and checking them against the reference come on top of sampling; compiling can take minutes.
-_OVERHEAD_S, _COMPILE_S = 180.0, 600.0
+OVERHEAD_S, _COMPILE_S = 180.0, 600.0
 # How often a cell of another run is looked at, and after how many of its limits it is taken over.
-_LOOK_S, _LEASES = 1.0, 2.0
+LOOK_S, LEASES = 1.0, 2.0
 
 
 def _question(row: Record) -> str:
@@ -149,7 +149,7 @@ class CellEngine:
                 yield record
             elif not self._cancelled.is_set():
                 taken.append(cell)
-        while taken and not self._cancelled.wait(_LOOK_S):
+        while taken and not self._cancelled.wait(LOOK_S):
             for cell in tuple(taken):
                 record = self._answer(cell)
                 if record is not None:
@@ -181,7 +181,7 @@ class CellEngine:
         self.reused += sum(
             _is_complete(found, self.passes) for cell, found in rows.items() if cell not in self._behind
         )
-        while self._all_passes(groups, rows) and not self._cancelled.wait(_LOOK_S):
+        while self._all_passes(groups, rows) and not self._cancelled.wait(LOOK_S):
             rows |= {cell: self._cache.find_all(cell) for cell in cells}
         if self._cancelled.is_set():
             return
@@ -205,7 +205,7 @@ class CellEngine:
                     return False
                 if self._left_s() < took_s[place]:  # half a pass of a group would be lost
                     continue
-                ours = [cell for cell in missing if self._claim(cell, number)]
+                ours = [cell for cell in missing if self._claim(cell, self._which(number), len(group))]
                 taken = taken or len(ours) < len(missing)
                 if not ours:
                     continue
@@ -236,25 +236,39 @@ class CellEngine:
         if isinstance(self._runner, ComparingRunner):
             return self._runner.in_turn(cells, base)
         how = f"{self._settings.sampling}{IN_TURN_WITH}{base.cell_id}"
-        rows = {cell: [*filter(_is_quiet, self._cache.find_all(cell, sampling=how))] for cell in cells}
-        for number in range(1, (1 if isinstance(self._runner, LocalRunner) else passes) + 1):
-            missing = [cell for cell in cells if lacks(rows[cell], number)]
+        rows: dict[Cell, list[Record]] = {cell: [] for cell in cells}
+        passes = 1 if isinstance(self._runner, LocalRunner) else passes
+        while True:
+            # Rows of this run or of another; what was disturbed counts for nobody else.
+            for cell, found in rows.items():
+                others = filter(_is_quiet, self._cache.find_all(cell, sampling=how))
+                found += [row for row in others if lacks(found, row.pass_number or 1)]
+                found.sort(key=lambda row: row.pass_number or 1)
+            taken = self._compare(rows, base, passes, enough, how)
+            if not taken or self._cancelled.wait(LOOK_S):
+                return rows
+
+    def _compare(
+        self, rows: dict[Cell, list[Record]], base: Cell, passes: int, enough: Callable[[int], bool], how: str
+    ) -> bool:
+        """Make the passes of a comparison that are missing; whether another run has some of them in hand."""
+        taken = False
+        for number in range(1, passes + 1):
+            missing = [cell for cell, found in rows.items() if lacks(found, number)]
             if not missing:
                 continue
             if self._cancelled.is_set() or enough(number - 1):
-                break
+                return False
             which = {"pass_number": number, "passes": passes, "baseline": base.cell_id}
-            if self._store:
-                begun = [Record.of(cell, self.machine, outcome="started") for cell in missing]
-                pairs = zip(missing, begun, strict=True)
-                self._store.extend([self._signed(cell, row.replace(**which), how) for cell, row in pairs])
-            for cell, result in self._turns(missing, base, number):
+            ours = [cell for cell in missing if self._claim(cell, which, len(rows) + 1, how)]
+            taken = taken or len(ours) < len(missing)
+            for cell, result in self._turns(ours, base, number) if ours else ():
                 record = result.record
                 if cell == base and record.ok:
                     record = record.replace(ratio=1.0, ratio_lo=1.0, ratio_hi=1.0)
                 record = record.replace(speedup=record.ratio, **which)
                 rows[cell].append(self._write(cell, record, result.samples_ms, how))
-        return rows
+        return taken
 
     def _turns(self, missing: Sequence[Cell], base: Cell, number: int) -> Iterator[tuple[Cell, Result]]:
         """What one pass of a comparison gives of the cells that lack it; the base runs beside them anyway."""
@@ -274,24 +288,36 @@ class CellEngine:
                 record = record.replace(ratio=base_ms / record.median_ms)
             yield cell, dataclasses.replace(found[cell], record=record)
 
-    def _claim(self, cell: Cell, number: int | None = None) -> bool:
-        """Write that a cell, or a pass of it, begins; False where another run has it or it is answered."""
+    def _which(self, number: int) -> dict[str, Any]:
+        """What a row says of the pass that it is."""
+        return {"pass_number": number, "passes": self.passes}
+
+    def _claim(
+        self, cell: Cell, which: Mapping[str, Any] | None = None, together: int = 1, how: str = ""
+    ) -> bool:
+        """Write that a cell, or a pass of it, begins; False where another run has it or it is answered.
+
+        Args:
+            cell: The cell.
+            which: What the row says of the pass that it is.
+            together: Cells that take turns, and so take as many times as long.
+            how: How it is sampled, of a comparison of its own.
+        """
         if self._store is None:
             return True
         started = Record.of(cell, self.machine, outcome="started", evidence=self._runner.evidence)
-        started = self._signed(cell, started)
-        if number is not None:
-            started = started.replace(pass_number=number, passes=self.passes)
+        started = self._signed(cell, started, how).replace(**(which or {}))
         if self._claims is None:
             self._store.append(started)
             return True
 
         def answered() -> bool:
-            if number is None:
+            if started.pass_number is None:
                 return self._cache.find(cell) is not None
-            return not lacks(self._cache.find_all(cell), number)
+            rows = self._cache.find_all(cell, sampling=how)
+            return not lacks([*filter(_is_quiet, rows)] if how else rows, started.pass_number)
 
-        lease = _LEASES * self._limit_of(cell)
+        lease = LEASES * self._limit_of(cell) * together
         return self._claims.take(started, answered=answered, lease_s=lease) is Claim.OURS
 
     def _pass(
@@ -366,7 +392,7 @@ class CellEngine:
     def _limit_of(self, cell: Cell) -> float:
         if self._cell_limit_s is not None:
             return self._cell_limit_s
-        limit = self._settings.warmup_s + self._settings.timeout_s + _OVERHEAD_S
+        limit = self._settings.warmup_s + self._settings.timeout_s + OVERHEAD_S
         return limit + (_COMPILE_S if cell.regime == "compile" else 0)
 
     def _signed(self, cell: Cell, record: Record, sampling: str = "") -> Record:

@@ -27,6 +27,7 @@ _BEGINNING = f'{{"schema":{SCHEMA},'.encode()
 _NAME = b',"cell_id":"'
 _RUN = b',"run_id":"'
 _STARTED = b',"outcome":"started"'
+_PASS, _SAMPLING = b'"pass_number":', b'"sampling":'
 # The outcome stands a few short fields behind the name of the cell.
 _NEAR = 200
 
@@ -34,7 +35,8 @@ _NEAR = 200
 class Index:
     """Finished rows of a file by their cell, those included that others add meanwhile; for any thread.
 
-    The file stays open, so that the rows are there even if another process puts a new one in its place.
+    The file stays open, so that the rows are there even if somebody deletes it; one that takes its place, as
+    after `bratune cache prune`, is read from its beginning.
 
     Args:
         path: A file of records; one that is missing holds none.
@@ -46,8 +48,9 @@ class Index:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._places = _Places()
-        # Of lines "started" whose cell has no outcome in the same run yet: the place, by cell and run.
-        self._started: dict[tuple[bytes, bytes], int] = {}
+        # Of lines "started" without an outcome of the same run and pass yet: the place, by cell, run, pass
+        # and how it is sampled, which tells the passes of a comparison of its own.
+        self._started: dict[tuple[bytes, ...], int] = {}
         self._file: BinaryIO | None = None
         self._seen_bytes = self._seen_lines = 0
         self._lock = threading.Lock()  # the place in the file is one for all threads
@@ -68,7 +71,7 @@ class Index:
             return self._read(cell_id, self._places.of(cell_id.encode()))
 
     def unfinished(self, cell_id: str) -> list[Record]:
-        """Lines "started" of a cell that no outcome of the same run follows, in the order written.
+        """Lines "started" of a cell that no outcome of the same run and pass follows, in the order written.
 
         Raises:
             StoreError: the file cannot be read.
@@ -76,7 +79,7 @@ class Index:
         with self._lock:
             self._look_again()
             name = cell_id.encode()
-            return self._read(cell_id, [place for (cell, _), place in self._started.items() if cell == name])
+            return self._read(cell_id, [place for (cell, *_), place in self._started.items() if cell == name])
 
     def _read(self, cell_id: str, places: list[int]) -> list[Record]:
         rows: list[Record] = []
@@ -98,6 +101,11 @@ class Index:
     def _look_again(self) -> None:
         """Find the rows that were added since the last time."""
         try:
+            if self._file is not None and self._was_replaced(self._file):
+                self._file.close()
+                self._file = None
+                self._places, self._started = _Places(), {}
+                self._seen_bytes = self._seen_lines = 0
             if self._file is None:
                 if not self.path.exists():
                     return
@@ -106,6 +114,13 @@ class Index:
                 self._scan(self._file)
         except OSError as error:
             raise StoreError(f"records cannot be read from {self.path}: {error.strerror or error}") from None
+
+    def _was_replaced(self, file: BinaryIO) -> bool:
+        """Whether another file has the name now; not where there is none."""
+        try:
+            return not os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def _scan(self, file: BinaryIO) -> None:
         file.seek(self._seen_bytes)
@@ -120,9 +135,10 @@ class Index:
     def _take_in(self, line: bytes, place: int) -> None:
         cell, run, started = self._names_in(line)
         if started:
-            self._started[cell, run] = place
+            self._started[cell, run, *_pass_in(line)] = place
         elif cell:
-            self._started.pop((cell, run), None)
+            if self._started:
+                self._started.pop((cell, run, *_pass_in(line)), None)
             self._places.add(cell, place)
 
     def _names_in(self, line: bytes) -> tuple[bytes, bytes, bool]:
@@ -144,6 +160,18 @@ class Index:
             return b"", b"", False
         cell, run = (str(fields.get(name, "")).encode() for name in ("cell_id", "run_id"))
         return cell, run, fields.get("outcome") == "started"
+
+
+def _pass_in(line: bytes) -> tuple[bytes, bytes]:
+    """The number of the pass that a line is of, and how it is sampled, as written; empty where it has none.
+
+    In a text of the line the quotation marks would be escaped, so that the names are always those of fields.
+    """
+    at = line.find(_PASS)
+    number = b"" if at < 0 else line[at + len(_PASS) : at + _NEAR].split(b",")[0].strip(b"} \r\n")
+    at = line.find(_SAMPLING)
+    how = b"" if at < 0 else b'"'.join(line[at + len(_SAMPLING) :].split(b'"', 2)[1:2])
+    return number, how
 
 
 # So many places are looked through one by one; more are sorted first.

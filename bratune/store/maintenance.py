@@ -16,6 +16,7 @@ from bratune.errors import MissingPackageError, StoreError
 from bratune.files import new_file_beside
 from bratune.record import SCHEMA, Record, field_types, parse_fields, parse_line
 from bratune.store import SAMPLES_SUFFIX, Store, batches, locked, mend_end, read_fields, read_records
+from bratune.store.lines import require_records
 from bratune.text import is_name
 
 __all__ = ["BAD_SUFFIX", "append_new", "compact", "import_records", "merge", "prune", "repair"]
@@ -99,18 +100,19 @@ def prune(
 ) -> tuple[int, int]:
     """Drop what says nothing any more; returns how many rows go and how many stay.
 
-    These are lines "started" whose cell has an outcome in the same run, and rows that ``keep`` later rows of
-    the same key (``key_of``, see `bratune.run.reuse.key_of`) replace. The new file takes the place of the old
-    one in one step.
+    These are lines "started" that have an outcome of the same run and pass, and rows that ``keep`` later rows
+    of the same key (``key_of``, see `bratune.run.reuse.key_of`) replace. The new file takes the place of the
+    old one in one step.
 
     Raises:
-        StoreError: the file cannot be read or written.
+        StoreError: the file cannot be read or written, or it holds something else than records.
     """
     if not rewrite:
         keeps = _keeps(path, keep, key_of)
         return keeps.count(False), keeps.count(True)
     try:
         with locked(path) as fd:  # nobody appends between reading and replacing
+            require_records(fd, path)
             mend_end(fd)
             keeps = _keeps(path, keep, key_of)
             if not all(keeps):
@@ -183,17 +185,18 @@ def _ended(line: bytes) -> bytes:
 
 def _keeps(path: Path, keep: int, key_of: Callable[[Record], str]) -> list[bool]:
     """Of every line of a file, whether it stays; one that is no record does."""
-    keys: list[tuple[str, str] | str] = []  # of a line "started", its run and cell; else what replaces it
-    done: set[tuple[str, str]] = set()
+    # Of a line "started", its run, cell and pass; of any other, what replaces it.
+    keys: list[tuple[str, str, int | None] | str] = []
+    done: set[tuple[str, str, int | None]] = set()
     with path.open("rb") as file:
         for line in file:
             try:
                 row = parse_line(line, Record.from_json)
                 if row.outcome == "started":
-                    keys.append((row.run_id, row.cell_id))
+                    keys.append((row.run_id, row.cell_id, row.pass_number))
                 else:
                     keys.append(key_of(row) if row.cell else "")
-                    done.add((row.run_id, row.cell_id))
+                    done.add((row.run_id, row.cell_id, row.pass_number))
             except (StoreError, ValueError):  # no record, or none of a cell: `repair` is for these
                 keys.append("")
     keeps: list[bool] = []
@@ -253,7 +256,8 @@ def _tables(pyarrow: Any, paths: Paths) -> Iterator[Any]:
         try:
             whole = b"".join(batch.lines) if batch.lines[-1].endswith(b"\n") else b""
             found = json.read_json(io.BytesIO(whole), parse_options=parse)
-            if compute.max(found["schema"]).as_py() not in (None, *range(SCHEMA + 1)):
+            schemas = found["schema"]
+            if schemas.null_count or compute.max(schemas).as_py() not in (None, *range(SCHEMA + 1)):
                 raise pyarrow.ArrowInvalid
         except (
             pyarrow.ArrowInvalid
@@ -326,7 +330,11 @@ def _replace(path: Path, lines: Iterable[bytes]) -> None:
 
 @contextlib.contextmanager
 def _in_place_of(path: Path) -> Iterator[str]:
-    """A name to write under; what was written there takes the place of a file if nothing goes wrong."""
+    """A name to write under; what was written there takes the place of a file if nothing goes wrong.
+
+    Of the file itself, where the path is a link to it.
+    """
+    path = path.resolve()
     name = new_file_beside(path)
     try:
         yield name

@@ -8,6 +8,7 @@ happens: a death costs a retry, never the trial.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -174,9 +175,7 @@ class Ledger:
         return trial, suggest(trial)
 
     def _own(self, trial: Trial) -> None:
-        trial.set_user_attr(
-            "worker", [self.worker.host, self.worker.pid, self.worker.started, self.worker.boot]
-        )
+        trial.set_user_attr("worker", [*dataclasses.astuple(self.worker)])
         trial.set_user_attr("claimed_s", time.time())
 
     # --- the ends of a trial ----------------------------------------------------------------
@@ -283,7 +282,7 @@ class Ledger:
 
     def busy_elsewhere(self) -> int:
         """Trials that living workers other than this one are running."""
-        own = [self.worker.host, self.worker.pid, self.worker.started, self.worker.boot]
+        own = [*dataclasses.astuple(self.worker)]
         return sum(t.user_attrs.get("worker") != own for t in self.trials("RUNNING"))
 
 

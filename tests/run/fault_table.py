@@ -184,6 +184,29 @@ def killed_beside(folder: Path, chance: random.Random) -> tuple[int, int]:
     return counted(side.measured(path), 20)
 
 
+def drivers(folder: Path, chance: random.Random) -> tuple[int, int]:
+    """Two drivers that began in the same second, and so have one name, on several devices each, in passes."""
+    path = folder / "records.jsonl"
+    processes = [FORKS.Process(target=side.drive, args=(path, "now", slots, 3)) for slots in (3, 4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    rows = [row for row in read_records([path]) if row.outcome == "measured"]
+    return counted(Counter(f"{row.cell_id} {row.pass_number}" for row in rows), 36)
+
+
+def pruned_beside(folder: Path, chance: random.Random) -> tuple[int, int]:
+    """Another file takes the place of the records again and again while two runs share them."""
+    path = folder / "records.jsonl"
+    processes = [side.start(path, f"run-{n}", 20, 0.02) for n in range(2)]
+    while any(process.is_alive() for process in processes):
+        if path.exists():
+            prune(path, key_of=lambda row: row.cell_id, keep=100)
+        time.sleep(chance.uniform(0, 0.05))
+    return counted(side.measured(path), 20)
+
+
 def counted(times: Counter[str], wanted: int) -> tuple[int, int]:
     return wanted - len(times), sum(number > 1 for number in times.values())
 
@@ -335,6 +358,8 @@ def lines() -> Iterator[Line]:
     yield often(5, "two runs of one folder at once", "they share the cells", at_once(2))
     yield often(5, "five runs of one folder at once", "they share the cells", at_once(5))
     yield often(10, "two of three runs at once killed with -9", "the third takes over", killed_beside)
+    yield often(5, "two drivers of one name, in passes", "they share the passes", drivers)
+    yield often(5, "records pruned under two runs at once", "they share the cells", pruned_beside)
     yield often(2, "worker killed while it starts", "started again", dies_while_starting)
     yield often(2, "20 workers die with one trial of a study", "queued again each time", twenty_deaths)
     yield often(5, "5 workers of a study killed at random moments", "queued again", killed_workers)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import multiprocessing.context
 import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.record import Record
 from bratune.run import engine as engines
-from bratune.run.engine import CellEngine
+from bratune.run.engine import CellEngine, ParallelEngine
 from bratune.run.measure_cell import Result
 from bratune.store import Store, read_records
 from bratune.store.claims import Claim, Claims, Holder
@@ -122,6 +124,18 @@ PARENT = Holder(ALIVE.host, os.getppid(), "", ALIVE.boot)
         ),  # an earlier process of that id
         (started(Holder(ALIVE.host, ALIVE.pid, ALIVE.started, "boot")), Claim.OURS),
         (started(ALIVE), Claim.OURS),  # this process was interrupted in it
+        # in another container of this machine, whose processes nobody here sees
+        (started(dataclasses.replace(ALIVE, pid=1, container="7")), Claim.TAKEN),
+        (
+            started(dataclasses.replace(ALIVE, container="7"), datetime.now(UTC) - timedelta(hours=1)),
+            Claim.OURS,
+        ),
+        (started(dataclasses.replace(ALIVE, started="1")), Claim.OURS),
+        (started("host \u00b2 1 b"), Claim.OURS),  # a digit, and no number
+        (
+            started(Holder("elsewhere", 1, "1", "b")).replace(cell="{"),
+            Claim.OURS,
+        ),  # it does not say what it asks
         (started(""), Claim.OURS),  # of a version that claimed nothing
         (started("a b c d e"), Claim.OURS),
         (started(Holder("elsewhere", 1, "1", "b"), torch="another"), Claim.OURS),  # asked something else
@@ -149,7 +163,133 @@ def test_an_outcome_of_another_run_ends_no_claim_but_its_own(tmp_path: Path) -> 
     assert index.unfinished(cells(1)[0].cell_id) == []
 
 
+def test_the_next_pass_of_a_cell_is_no_end_of_the_claim_on_this_one(tmp_path: Path) -> None:
+    store = Store(tmp_path / "records.jsonl")
+    lines = [started(Holder("elsewhere", 1, "1", "b")).replace(pass_number=n, passes=2) for n in (1, 2)]
+    store.extend(lines)
+    index = store.index()
+    (cell,) = cells(1)
+    assert index.unfinished(cell.cell_id) == lines
+    row = Record.of(cell, MACHINE, median_ms=1.0, run_id="theirs", pass_number=2, passes=2)
+    store.append(row.replace(sampling="a comparison of its own"))
+    assert index.unfinished(cell.cell_id) == lines
+    store.append(row)
+    assert index.unfinished(cell.cell_id) == lines[:1]
+
+
+def test_what_waits_for_a_device_is_claimed_again_until_it_has_an_outcome(tmp_path: Path) -> None:
+    store, now = Store(tmp_path / "records.jsonl"), [datetime.now(UTC)]
+    (cell,) = cells(1)
+    claims = Claims(store, store.index(), engines._question, now=lambda: now[0])
+    ours = Record.of(cell, MACHINE, outcome="started", run_id="ours")
+    assert claims.take(ours, answered=lambda: False, lease_s=600) is Claim.OURS
+    theirs = Claims(store, store.index(), engines._question, now=lambda: now[0])
+    theirs._own = Holder("elsewhere", 1, "1", "b")
+
+    def tried() -> Claim:
+        return theirs.take(ours.replace(run_id="theirs"), answered=lambda: False, lease_s=600)
+
+    for _ in range(3):
+        now[0] += timedelta(seconds=400)
+        claims.renew(200)
+        assert tried() is Claim.TAKEN
+    assert len(store.records()) == 4
+    store.append(Record.of(cell, MACHINE, median_ms=1.0, run_id="ours"))
+    claims.renew(200)
+    assert len(store.records()) == 5
+    now[0] += timedelta(seconds=400)
+    claims.renew(200)
+    assert len(store.records()) == 5
+    assert tried() is Claim.OURS
+
+
+class Slow(Sleeper):
+    """Takes turns, one cell after the other."""
+
+    def run_group(self, group: Sequence[Cell], **_: object) -> Iterator[tuple[Cell, Result]]:
+        for cell in group:
+            yield cell, self.run(cell, limit_s=1.0)
+
+    def fresh(self) -> None: ...
+
+
+def drive(path: Path, name: str, slots: int, passes: int) -> None:
+    engines._LOOK_S = 0.05
+    with ParallelEngine(
+        Slow(0.05), SETTINGS, slots=slots, store=Store(path), run_id=name, passes=passes
+    ) as engine:
+        assert len(list(engine.run(cells(12)))) == 12
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("passes", [1, 3])
+def test_two_drivers_of_one_name_do_every_pass_once(tmp_path: Path, passes: int) -> None:
+    """The name of a run is the second that it began in: two that are started together share it."""
+    path = tmp_path / "records.jsonl"
+    fork = multiprocessing.get_context("fork")
+    drivers = [fork.Process(target=drive, args=(path, "now", slots, passes)) for slots in (3, 4)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    assert [driver.exitcode for driver in drivers] == [0, 0]
+    done = [(row.cell_id, row.pass_number) for row in read_records([path]) if row.outcome == "measured"]
+    assert len(done) == len(set(done)) == 12 * passes
+
+
+def test_a_driver_goes_on_while_another_has_a_cell(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    first, *others = cells(4)
+    holder = str(Holder("elsewhere", 1, "1", "b"))
+    with ParallelEngine(Slow(0.0), SETTINGS, slots=1, store=Store(path), run_id="ours") as engine:
+        line = engine._signed(first, Record.of(first, MACHINE, outcome="started"))
+        Store(path).append(line.replace(claimed_by=holder, run_id="theirs"))
+        rows = engine.run([first, *others])
+        assert [next(rows).seed for _ in others] == [1, 2, 3]
+        Store(path).append(engine._signed(first, Record.of(first, MACHINE, median_ms=2.0)))
+        assert [row.median_ms for row in rows] == [2.0]
+
+
+def test_cells_that_take_turns_may_be_held_as_long_as_all_of_them_take(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    with CellEngine(Slow(0.0), SETTINGS, store=Store(path), passes=2, cell_limit_s=100) as engine:
+        (cell,) = cells(1)
+        line = engine._signed(cell, Record.of(cell, MACHINE, outcome="started"))
+        when = (datetime.now(UTC) - timedelta(seconds=500)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        holder = str(Holder("elsewhere", 1, "1", "b"))
+        Store(path).append(
+            line.replace(claimed_by=holder, run_id="theirs", timestamp_utc=when, pass_number=1, passes=2)
+        )
+        assert not engine._claim(cell, engine._which(1), 8)
+        assert engine._claim(cell, engine._which(1), 2)
+
+
+def compare(path: Path, name: str) -> None:
+    engines._LOOK_S = 0.05
+    with CellEngine(Slow(0.02), SETTINGS, store=Store(path), run_id=name) as engine:
+        base, *others = cells(3)
+        found = engine.in_turn([base, *others], base, 6)
+    assert {cell.seed: [row.pass_number for row in rows] for cell, rows in found.items()} == {
+        n: [*range(1, 7)] for n in range(3)
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_two_runs_that_make_one_comparison_share_its_passes(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    fork = multiprocessing.get_context("fork")
+    runs = [fork.Process(target=compare, args=(path, name)) for name in ("one", "other")]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join()
+    assert [process.exitcode for process in runs] == [0, 0]
+    rows = [row for row in read_records([path]) if row.outcome == "measured"]
+    assert len(rows) == len({(row.cell_id, row.pass_number) for row in rows}) == 18
+    assert len({row.run_id for row in rows}) == 2
+
+
 def test_a_holder_survives_its_text() -> None:
-    for holder in (ALIVE, Holder("a b", 3, "", "")):
+    for holder in (ALIVE, Holder("a b", 3, "", ""), Holder("h", 3, "1", "b", "4026531836")):
         assert Holder.parse(str(holder)) == holder
     assert PARENT.is_alive() is False  # nothing is known of when it began
