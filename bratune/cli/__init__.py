@@ -9,17 +9,18 @@ the exit code: 0 ok, 1 error, 2 usage, 3 regression found, 4 finished with faile
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import importlib
 import importlib.metadata
 import io
 import os
-import shlex
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -28,7 +29,7 @@ import bratune
 from bratune.errors import BratuneError, UnknownNameError
 from bratune.text import printable
 
-__all__ = ["LazyGroup", "main", "prepare", "run"]
+__all__ = ["LazyGroup", "hide_passwords", "main", "prepare", "run"]
 
 # verb -> one line for --help; the module is bratune.cli.<verb>, with _ for -.
 VERBS = {
@@ -202,7 +203,9 @@ def run(
         if group is None and given[:1] and given[0] not in MEASURING:
             _say(by)
         else:
-            again = shlex.join([name, *given])
+            from bratune.cli.options import command_line
+
+            again = command_line([name, *given])
             _say(f"{by}; what was measured so far is saved, and the same command goes on: {again}")
         return 130
     except click.ClickException as error:
@@ -260,13 +263,30 @@ def prepare() -> None:
             signal.signal(number, _end)
 
 
+def hide_passwords() -> None:
+    """Put stars over passwords in the title of this process, which every user of the machine can read."""
+    if not any("://" in word for word in sys.argv):
+        return
+    from bratune.tune.storage import masked
+
+    with contextlib.suppress(OSError, ValueError, IndexError):  # Linux says where the title lies
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])
+        title = ctypes.string_at(start, end - start)
+        words = [masked(word.decode("latin-1")).encode("latin-1") for word in title.split(b"\0")]
+        ctypes.memmove(start, b"\0".join(words), len(title))
+
+
 def main() -> NoReturn:
     """The ``bratune`` program."""
     prepare()
+    hide_passwords()
     sys.exit(run())
 
 
 def _say(message: Warning | str, *about: Any, **more: Any) -> None:
-    """Show a warning as any other message, without the line of code that gave it."""
+    """Show a warning as any other message, without the line of code that gave it and without passwords."""
+    from bratune.tune.storage import without_password
+
     with contextlib.suppress(OSError):  # a full disk behind stderr
-        click.echo(f"bratune: {printable(str(message))}", err=True)
+        click.echo(f"bratune: {printable(without_password(str(message)))}", err=True)

@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -358,6 +358,10 @@ def _plain(key: str, value: Any) -> Any:
     """A value as a file would hold it; JSON is YAML, so no YAML package is needed to write it."""
     if key == "res":
         return f"{value[0]}x{value[1]}"
+    if key in ("storage", "join"):
+        from bratune.tune.storage import without_password
+
+        return without_password(value)
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, tuple):
@@ -375,9 +379,16 @@ def meter_changes(asked: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def command_line() -> str:
-    """The command line that was given, ready to be pasted."""
-    return shlex.join(["bratune", *sys.argv[1:]])
+def command_line(words: Sequence[str] | None = None) -> str:
+    """The command line that was given, ready to be pasted, without the password of its storage.
+
+    Args:
+        words: By default those of this process.
+    """
+    from bratune.tune.storage import without_password
+
+    given = ["bratune", *sys.argv[1:]] if words is None else words
+    return shlex.join(map(without_password, given))
 
 
 # Numbers of ``--n-win`` that are one per stage: every model has so many stages.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +184,9 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
     from bratune.tune import session
 
     if boards := tune_modelled.absent_boards(asked):
-        return tune_modelled.run(asked, boards, lambda machine: _request(asked, machine), _again())
+        return tune_modelled.run(
+            asked, boards, lambda machine: _request(asked, machine), options.command_line()
+        )
     replayed = _replayed(asked)
     machine = replayed.machine if replayed else _machine(asked)
     if asked["join"]:
@@ -209,15 +209,17 @@ def command(ctx: click.Context, /, **asked: Any) -> int:
                 study=asked["study"],
                 fidelity=_fidelity(request, machine),
                 say=lambda text: click.echo(text, err=True),
-                command=_again(),
+                command=options.command_line(),
                 put_in_cache=not asked["no_install"] and not replayed,
             )
     except KeyboardInterrupt:
-        click.echo(f"what was measured is in {folder}; the same command goes on: {_again()}", err=True)
+        click.echo(
+            f"what was measured is in {folder}; the same command goes on: {options.command_line()}", err=True
+        )
         raise
     _show(result, asked["style"])
     where = f" and {result.installed}" if result.installed else ""
-    click.echo(f"results: {result.path}{where}   again: {_again()}", err=True)
+    click.echo(f"results: {result.path}{where}   again: {options.command_line()}", err=True)
     return 0
 
 
@@ -422,13 +424,6 @@ def _show_space(request: TuneRequest, machine: Machine) -> None:
         )
     if space.bounds.topks is not None:
         click.echo("S and top-k are those of the weights; --allow-model-changes with --images tunes them too")
-
-
-def _again() -> str:
-    """The command that goes on, without the password of its storage (the environment may hold it)."""
-    from bratune.tune.storage import without_password
-
-    return shlex.join(["bratune", *(without_password(word) for word in sys.argv[1:])])
 
 
 def _show(result: TuneResult, style: str) -> None:

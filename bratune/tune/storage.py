@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
 
-__all__ = ["SAMPLERS", "make_sampler", "open_storage", "serves_several", "without_password"]
+__all__ = ["SAMPLERS", "make_sampler", "masked", "open_storage", "serves_several", "without_password"]
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random", "brute")
 
@@ -109,6 +109,12 @@ def without_password(text: str, url: str = "") -> str:
         for secret in sorted({password, unquote(password), *parts} - {""}, key=len, reverse=True):
             text = text.replace(secret, "***")
     return _KEYWORD.sub(r"\g<name>***", _LOGIN.sub(r"\g<scheme>\g<user>@", text))
+
+
+def masked(text: str) -> str:
+    """A text of the same length, with stars in the place of the passwords of URLs."""
+    text = _LOGIN.sub(lambda f: f"{f['scheme']}{f['user']}:{'*' * len(f['password'])}@", text)
+    return _KEYWORD.sub(lambda f: f["name"] + "*" * (len(f[0]) - len(f["name"])), text)
 
 
 # --- one process: SQLite ----------------------------------------------------------------------
