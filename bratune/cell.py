@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bratune.errors import ProblemError, UnknownNameError
+from bratune.errors import BratuneError, ProblemError, UnknownNameError
 from bratune.problem import Problem
+from bratune.text import is_whole_numbers
 
 __all__ = ["FORMS", "L2_STATES", "PARTS", "REGIMES", "ROUTE_KINDS", "RUNTIME_FORMS", "Cell", "form_fields"]
 
@@ -106,11 +107,14 @@ class Cell:
         ):
             if getattr(self, name) not in known:
                 raise UnknownNameError(name.replace("_", " "), str(getattr(self, name)), known)
+        for name in ("n_win", "topk"):
+            if getattr(self, name) and not is_whole_numbers(getattr(self, name)):
+                raise ProblemError(f"{name} must be whole numbers, not {getattr(self, name)!r}")
         for name in ("config", "extra"):
             try:
                 canonical = json.dumps(json.loads(getattr(self, name)), sort_keys=True, separators=(",", ":"))
-            except ValueError:
-                raise ProblemError(f"{name} must be JSON, not {getattr(self, name)!r}") from None
+            except (ValueError, RecursionError):
+                raise ProblemError(f"{name} must be JSON, not {str(getattr(self, name))[:80]!r}") from None
             object.__setattr__(self, name, canonical)
         object.__setattr__(self, "image", (int(self.image[0]), int(self.image[1])))
 
@@ -152,7 +156,9 @@ class Cell:
             fields["problem"] = Problem.from_dict(fields["problem"])
             fields["image"] = tuple(fields.get("image") or (0, 0))
             return cls(**fields)
-        except (KeyError, TypeError) as error:
+        except BratuneError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ProblemError(f"this describes no cell: {str(data)[:80]} ({error})") from None
 
     def replace(self, **changes: Any) -> Cell:

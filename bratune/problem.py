@@ -31,6 +31,8 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 DIRECTIONS = ("fwd", "fwd-bwd")
 PADDINGS = ("zeros", "masked")
 
+# Of images, heads, tokens on a side and so on: beyond it a number is a mistake, and products overflow.
+_LARGEST = 2**31 - 1
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -115,6 +117,8 @@ class Problem:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ProblemError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if value > _LARGEST:
+                raise ProblemError(f"{name} must be at most {_LARGEST}, not {value!r:.40}")
         put(self, "kv_height", self.kv_height or self.height)
         put(self, "kv_width", self.kv_width or self.width)
         put(self, "region", self._checked_region(self.region, "region"))
@@ -127,8 +131,9 @@ class Problem:
                 raise ProblemError(
                     f"{name} {getattr(self, name)!r} is not known; these are: {', '.join(known)}"
                 )
-        if min(self.kv_height, self.kv_width, self.v_head_dim) < 1:
-            raise ProblemError("kv_height, kv_width and v_head_dim must be at least 1")
+        others = self.kv_height, self.kv_width, self.v_head_dim
+        if min(others) < 1 or max(others) > _LARGEST:
+            raise ProblemError(f"kv_height, kv_width and v_head_dim must be from 1 to {_LARGEST}")
         if self.topk > self.kv_regions:
             rows, cols = self.kv_grid
             raise ProblemError(
@@ -144,6 +149,8 @@ class Problem:
             raise ProblemError(f"{name} must be two whole numbers (rh, rw), not {region!r}") from None
         if rh < 1 or rw < 1:
             raise ProblemError(f"{name} must be at least 1x1 tokens, not {rh}x{rw}")
+        if max(rh, rw) > _LARGEST:
+            raise ProblemError(f"{name} must be at most {_LARGEST} tokens on a side")
         return rh, rw
 
     # --- sizes ------------------------------------------------------------------------------
@@ -280,11 +287,20 @@ class Problem:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Problem:
-        """The inverse of `to_dict`."""
-        fields = dict(data)
-        fields["region"] = tuple(fields["region"])
-        fields["kv_region"] = tuple(fields.get("kv_region") or (0, 0))
-        return cls(**fields)
+        """The inverse of `to_dict`.
+
+        Raises:
+            ProblemError: a field is missing or not known, or its value is none that a call can have.
+        """
+        try:
+            fields = dict(data)
+            fields["region"] = tuple(fields["region"])
+            fields["kv_region"] = tuple(fields.get("kv_region") or (0, 0))
+            return cls(**fields)
+        except ProblemError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ProblemError(f"this describes no call: {str(data)[:80]} ({error})") from None
 
     def __str__(self) -> str:
         rows, cols = self.grid

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import types
 import typing
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 from bratune.cell import Cell, form_fields
 from bratune.errors import BratuneError, StoreError
 from bratune.machine import Machine
-from bratune.text import html_table, printable
+from bratune.text import html_table, is_whole_numbers, printable
 
 __all__ = [
     "EVIDENCE",
@@ -34,6 +35,7 @@ __all__ = [
     "new_run_id",
     "parse_fields",
     "parse_line",
+    "require_known",
     "utc_now",
 ]
 
@@ -229,7 +231,7 @@ class Record:
         """
         try:
             return Cell.from_dict(json.loads(self.cell))
-        except (ValueError, TypeError, BratuneError) as error:
+        except (ValueError, TypeError, RecursionError, BratuneError) as error:
             raise StoreError(f"row {self.cell_id} describes no cell: {error}") from None
 
     @classmethod
@@ -373,6 +375,15 @@ _POSITIVE = frozenset(
     | {"batch", "height", "width", "heads", "head_dim", "stage", "image_height", "image_width"}
 )
 _ANY_SIGN = frozenset({"temp_c", "seed"})
+_WHOLE = frozenset(name for name, kind in field_types().items() if kind is int)
+# Texts that are numbers, and what says so.
+_NUMBERS: dict[str, Callable[[str], object]] = {
+    "n_win": is_whole_numbers,
+    "topk": is_whole_numbers,
+    "region": re.compile(r"[0-9]{1,9}x[0-9]{1,9}").fullmatch,
+}
+# One of these is in every record.
+_MARKS = frozenset({"schema", "cell_id", "outcome"})
 # Beyond this a number is nothing that was measured, and does not fit a column.
 _LARGEST = float(2**63)
 
@@ -416,7 +427,14 @@ def parse_fields(line: str) -> dict[str, Any]:
         raise StoreError("is not a record: it nests too deep") from None
     if not isinstance(data, dict):
         raise StoreError("is not a JSON object, as a record is")
+    require_known(data)
     return check_fields(data)
+
+
+def require_known(data: Mapping[str, Any]) -> None:
+    """Raise `StoreError` for the fields of something else than a record."""
+    if _MARKS.isdisjoint(data):
+        raise StoreError(f"is not a record: it has none of {', '.join(sorted(_MARKS))}")
 
 
 def check_fields(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -441,6 +459,8 @@ def check_fields(data: Mapping[str, Any]) -> dict[str, Any]:
                 raise StoreError(f"{name} should be a text and is {_short(value)}")
             if not value.isprintable():
                 checked[name] = _clean(name, value)
+            if value and name in _NUMBERS and not _NUMBERS[name](value):
+                raise StoreError(f"{name} should be whole numbers and is {_short(value)}")
         elif kind is bool:
             if not isinstance(value, bool):
                 raise StoreError(f"{name} should be yes or no and is {_short(value)}")
@@ -450,6 +470,8 @@ def check_fields(data: Mapping[str, Any]) -> dict[str, Any]:
             raise StoreError(f"{name} should be a finite number and is {_short(value)}")
         elif value <= 0 and name not in _ANY_SIGN and (value < 0 or name in _POSITIVE):
             raise StoreError(f"{name} should be above 0 and is {value}")
+        elif name in _WHOLE and value != int(value):
+            raise StoreError(f"{name} should be a whole number and is {value}")
     for name, words in (("outcome", OUTCOMES), ("evidence", EVIDENCE)):
         if data.get(name, words[0]) not in words:
             raise StoreError(f"{name} {_short(data[name])} is not known; these are: {', '.join(words)}")

@@ -6,16 +6,31 @@ import html
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["NAME", "for_spreadsheet", "html_table", "is_name", "is_plain", "one_line", "printable"]
+__all__ = [
+    "NAME",
+    "for_spreadsheet",
+    "html_table",
+    "is_name",
+    "is_plain",
+    "is_whole_numbers",
+    "one_line",
+    "printable",
+]
 
 # What a name from a file may be made of: it becomes part of a path, an identifier or a comment.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
 _NUMBERS = re.compile(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?(,[+-]?[0-9.]+)*")
+_WHOLE = re.compile(r"-?[0-9]{1,9}(,-?[0-9]{1,9})*")
 
 
 def is_name(text: str) -> bool:
     """Whether a text may name a task, a backend or a kind of machine."""
     return re.fullmatch(NAME, text) is not None
+
+
+def is_whole_numbers(text: str) -> bool:
+    """Whether a text is a whole number, or several with commas between: ``1,4,16,-2``."""
+    return _WHOLE.fullmatch(text) is not None
 
 
 def is_plain(text: str) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bratune.errors import StoreError, UsageError
+from bratune.text import one_line
 
 if TYPE_CHECKING:
     from bratune.record import Record
@@ -35,9 +36,13 @@ def ls(paths: tuple[Path, ...]) -> None:
     for path in record_files(paths or DEFAULT):
         outcomes: Counter[str] = Counter()
         machines: set[str] = set()
-        for row in read_fields([path]):
-            outcomes[str(row.get("outcome", "measured"))] += 1
-            machines.add(str(row.get("gpu_key") or "(no machine)"))
+        try:
+            for row in read_fields([path]):
+                outcomes[str(row.get("outcome", "measured"))] += 1
+                machines.add(str(row.get("gpu_key") or "(no machine)"))
+        except StoreError as error:
+            click.echo(one_line(f"{path}  no records: {error}"))
+            continue
         counts = ", ".join(f"{number} {outcome}" for outcome, number in outcomes.most_common()) or "no rows"
         click.echo(f"{path}  {path.stat().st_size / 1e6:.2f} MB  {', '.join(sorted(machines))}  {counts}")
 
@@ -114,10 +119,16 @@ def prune(paths: tuple[Path, ...], keep: int, yes: bool) -> None:
     from bratune.store import record_files
     from bratune.store.maintenance import prune as pruned
 
-    verb = "dropped from" if yes else "would be dropped from"
+    verb, refused = "dropped from" if yes else "would be dropped from", list[str]()
     for path in record_files(paths or DEFAULT):
-        gone, kept = pruned(path, key_of=key_of, keep=keep, rewrite=yes)
+        try:
+            gone, kept = pruned(path, key_of=key_of, keep=keep, rewrite=yes)
+        except StoreError as error:  # what is no store does not keep the others from it
+            refused.append(str(error))
+            continue
         click.echo(f"{gone} rows {verb} {path}, {kept} stay", err=True)
+    if refused:
+        raise StoreError("; ".join(refused))
 
 
 @command.command("repair")
@@ -131,14 +142,20 @@ def repair(paths: tuple[Path, ...], yes: bool) -> None:
     from bratune.store import record_files
     from bratune.store.maintenance import BAD_SUFFIX
     from bratune.store.maintenance import repair as repaired
-    from bratune.text import one_line
 
     verb = f"set aside in FILE{BAD_SUFFIX}" if yes else "would be set aside"
+    refused = list[str]()
     for path in record_files(paths or DEFAULT):
-        found = repaired(path, rewrite=yes)
+        try:
+            found = repaired(path, rewrite=yes)
+        except StoreError as error:
+            refused.append(str(error))
+            continue
         for number, why in found:
             click.echo(one_line(f"{path}, line {number}: {why}"))
         click.echo(f"{path}: {len(found)} lines {verb}", err=True)
+    if refused:
+        raise StoreError("; ".join(refused))
 
 
 @command.command("compact")

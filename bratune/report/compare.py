@@ -145,7 +145,9 @@ def load_set(argument: str) -> RecordSet:
         StoreError: nothing is there, or the records are of several machines and none was named.
         UsageError: the named machine is not among them.
     """
-    path, _, key = argument.partition("@")
+    path, key = argument, ""
+    if "@" in argument and not Path(argument).exists():
+        path, _, key = argument.rpartition("@")
     if Path(path).exists():
         return _of_machine(argument, Path(path), key)
     try:

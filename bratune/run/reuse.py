@@ -166,7 +166,7 @@ def key_fields_of(record: Record) -> dict[str, str]:
     """The same of a stored row; raises `StoreError` where it does not describe its cell."""
     try:
         return _flat(dict(json.loads(record.cell))) | _circumstances_of(record)
-    except (ValueError, TypeError):
+    except (RecursionError, TypeError, ValueError):
         raise StoreError(f"row {record.cell_id} holds no description of its cell") from None
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bratune.errors import StoreError, UnknownNameError
-from bratune.record import LONGEST, SCHEMA, Record, check_fields, field_types
+from bratune.record import LONGEST, SCHEMA, Record, check_fields, field_types, require_known
 from bratune.text import printable
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def parse_together(lines: Sequence[bytes]) -> list[dict[str, Any]]:
         found = json.loads(b"[%b]" % b",".join(lines))
         if len(found) != len(lines) or not all(type(fields) is dict for fields in found):
             raise Unusual
+        for fields in found:
+            require_known(fields)
         return [check_fields(fields) for fields in found]
     except (ValueError, RecursionError, StoreError):
         raise Unusual from None

@@ -37,6 +37,7 @@ __all__ = [
     "read_fields",
     "read_records",
     "record_files",
+    "require_records",
 ]
 
 SAMPLES_SUFFIX = ".samples.jsonl"
@@ -58,7 +59,7 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with locked(self.path) as fd:
-                _require_records(fd, self.path)
+                require_records(fd, self.path)
                 mend_end(fd)
         except OSError as error:
             raise self._failure("be written", error) from None
@@ -220,7 +221,7 @@ def _is_torn(tail: bytes) -> bool:
     return False
 
 
-def _require_records(fd: int, path: Path) -> None:
+def require_records(fd: int, path: Path) -> None:
     """Raise `StoreError` where a file holds something, and nothing at its beginning is a record."""
     head = read_at(fd, _HEAD_BYTES, 0)
     *lines, last = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -234,7 +235,7 @@ def _require_records(fd: int, path: Path) -> None:
 
 
 def record_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The record files behind files and folders; a folder stands for every ``.jsonl`` below it.
+    """The record files behind files and folders; a folder stands for every ``.jsonl`` file below it.
 
     Raises:
         StoreError: a path does not exist, or a folder holds no records.
@@ -243,6 +244,7 @@ def record_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             found = sorted(p for p in path.rglob("*.jsonl") if not p.name.endswith(SAMPLES_SUFFIX))
+            found = [p for p in found if p.is_file()]  # editors leave links of that name that lead nowhere
             if not found:
                 raise StoreError(f"the folder {path} holds no records (.jsonl files)")
             files += found
@@ -256,9 +258,11 @@ def record_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
 def read_records(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Record]:
     """Every record of files and folders, in the order written, "started" lines included.
 
+    Lines that are no records are left out, with a warning that names them; so are files of a folder that hold
+    something else.
+
     Raises:
-        StoreError: a path cannot be read, or a file holds lines and none is a record. Single lines that are
-            none are left out, with a warning that names them.
+        StoreError: a path cannot be read, or what was named holds lines and none is a record.
     """
     for batch in batches(paths):
         yield from batch.one_by_one(Record.from_json)
@@ -378,9 +382,11 @@ def batches(paths: Iterable[str | os.PathLike[str]], size: int | None = None) ->
     """Lines of files and folders, many at a time.
 
     Raises:
-        StoreError: a path cannot be read, or a file holds lines and none is a record.
+        StoreError: see `read_records`.
     """
-    for path in record_files(paths):
+    several = [*map(Path, paths)]
+    good, strange = 0, ""
+    for path in record_files(several):
         tally, number = _Tally(), 1
         try:
             with path.open("rb") as file:
@@ -389,12 +395,19 @@ def batches(paths: Iterable[str | os.PathLike[str]], size: int | None = None) ->
                     number += len(lines)
         except OSError as error:
             raise StoreError(f"records cannot be read from {path}: {error.strerror or error}") from None
+        good += tally.good
         if tally.bad and not tally.good:
-            raise StoreError(tally.first)
+            if path in several:
+                raise StoreError(tally.first)
+            strange = strange or tally.first
+            warnings.warn(f"{path} holds something else than records and is left out", stacklevel=3)
+            continue
         if tally.bad > _NAMED:
             warnings.warn(f"{path}: {tally.bad} lines are no records and are left out", stacklevel=3)
         if tally.bad:
             warnings.warn(f"bratune cache repair {path} sets lines aside that are no records", stacklevel=3)
+    if strange and not good:
+        raise StoreError(strange)
 
 
 def _lines(file: BinaryIO, size: int) -> Iterator[list[bytes]]:

@@ -137,6 +137,14 @@ def test_a_set_of_several_machines_must_be_named(tmp_path: Path) -> None:
         load_set(f"{tmp_path}@t4")
 
 
+def test_a_path_may_hold_the_sign_that_names_a_machine(tmp_path: Path) -> None:
+    folder = tmp_path / "me@host"
+    folder.mkdir()
+    write(folder / "x.jsonl", 1.0, key="a100")
+    for argument in (str(folder), f"{folder}@a100", f"{folder}/x.jsonl@a100"):
+        assert load_set(argument).gpu_key == "a100"
+
+
 def test_what_is_neither_path_nor_key_is_said_to_be_neither() -> None:
     with pytest.raises(StoreError, match="neither a file, a folder nor a GPU key"):
         load_set("a1000")

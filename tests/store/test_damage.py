@@ -15,7 +15,7 @@ from bratune.errors import StoreError
 from bratune.record import LONGEST, Record
 from bratune.store import Store, read, read_fields, read_records
 from bratune.store.index import Index
-from bratune.store.maintenance import BAD_SUFFIX, import_records, merge, repair
+from bratune.store.maintenance import BAD_SUFFIX, import_records, merge, prune, repair
 
 GOOD = [Record(cell_id=f"{n:016x}", median_ms=float(n), gpu_key="cpu") for n in (1, 2, 3)]
 
@@ -43,6 +43,10 @@ BAD = {
     "text for number": (line(median_ms="fast"), "median_ms should be a number and is 'fast'"),
     "yes for number": (line(median_ms=True), "median_ms should be a number and is True"),
     "number for text": (line(median_ms=1.0, backend=7), "backend should be a text and is 7"),
+    "half of one": (line(batch=1.5), "batch should be a whole number and is 1.5"),
+    "words for numbers": (line(topk="1,many"), "topk should be whole numbers and is '1,many'"),
+    "half a region": (line(region="8"), "region should be whole numbers and is '8'"),
+    "of something else": (b'{"loss":1,"model":"mine"}', "is not a record: it has none of cell_id, outcome"),
     "half a character": (b'{"schema":1,"cell_id":"x","backend":"\\ud800"}', "backend holds half a character"),
     "no text": (b'{"schema":1,"cell_id":"x","backend":"\xff\xfe"}', "is not text"),
     "deep": (b'{"schema":1,"cell":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nests too deep"),
@@ -75,8 +79,11 @@ def test_a_bad_line_is_named_and_costs_itself(tmp_path: Path, kind: str) -> None
         assert [row["median_ms"] for row in read_fields([path])] == [1.0, 2.0, 3.0]
 
 
-# What is wrong in a column that nobody asked for may stay unseen: "deep" has no other.
-@pytest.mark.parametrize("kind", [kind for kind in BAD if kind not in ("number for text", "deep")])
+# What is wrong in a column that nobody asked for may stay unseen.
+UNSEEN = ("number for text", "deep", "words for numbers", "half a region")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BAD if kind not in UNSEEN])
 def test_a_bad_line_never_enters_a_column_that_is_asked_for(tmp_path: Path, kind: str) -> None:
     path = damaged(tmp_path / "a.jsonl", BAD[kind][0])
     names = ["cell_id", "median_ms", "batch", "backend", "outcome", "peak_alloc_mb"]
@@ -115,6 +122,15 @@ def test_repair_completes_a_last_record_and_sets_half_of_one_aside(tmp_path: Pat
     path.write_bytes(b"\xef\xbb\xbf" + whole + b"\nbad")
     assert [number for number, _ in repair(path)] == [4]
     assert path.read_bytes() == whole + b"\n"
+
+
+def test_a_link_to_records_stays_one_when_they_are_repaired(tmp_path: Path) -> None:
+    path = damaged(tmp_path / "a.jsonl", b"not json")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    assert len(repair(link)) == 1
+    assert link.is_symlink()
+    assert list(read_records([path])) == GOOD
 
 
 def test_the_command_says_first_and_repairs_with_yes(
@@ -231,6 +247,71 @@ def test_records_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
         finally:
             os.umask(before)
         assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_folder_is_read_past_what_else_lies_in_it(tmp_path: Path) -> None:
+    Store(tmp_path / "a.jsonl").extend(GOOD)
+    (tmp_path / ".#a.jsonl").symlink_to("me@host.1234:5678")  # an editor's mark
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "log.jsonl").write_text('{"loss": 1}\n' * 3)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.warns(UserWarning, match=r"log\.jsonl holds something else than records and is left out"):
+        assert list(read_records([tmp_path])) == GOOD
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(read(tmp_path)) == 3
+    with pytest.raises(StoreError, match="is not a record"):
+        list(read_records([tmp_path / "log.jsonl"]))
+    (tmp_path / "a.jsonl").unlink()
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(StoreError, match=r"log\.jsonl, line 1: is not a record"),
+    ):
+        list(read_records([tmp_path]))
+
+
+@pytest.mark.parametrize("verb", ["repair", "prune"])
+def test_upkeep_of_a_folder_leaves_what_is_no_store_and_does_the_rest(
+    tmp_path: Path, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = b'{"loss": 1}\n{"loss": 2'  # half a line, and of somebody else
+    (tmp_path / "a.jsonl").write_bytes(other)
+    started = Record(cell_id="a", run_id="r", outcome="started")
+    path = damaged(tmp_path / "b.jsonl", b"not json" if verb == "repair" else started.to_json().encode())
+    Store(path).append(Record(cell_id="a", run_id="r", median_ms=1.0))
+    before = len(path.read_bytes().splitlines())
+    assert run(["cache", verb, str(tmp_path), "--yes"]) == 1
+    assert "a.jsonl" in capsys.readouterr().err
+    assert (tmp_path / "a.jsonl").read_bytes() == other
+    assert len(path.read_bytes().splitlines()) == before - 1
+    assert run(["cache", "ls", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "a.jsonl  no records: " in said
+    assert "4 measured" in said
+
+
+def test_prune_keeps_what_a_pass_in_flight_has_claimed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a.jsonl")
+    started = Record(cell_id="a", run_id="r", outcome="started", pass_number=1, passes=2)
+    other = started.replace(pass_number=2)
+    store.extend([started, other, Record(cell_id="a", run_id="r", median_ms=1.0, pass_number=1, passes=2)])
+    assert prune(store.path, key_of=lambda row: row.cell_id) == (1, 2)
+    assert [row for row in store.records() if row.outcome == "started"] == [other]
+
+
+def test_an_index_goes_on_in_the_file_that_takes_the_place_of_its_own(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a.jsonl")
+    store.extend([*GOOD, Record(cell_id="b", run_id="r", outcome="started")])
+    index = store.index()
+    assert len(index.unfinished("b")) == 1
+    with store.path.open("ab") as file:
+        file.write(b"not json\n")
+    assert len(repair(store.path)) == 1
+    store.append(GOOD[0].replace(run_id="another"))
+    assert [row.run_id for row in index.rows(GOOD[0].cell_id)] == ["", "another"]
+    store.append(Record(cell_id="b", run_id="r", median_ms=1.0))
+    assert index.unfinished("b") == []
+    store.path.unlink()
+    assert len(index.rows(GOOD[0].cell_id)) == 2  # what was read is there
 
 
 def test_report_and_compare_go_on_past_a_bad_line(tmp_path: Path) -> None:

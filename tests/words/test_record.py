@@ -191,6 +191,29 @@ def test_a_row_without_its_cell_says_so() -> None:
         Record(cell_id="abc").to_cell()
 
 
+HOSTILE: dict[str, Any] = {
+    "no object": 5,
+    "a list": [1, 2],
+    "nothing": {},
+    "no problem": {**CELL.to_dict(), "problem": {}},
+    "a problem that is none": {**CELL.to_dict(), "problem": 7},
+    "one side": {**CELL.to_dict(), "image": [224]},
+    "endless": {**CELL.to_dict(), "image": [float("inf"), 1]},
+    "endless region": {**CELL.to_dict(), "problem": {**PROBLEM.to_dict(), "region": [float("inf"), 1]}},
+    "heads without end": {**CELL.to_dict(), "problem": {**PROBLEM.to_dict(), "heads": 10**400}},
+    "words for heads": {**CELL.to_dict(), "problem": {**PROBLEM.to_dict(), "heads": "many"}},
+    "words for S": {**CELL.to_dict(), "n_win": "seven"},
+    "a list for S": {**CELL.to_dict(), "n_win": [7]},
+    "deep settings": {**CELL.to_dict(), "config": "[" * 100_000},
+}
+
+
+@pytest.mark.parametrize("cell", [*map(json.dumps, HOSTILE.values()), "[" * 100_000, "{"], ids=range(15))
+def test_a_row_that_describes_no_cell_says_so_whatever_it_holds(cell: str) -> None:
+    with pytest.raises(StoreError, match="row abc describes no cell"):
+        Record(cell_id="abc", cell=cell).to_cell()
+
+
 def test_a_row_without_a_pass_is_one_process_and_a_row_with_one_keeps_it() -> None:
     row = Record.of(CELL, MACHINE, median_ms=2.0, pass_number=2, passes=3, cpu_wait_pct=0.0, ratio=1.5)
     again = Record.from_json(row.to_json())

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from bratune.cell import Cell
+from bratune.errors import StoreError
 from bratune.predict.fit import board_of
 from bratune.predict.model import bound_cell
 from bratune.record import EVIDENCE, Record
@@ -16,6 +18,7 @@ from bratune.variant import TASKS, VARIANTS
 
 __all__ = [
     "BASELINE",
+    "cell_of",
     "milliseconds",
     "provenance",
     "series_of",
@@ -56,6 +59,14 @@ def provenance(record: Record) -> str:
         words += [f"limited by {record.bound}"] if record.bound else []
         words += [record.reason] if record.reason else []
     return ", ".join(words)
+
+
+def cell_of(record: Record) -> Cell | None:
+    """The cell that a record describes; None where it describes none."""
+    try:
+        return record.to_cell() if record.cell else None
+    except StoreError:
+        return None
 
 
 def told_apart(records: Iterable[Record]) -> list[Record]:
@@ -139,9 +150,9 @@ def with_bounds(records: Sequence[Record]) -> list[Record]:
     found = list(records)
     for r in timed(records, "model"):
         board = board_of(r)
-        if board is None or board.architecture == "CPU" or not r.cell or (r.gpu_key, r.cell_id) in have:
+        if board is None or board.architecture == "CPU" or (r.gpu_key, r.cell_id) in have:
             continue
-        cell = r.to_cell()
-        if cell.model in VARIANTS and board.memory_gbps and board.peak_tflops(r.dtype):
+        cell = cell_of(r)
+        if cell is not None and cell.model in VARIANTS and board.memory_gbps and board.peak_tflops(r.dtype):
             found.append(bound_cell(cell, board).replace(gpu_key=r.gpu_key, cell_id=r.cell_id))
     return found

@@ -130,8 +130,11 @@ def _window_rule(record: Record) -> str:
 
 
 def _extra(record: Record) -> dict[str, object]:
-    extra = json.loads(record.cell).get("extra", "{}") if record.cell else "{}"
-    return dict(json.loads(extra))
+    try:
+        extra = json.loads(record.cell).get("extra", "{}") if record.cell else "{}"
+        return dict(json.loads(extra))
+    except (AttributeError, RecursionError, TypeError, ValueError):  # it describes no cell
+        return {}
 
 
 def panels(formula: Sequence[ComplexityPoint], times: Sequence[ScalingPoint]) -> list[Panel]:

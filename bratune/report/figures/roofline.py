@@ -10,6 +10,7 @@ from bratune.predict.fit import board_of
 from bratune.record import EVIDENCE, Record
 from bratune.report import style
 from bratune.report.figures.facts import (
+    cell_of,
     milliseconds,
     provenance,
     timed,
@@ -55,12 +56,12 @@ def infos(records: Sequence[Record]) -> tuple[list[Roof], list[RoofPoint]]:
     points = []
     for r in timed(records, "attention"):
         board = board_of(r)
-        if board is None or board.architecture == "CPU" or not r.cell or is_sweep(r):
+        if board is None or board.architecture == "CPU" or is_sweep(r):
             continue
-        peak = board.peak_tflops(r.dtype)
-        if not peak or not board.memory_gbps:
+        peak, cell = board.peak_tflops(r.dtype), cell_of(r)
+        if cell is None or not peak or not board.memory_gbps:
             continue
-        problem = r.to_cell().problem
+        problem = cell.problem
         ms, _, _ = milliseconds(r)
         flops, moved = 2 * problem.attention_macs, problem.io_bytes
         if problem.backward:
