@@ -126,5 +126,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"the file {path} cannot be read: {reason}") from None
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ConfigError(f"the file {path} cannot be read: it nests too deep") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter of dates and numbers that are none
         raise ConfigError(f"the file {path} is not YAML: {' '.join(str(error).split())}") from None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from bratune.errors import ConfigError, UnknownNameError, UsageError
 from bratune.files import read_yaml
+from bratune.text import NAME, one_line
 
 if TYPE_CHECKING:
     from bratune.machine import Machine
@@ -100,6 +101,13 @@ class GPU:
 
 _INTEGERS = {"sm_count", "registers_per_sm", "max_warps_per_sm"}
 _TEXTS = {"key", "name", "name_pattern", "architecture", "compute_capability", "note"}
+# What becomes part of paths and commands.
+_SHAPES = {"key": re.compile(NAME), "compute_capability": re.compile(r"[0-9]{1,3}\.[0-9]|gfx[0-9a-f]+")}
+_SHAPED = {
+    "key": "a name of letters, digits and ._+-",
+    "compute_capability": "two numbers, as 9.0, or gfx942",
+}
+_LARGEST = 1e12  # beyond any board
 _NUMBERS = {f.name for f in dataclasses.fields(GPU)} - _TEXTS - {"aliases"}
 _MIG = re.compile(r"\s+MIG\s+(?P<slices>\d+)g\.(?P<memory>\d+)gb.*$")
 
@@ -266,9 +274,12 @@ def _checked(path: str | os.PathLike[str], name: str, value: Any) -> Any:
     if name == "aliases":
         return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
     if name in _TEXTS:
-        return str(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ConfigError(f"{path}: {name} must be a number above 0, not {value!r}")
+        text = one_line(str(value))
+        if name in _SHAPES and not _SHAPES[name].fullmatch(text):
+            raise ConfigError(f"{path}: {name} must be {_SHAPED[name]}, not {text[:60]!r}")
+        return text
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST:
+        raise ConfigError(f"{path}: {name} must be a number above 0, not {value!r:.60}")
     return int(value) if name in _INTEGERS else float(value)
 
 

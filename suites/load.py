@@ -76,9 +76,7 @@ def load(name: str) -> Suite:
         raise ConfigError(f"{path} lacks {', '.join(missing)}; a suite has {', '.join(KEYS)}")
     try:
         return _checked(path.stem, data)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except BratuneError as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError, BratuneError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
 

@@ -113,10 +113,16 @@ def _plan(path: Path) -> dict[str, Any]:
     import json
 
     from bratune.tune.plan import load_plan
+    from bratune.tune.plan_schema import FRONT_SCHEMA, hidden_texts, violations
 
     contents = load_plan(path).to_dict()
     beside = path.with_name("front.json")
+    if not beside.exists():
+        return contents
     try:
-        return contents | ({"front": json.loads(beside.read_text("utf-8"))} if beside.exists() else {})
-    except (OSError, ValueError) as error:
+        front = json.loads(beside.read_text("utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
         raise BratuneError(f"the settings beside the plan, {beside}, cannot be read: {error}") from None
+    if wrong := [*violations(front, FRONT_SCHEMA), *hidden_texts(front)]:
+        raise BratuneError(f"the settings beside the plan, {beside}, cannot be read: {'; '.join(wrong[:3])}")
+    return contents | {"front": front}

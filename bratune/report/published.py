@@ -6,6 +6,7 @@ timm publishes one CSV per GPU and software version; what it was measured with s
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from bratune import gpus
 from bratune.errors import StoreError, UnknownNameError
 from bratune.record import Record
+from bratune.text import one_line
 
 __all__ = ["TimmLine", "read_timm", "timm_conditions", "timm_lines"]
 
@@ -66,15 +68,17 @@ def timm_lines(path: Path) -> Iterator[TimmLine]:
             continue
         try:
             line = TimmLine(
-                model=row["model"],
+                model=one_line(row["model"]),
                 side=int(float(row["infer_img_size"])),
                 batch=int(float(row["infer_batch_size"])),
                 rate=float(row["infer_samples_per_sec"]),
                 gmacs=float(row["infer_gmacs"]) if row.get("infer_gmacs") else None,
             )
-        except ValueError as error:
+        except (OverflowError, ValueError) as error:
             raise StoreError(f"{path}, line {number}: {error}") from None
-        if line.rate > 0 and line.batch > 0:
+        if not all(map(math.isfinite, (line.rate, line.gmacs or 0.0))):
+            raise StoreError(f"{path}, line {number}: a rate or a number of multiply-adds is not finite")
+        if line.rate > 0 and line.batch > 0 and line.side > 0:
             yield line
 
 

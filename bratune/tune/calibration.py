@@ -229,5 +229,5 @@ def read_calibration(path: Path) -> dict[str, Any] | None:
         limits = {name: float(found["limits"][name]) for name in ALLOWED_LOSS}
         assert all(math.isfinite(value) for value in limits.values())
         return {"limits": limits, "validated": bool(found["validated"])}
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise StoreError(f"{path} is no calibration ({error}); `bratune validate-proxy` makes one") from None

@@ -23,6 +23,7 @@ from bratune.record import Record, utc_now
 from bratune.run.summary import best_attention, judged
 from bratune.run.yours import Measured, measure_model
 from bratune.tune.plan import Plan, read_json
+from bratune.tune.plan_schema import MODEL_PLAN_SCHEMA, hidden_texts, on_lines, violations
 
 __all__ = ["LayerChoice", "ModelPlan", "plan_from", "plan_of", "tune_model"]
 
@@ -108,15 +109,17 @@ class ModelPlan:
             hint = "; it is one for a model by name, which bratune.create_model(FILE) makes" if own else ""
             raise PlanError(f"{source} is not a plan of tune_model: it has no kind {_KIND!r}{hint}")
         if data.get("schema") != _SCHEMA:
-            raise PlanError(f"{source} has schema {data.get('schema')} and this version reads {_SCHEMA}")
+            raise PlanError(
+                f"{source} has schema {data.get('schema')!r:.60} and this version reads {_SCHEMA}"
+            )
+        wrong = [*violations(data, MODEL_PLAN_SCHEMA), *hidden_texts(data)]
+        if wrong:
+            raise PlanError(f"{source} cannot be read: {'; '.join(wrong[:3])}")
         try:
             values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
             values["machine"] = Machine.from_dict(values["machine"])
             values["layers"] = tuple(LayerChoice(**layer) for layer in values["layers"])
             values["speedup_ci"] = tuple(values["speedup_ci"]) if values["speedup_ci"] else None
-            names = [text for layer in values["layers"] for text in (layer.name, layer.backend)]
-            if not all(isinstance(text, str) for text in names):
-                raise TypeError("a layer or its backend has no name")
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{source} cannot be read: {error}") from None
@@ -129,7 +132,7 @@ class ModelPlan:
         """
         target = Path(path)
         try:
-            write_text(target, json.dumps(self.to_dict(), indent=2) + "\n")
+            write_text(target, json.dumps(on_lines(self.to_dict()), indent=2, allow_nan=False) + "\n")
         except OSError as error:
             raise PlanError(f"the plan cannot be written to {target}: {error.strerror or error}") from None
         return target

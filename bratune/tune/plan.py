@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bratune.errors import PlanError, ProblemError, UsageError
+from bratune.errors import PlanError, UsageError
 from bratune.files import write_text
 from bratune.kernels.tuned import SCHEMA, architecture, machine_key, user_plans
 from bratune.machine import Machine
 from bratune.measure.verdict import MedianOfPasses
 from bratune.problem import Problem
-from bratune.text import html_table, one_line
-from bratune.tune.evidence import Evidence
-from bratune.tune.plan_schema import EARLIER_VERDICTS, PLAN_SCHEMA, hidden_texts, violations
+from bratune.text import html_table
+from bratune.tune.evidence import Evidence, recall_lines
+from bratune.tune.plan_schema import EARLIER_VERDICTS, PLAN_SCHEMA, hidden_texts, on_lines, violations
 from bratune.tune.setting import Setting
 from bratune.variant import VARIANTS
 
@@ -338,7 +338,8 @@ class Plan:
             values["evidence"] = Evidence.from_dict(data["evidence"])
             for name in ("setting", "default"):
                 _check_configs(values[name], name)
-        except (ProblemError, TypeError, UsageError, ValueError) as error:
+            recall_lines(values.get("diagnostics", {}))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, UsageError, ValueError) as error:
             raise PlanError(f"{source} cannot be read: {error}") from None
         plan = cls(**values)
         variant = VARIANTS[plan.model]
@@ -357,7 +358,7 @@ class Plan:
             PlanError: the file cannot be written.
         """
         target = Path(path)
-        text = json.dumps(_on_lines(self.to_dict()), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(on_lines(self.to_dict()), indent=2, allow_nan=False) + "\n"
         try:
             write_text(target, text)
         except OSError as error:
@@ -381,15 +382,6 @@ class Plan:
 
 def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _on_lines(value: Any) -> Any:
-    """Plain data whose texts are on one line each, as `Plan.from_dict` demands."""
-    if isinstance(value, str):
-        return one_line(value)
-    if isinstance(value, Mapping):
-        return {key: _on_lines(inner) for key, inner in value.items()}
-    return [_on_lines(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _check_configs(setting: Setting, name: str) -> None:

@@ -14,7 +14,15 @@ from typing import Any
 from bratune.measure.verdict import VERDICTS
 from bratune.text import NAME, is_plain, one_line
 
-__all__ = ["EARLIER_VERDICTS", "PLAN_SCHEMA", "hidden_texts", "violations"]
+__all__ = [
+    "EARLIER_VERDICTS",
+    "FRONT_SCHEMA",
+    "MODEL_PLAN_SCHEMA",
+    "PLAN_SCHEMA",
+    "hidden_texts",
+    "on_lines",
+    "violations",
+]
 
 # What `end_to_end` of schema 1 said in the place of a verdict.
 EARLIER_VERDICTS = ("faster", "default kept", "not compared")
@@ -33,6 +41,8 @@ _TEXT: dict[str, Any] = {"type": "string"}
 _LETTERS = "a name of letters, digits and ._+-"
 _NAME: dict[str, Any] = {"type": "string", "pattern": NAME, "description": _LETTERS}
 _NAME_OR_NONE: dict[str, Any] = {"type": "string", "pattern": f"^$|{NAME}", "description": _LETTERS}
+_TEXT_OR_NONE: dict[str, Any] = {"type": ["string", "null"]}
+_NUMBER: dict[str, Any] = {"type": "number"}
 _BOOL: dict[str, Any] = {"type": "boolean"}
 _MS: dict[str, Any] = {"type": ["number", "null"], "minimum": 0}
 _PAIR: dict[str, Any] = {"type": ["array", "null"], "items": {"type": "number"}, "minItems": 2, "maxItems": 2}
@@ -58,6 +68,9 @@ _SETTING = _object(
     },
     {"regime": {"enum": ["eager", "graph", "compile"]}, "layout": {"enum": ["nhwc", "nchw"]}},
 )
+
+# How well the sum of stages predicted whole models.
+_ERRORS = ("mape", "kendall", "spearman")
 
 _MACHINE = _object(
     {"kind": {"enum": ["cuda", "cpu"]}, "device": _TEXT, "gpu_key": _NAME, "gpu_name": _TEXT},
@@ -145,12 +158,44 @@ PLAN_SCHEMA: dict[str, Any] = {
             "l2": {"enum": ["cold", "warm"]},
             "padding": {"enum": ["zeros", "masked"]},
             "reason": _TEXT,
-            "table_error": {"type": "object"},
+            "table_error": _object({}, {"n": _NOT_NEGATIVE, **dict.fromkeys(_ERRORS, _NUMBER)}),
             "diagnostics": {"type": "object"},
             "knobs": {"type": "object"},
         },
     ),
 }
+
+# What `bratune.tune.model_plan.ModelPlan` holds.
+MODEL_PLAN_SCHEMA = _object(
+    {
+        "kind": {"enum": ["bratune-model-plan"]},
+        "schema": _COUNT,
+        **dict.fromkeys(("model", "input", "dtype", "direction", "verdict", "reason", "created_utc"), _TEXT),
+        "machine": _MACHINE,
+        "layers": _array(
+            _object(
+                {"name": _TEXT, "backend": _NAME, "calls": _COUNT},
+                {"gather_ms": _MS, "tuned_ms": _MS, "fastest": _NAME_OR_NONE},
+            )
+        ),
+        "left": {"type": "object"},
+        **dict.fromkeys(("as_is_ms", "tuned_ms", "speedup"), _MS),
+        "speedup_ci": _PAIR,
+    }
+)
+# The settings that a search verified end to end, as ``front.json`` beside a plan.
+FRONT_SCHEMA = _array(
+    _object(
+        {
+            "setting": _TEXT,
+            "ms": {"type": "number", "minimum": 0},
+            "evidence": _TEXT,
+            "front": _BOOL,
+            "picked": _BOOL,
+        },
+        {"name": _TEXT_OR_NONE, "peak_alloc_mb": _MS, "divergence": _MS},
+    )
+)
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "object": ((Mapping,), "an object"),
@@ -220,6 +265,15 @@ def hidden_texts(value: Any, where: str = "") -> list[str]:
         for i, item in enumerate(value):
             found += hidden_texts(item, f"{where}[{i}]")
     return found
+
+
+def on_lines(value: Any) -> Any:
+    """Plain data whose texts are on one line each, as those who read plans demand."""
+    if isinstance(value, str):
+        return one_line(value)
+    if isinstance(value, Mapping):
+        return {one_line(str(key)): on_lines(inner) for key, inner in value.items()}
+    return [on_lines(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _short(value: Any, most: int = 60) -> str:

@@ -270,9 +270,18 @@ class TuneRequest:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TuneRequest:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            UsageError: it is of another version, with other fields.
+        """
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UsageError(
+                f"this request was made by another bratune ({error}); that one reads it"
+            ) from None
 
     @property
     def study_name(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bratune.engine import ComparingEngine
 from bratune.errors import StoreError
+from bratune.files import write_text
 from bratune.tune.bench import Offers
 from bratune.tune.conclude import conclude, front_rows
 from bratune.tune.fidelity_source import FidelitySource
@@ -94,5 +95,5 @@ def run(
     plan = conclude(tuner, command=command, complete=complete)
     rows = front_rows(tuner, plan)
     path = plan.save(folder / "plan.json")
-    (folder / "front.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_text(folder / "front.json", json.dumps(rows, indent=1) + "\n")
     return TuneResult(plan, rows, path, install(plan) if put_in_cache and complete else None)

@@ -100,7 +100,7 @@ def plan_text(plan: Plan) -> str:
     lines.append(f"accuracy: {plan.evidence}")
     lines += recall_lines(plan.diagnostics)
     error = plan.table_error
-    if error.get("n"):
+    if error.get("n") and "mape" in error:
         text = f"table of stages against whole models: MAPE {error['mape']:.1%} over {error['n']} settings"
         if "kendall" in error and "spearman" in error:
             text += f", Kendall {error['kendall']:.2f}, Spearman {error['spearman']:.2f}"

@@ -166,6 +166,45 @@ def test_a_key_that_stands_twice_in_a_file_is_refused(
     assert re.search(r"line \d: the key '\w+' stands there twice", capsys.readouterr().err)
 
 
+SUITE = (
+    "about: x\ntask: classification\nres: 224\nn_win: 7\ntopks: published\nmodels: [biformer_tiny]\n"
+    "batch_size: 1\nroutes: [recorded]\n"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: 2026-13-45\n",
+        f"task: {'[' * 5000}\n",
+        f"task: {'9' * 5000}\n",
+        "task: &a [*a]\n",
+        "? [task]\n: a\n",
+        "task: !!python/object/apply:os.system ['touch PWNED']\n",
+        "\0",
+        SUITE.replace("n_win: 7", "n_win: .inf"),
+        SUITE.replace("n_win: 7", "n_win: {}"),
+        SUITE.replace("topks: published", "topks: [.nan, 1, 1, 1]"),
+        SUITE.replace("[biformer_tiny]", "&a [*a]"),
+        SUITE.replace("batch_size: 1", "batch_size: [.inf]"),
+        SUITE.replace("routes: [recorded]", "routes: 7"),
+    ],
+    ids=range(13),
+)
+@pytest.mark.parametrize("words", ["profile --dry-run --suite {path}", "predict --gpu-spec {path}"])
+def test_a_file_that_is_odd_is_one_sentence(
+    words: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "given.yaml"
+    path.write_text(text)
+    assert run(words.format(path=path).split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("bratune: ")
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "PWNED").exists()
+
+
 @pytest.mark.parametrize("columns", [60, 80, 140])
 @pytest.mark.parametrize("what", ["backends", "models", "tasks", "suites", "gpus"])
 def test_lists_fit_the_terminal(

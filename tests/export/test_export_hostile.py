@@ -128,6 +128,45 @@ def test_a_plan_file_with_hidden_text_or_a_number_that_is_none_is_refused(
         load_plan(file)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("stages", 0, "problem"), {}),
+        (("stages", 0, "problem"), {"region": [1, 1]}),
+        (("stages", 0, "problem", "heads"), 10**400),
+        (("stages", 0, "problem", "region"), 7),
+        (("stages", 0, "odd"), 7),
+        (("machine", "odd"), 7),
+        (("table_error",), {"n": 5, "mape": "small"}),
+        (("diagnostics",), {"recall": 5}),
+        (("diagnostics",), {"recall": {"plan": [{"stage": 1}]}}),
+        (
+            ("diagnostics",),
+            {
+                "recall": {
+                    "plan": [dict.fromkeys(("stage", "block", "regions", "topk", "routed", "best"), "x")]
+                }
+            },
+        ),
+        (("evidence", "odd"), 7),
+        (("setting", "odd"), 7),
+        (("setting", "topks"), [1]),
+    ],
+)
+def test_a_plan_file_that_is_odd_deep_inside_is_one_sentence(
+    tmp_path: Path, path: tuple[str | int, ...], value: Any
+) -> None:
+    data: Any = json.loads(json.dumps(make_plan().to_dict()))
+    inner = data
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=r"plan\.json cannot be read"):
+        load_plan(file)
+
+
 def test_a_plan_that_nests_without_end_is_one_sentence(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     file.write_text('{"a":' * 100_000)

@@ -442,7 +442,17 @@ def test_the_name_of_a_timm_table_says_board_and_dtype(
     assert len(rows) == 2, "a model that failed has no time"
 
 
-@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", TIMM.replace("2749.1", "fast")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a,b\n1,2\n",
+        TIMM.replace("2749.1", "fast"),
+        TIMM.replace("2749.1", "inf"),
+        TIMM.replace(",224,2749.1", ",inf,2749.1"),
+        TIMM.replace("4.51", "nan"),
+    ],
+)
 def test_what_is_no_timm_table_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "x.csv"
     file.write_text(text)

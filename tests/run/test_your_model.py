@@ -81,10 +81,20 @@ def test_a_plan_applies_with_accelerate_and_survives_a_file(tmp_path: Path) -> N
     (tmp_path / "other.json").write_text(json.dumps({"kind": "something else"}))
     with pytest.raises(PlanError, match="is not a plan of tune_model"):
         ModelPlan.load(tmp_path / "other.json")
-    data = plan.to_dict()
-    data["layers"][0]["backend"] = 3
-    with pytest.raises(PlanError, match="has no name"):
-        ModelPlan.from_dict(data)
+    for part, name, value, words in (
+        ("layers", "backend", 3, r"layers\[0\]\.backend must be text"),
+        ("layers", "backend", "a b", r"layers\[0\]\.backend must be a name of letters"),
+        ("layers", "gather_ms", "fast", r"layers\[0\]\.gather_ms must be a number or nothing"),
+        ("left", "x", "\x1b[2J", "left.x holds characters that are not printed"),
+        ("machine", "memory_gib", float("inf"), "machine.memory_gib must be a finite number"),
+    ):
+        data = json.loads(json.dumps(plan.to_dict()))
+        (data[part][0] if part == "layers" else data[part])[name] = value
+        with pytest.raises(PlanError, match=words):
+            ModelPlan.from_dict(data)
+    (tmp_path / "other.json").write_text("[" * 100_000)
+    with pytest.raises(PlanError, match="it is not JSON"):
+        ModelPlan.load(tmp_path / "other.json")
 
 
 def rows_of(ratios: dict[str, float]) -> Measured:
