@@ -20,6 +20,8 @@ from bratune.store.pooled import alike, sizes_of
 
 __all__ = ["ReplayRunner"]
 
+# What says where a row belongs in a table.
+_OF_THE_CELL = ("cell", "stage", "block_count", "n_win", "topk", "height", "width", "region")
 # What a replayed row has from the cell that is asked for, or what only runs that measure look at.
 _NOT_NEEDED = ("cell", "claimed_by")
 
@@ -95,7 +97,8 @@ class ReplayRunner:
 
     def _replayed(self, cell: Cell, row: Record) -> Result:
         asked = Record.of(cell, self.machine)  # the same cell, whatever the row made of its description
-        return Result(row.replace(evidence="replayed", cell=asked.cell))
+        own = {name: getattr(asked, name) for name in _OF_THE_CELL}
+        return Result(row.replace(evidence="replayed", **own))
 
     def in_turn(self, cells: Sequence[Cell], base: Cell) -> dict[Cell, list[Record]]:
         """See `bratune.run.runner.ComparingRunner.in_turn`."""

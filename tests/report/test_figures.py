@@ -163,6 +163,20 @@ def test_another_function_is_another_series() -> None:
     assert bar.series == "biformer_tiny (S 8, k 1/2/4/-2) · gather everywhere"
 
 
+def test_a_row_that_says_nothing_of_top_k_has_its_bar() -> None:
+    whole = measured(model().replace(task="classification"), 2.0)
+    (bar,) = throughput.infos([whole.replace(topk="", n_win="")])
+    assert bar.series.startswith("biformer_tiny")
+
+
+@pytest.mark.parametrize("cell", ["{", "[]", "[" * 100_000, '{"extra":5}', '{"extra":"[1]"}'])
+def test_a_row_that_describes_no_cell_is_drawn_where_its_columns_say_enough(cell: str) -> None:
+    rows = [measured(model(), 2.0).replace(cell=cell)]
+    assert throughput.infos(rows)
+    assert roofline.infos([row.replace(part="attention", stage=1) for row in rows])[1] == []
+    assert stages.infos([row.replace(part="attention", stage=1, topk="1", n_win="7") for row in rows])
+
+
 def test_a_bound_is_beside_a_bar_and_never_one() -> None:
     cell = model()
     bars_found = throughput.infos([predict_cell(cell, A100), bound_cell(cell, A100)])

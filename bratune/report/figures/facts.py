@@ -127,7 +127,7 @@ def settings_of(records: Iterable[Record]) -> dict[tuple[int, str, str], str]:
 
 def _changed_setting(record: Record) -> str:
     variant, task = VARIANTS.get(record.model), TASKS.get(record.task)
-    if record.part != "model" or variant is None or task is None:
+    if record.part != "model" or variant is None or task is None or not record.topk:
         return ""
     routed = [s for s, k in zip(record.n_win.split(","), record.topk.split(","), strict=False) if int(k) > 0]
     changed = [f"S {'/'.join(dict.fromkeys(routed))}"] if set(routed) - {str(task.n_win)} else []
