@@ -133,7 +133,7 @@ class Problem:
                 )
         others = self.kv_height, self.kv_width, self.v_head_dim
         if min(others) < 1 or max(others) > _LARGEST:
-            raise ProblemError(f"kv_height, kv_width and v_head_dim must be from 1 to {_LARGEST}")
+            raise ProblemError(f"kv_height, kv_width and v_head_dim must be at least 1, and up to {_LARGEST}")
         if self.topk > self.kv_regions:
             rows, cols = self.kv_grid
             raise ProblemError(

@@ -131,7 +131,7 @@ def test_a_plan_file_with_hidden_text_or_a_number_that_is_none_is_refused(
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("stages", 0, "problem"), {}),
+        (("stages", 0, "problem"), {"heads": 2}),
         (("stages", 0, "problem"), {"region": [1, 1]}),
         (("stages", 0, "problem", "heads"), 10**400),
         (("stages", 0, "problem", "region"), 7),

@@ -69,6 +69,9 @@ def test_a_problem_survives_json(problem: Problem) -> None:
         ({"direction": "bwd"}, "direction 'bwd' is not known; these are: fwd, fwd-bwd"),
         ({"padding": "reflect"}, "padding 'reflect' is not known"),
         ({"kv_height": -4}, "must be at least 1"),
+        ({"heads": 2**31}, "heads must be at most 2147483647"),
+        ({"region": (2**31, 1)}, "region must be at most 2147483647 tokens"),
+        ({"v_head_dim": 2**31}, "must be at least 1, and up to 2147483647"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
