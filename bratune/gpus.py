@@ -92,7 +92,7 @@ class GPU:
             "bfloat16": self.bf16_tensor_tflops,
             "float32": self.fp32_tflops,
             "float64": self.fp64_tflops,
-        }[dtype]
+        }.get(dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""

@@ -135,6 +135,11 @@ def test_a_bad_description_is_refused_with_the_reason(tmp_path: Path, text: str,
         gpus.load_spec(file)
 
 
+def test_a_dtype_that_nobody_knows_has_no_peak() -> None:
+    assert gpus.resolve("a100").peak_tflops("fp3") is None
+    assert gpus.resolve("a100").peak_tflops("float32") == 19.5
+
+
 @pytest.mark.parametrize(
     ("key", "dtype", "works"),
     [
