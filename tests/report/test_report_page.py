@@ -17,10 +17,11 @@ import pytest
 
 from bratune import gpus
 from bratune.cli import run
-from bratune.record import Record
+from bratune.record import Record, field_types
 from bratune.report.demo import demo_records, modelled_records
-from bratune.report.page import page
-from bratune.store import Store
+from bratune.report.page import _section, page
+from bratune.report.sections import sections
+from bratune.store import Store, read_records
 
 get_plotlyjs = pytest.importorskip("plotly.offline").get_plotlyjs
 
@@ -134,6 +135,25 @@ def test_names_cannot_break_out_of_the_page(records: list[Record]) -> None:
     found = page(bad, title=evil)
     assert "<img" not in found
     assert found.count("</script>") == 2
+
+
+# Texts of a record that are words of ours, or numbers.
+OURS = {"part", "form", "evidence", "outcome", "n_win", "topk", "region", "cell", "task", "layout", "padding"}
+
+
+def test_no_text_of_a_record_is_markup_in_any_section(records: list[Record]) -> None:
+    shipped = Path(__file__).parents[2] / "results"
+    stored = read_records(
+        [shipped / name for name in ("cpu-xeon-attentions-224.jsonl", "cpu-xeon-forms-224.jsonl")]
+    )
+    rows = [row for row in (*stored, *records) if row.outcome != "started"]
+    for name in [name for name, kind in field_types().items() if kind is str and name not in OURS]:
+        found = sections(
+            [row.replace(**{name: "<script>evil()</script>"}) for row in rows[:: 1 + len(rows) // 60]]
+        )
+        for one in found:
+            if one.panels:
+                assert "<script>evil" not in _section(one), (one.name, name)
 
 
 def test_a_page_of_modelled_rows_says_that_nothing_was_measured(text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from bratune.record import EVIDENCE, Record
 from bratune.report import style
 from bratune.report.figures.facts import milliseconds, provenance, timed
-from bratune.report.figures.panel import MOST_PANELS, ROW_PX, Key, Panel, by, most_telling
+from bratune.report.figures.panel import MOST_PANELS, ROW_PX, Key, Panel, by, most_telling, safe
 from bratune.report.figures.section import Section, Source
 
 __all__ = ["PUBLISHED_TOP1", "AttentionModel", "AttentionTime", "growth", "infos", "panels", "section"]
@@ -208,7 +208,7 @@ def section(source: Source) -> Section:
         lead="Attentions in one layout, that of Swin-T. Axes are logarithmic: a slope is the exponent of "
         "the number of tokens N, fitted where two resolutions or more were run. Then whole networks. "
         "Accuracy stands only where somebody published it for this layout.",
-        panels=tuple(panels(rows)),
+        panels=tuple(panels(safe(rows))),
         rows=tuple(rows),
         missing="no attentions were compared: bratune profile --suite attentions-224 would",
     )
