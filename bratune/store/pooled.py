@@ -151,10 +151,11 @@ def _pooled(
     if len(timed) == 1:
         found = last.replace(passes=1, pass_number=None)
     else:
-        found = _together(timed, estimate(passes_of(timed), times[last.part]))
+        passes = passes_of(timed)
+        found = _together(timed, estimate(passes, times[passes.kind]))
     measured = ratios_of(timed)
     if measured is not None and len(measured.values) > 1:
-        ratio = estimate(measured, ratios[last.part])
+        ratio = estimate(measured, ratios[measured.kind])
         found = found.replace(ratio=ratio.value, ratio_lo=ratio.lo, ratio_hi=ratio.hi)
     failed = [row for row in rows if not row.ok]
     if failed:

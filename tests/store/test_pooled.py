@@ -66,3 +66,10 @@ def test_a_failure_is_told_and_a_wrong_result_is_no_time() -> None:
 def test_what_was_measured_otherwise_is_another_cell() -> None:
     rows = [row(0, 1.0, 1, source_hash="a"), row(0, 2.0, 1, source_hash="b"), row(1, 3.0, 1, source_hash="a")]
     assert [found.median_ms for found in store.pool(rows)] == [1.0, 2.0, 3.0]
+
+
+def test_passes_of_a_cell_that_disagree_on_its_part_are_pooled() -> None:
+    rows = [row(0, median, number, ratio=2.0 + median) for number, median in enumerate((1.0, 1.2, 1.1), 1)]
+    (cell,) = store.pool([*rows[:2], rows[2].replace(part="something else")])
+    assert cell.median_ms == pytest.approx(1.1)
+    assert cell.ratio == pytest.approx(3.1)
