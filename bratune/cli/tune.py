@@ -403,6 +403,7 @@ def _join(asked: dict[str, Any]) -> int:
 
 def _show_space(request: TuneRequest, machine: Machine) -> None:
     from bratune.tune.bench import registry_offers
+    from bratune.tune.evidence import FROM_SCRATCH
 
     space, offers = request.space, registry_offers(machine, request.backends)
     for i in space.routed:
@@ -422,6 +423,7 @@ def _show_space(request: TuneRequest, machine: Machine) -> None:
             f"k is the smallest that keeps {request.omega:.0%} of the authors' keys per query, S at least as "
             "fine: nothing is known about accuracy"
         )
+        click.echo(FROM_SCRATCH)
     if space.bounds.topks is not None:
         click.echo("S and top-k are those of the weights; --allow-model-changes with --images tunes them too")
 

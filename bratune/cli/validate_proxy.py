@@ -85,7 +85,7 @@ def command(**asked: Any) -> int:
 
 
 def _study(asked: dict[str, Any]) -> int:
-    from bratune.studies.accuracy_findings import write_study
+    from bratune.studies.accuracy_show import write_study
 
     seeds = range(asked["seed"], asked["seed"] + (1 if asked["smoke"] else asked["seeds"]))
     click.echo(write_study(asked["output"], seeds, smoke=asked["smoke"], say=_say))

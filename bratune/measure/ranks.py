@@ -16,6 +16,7 @@ __all__ = [
     "clopper_pearson",
     "kendall",
     "mape",
+    "ranks",
     "spearman",
 ]
 

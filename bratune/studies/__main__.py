@@ -17,7 +17,7 @@ STUDIES = {
         "Prove the fused kernels on a GPU, beside their rivals.",
     ),
     "coverage": ("bratune.studies.coverage:main", "Do intervals hold the medians of other runs?"),
-    "accuracy": ("bratune.studies.accuracy_findings:main", "Which proxy ranks settings of trained weights?"),
+    "accuracy": ("bratune.studies.accuracy_show:main", "Which proxy ranks settings of trained weights?"),
     "calibrate": ("bratune.studies.calibrate:main", "Fit the rates of boards on published throughputs."),
     "search": ("bratune.studies.search:main", "How fast does each search find the front?"),
     "verdict": ("bratune.studies.verdict:main", "How often is the verdict wrong, on data of known truth?"),

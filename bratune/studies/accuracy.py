@@ -25,25 +25,21 @@ from bratune.kernels.biformer import build
 from bratune.measure.ranks import spearman
 from bratune.record import utc_now
 from bratune.studies.data_sets import DATA_SETS, SIDE, get_data_set
+from bratune.studies.proxies import PROXIES, ROUTING_PICTURES, Observed, proxies_of, routed_regions
 from bratune.tune.checkpoint_fidelity import BACKEND, reroute
-from bratune.tune.fidelity import divergence
-from bratune.tune.recall import routed_regions
 from bratune.tune.setting import Setting
 from bratune.tune.short_training import Recipe, train_shared
 from bratune.tune.show import Say
 from bratune.tune.space import Space
 
 __all__ = [
-    "PROXIES",
     "SMOKE",
     "TRAINED",
     "TRAINING",
-    "Observed",
     "SettingTrial",
     "Size",
     "TrainedCase",
     "keys_of",
-    "overlap",
     "rank_of",
     "read_cases",
     "run_case",
@@ -56,10 +52,6 @@ __all__ = [
 
 # Settings that weights are trained with: S = 4 in every stage (16 regions).
 TRAINED = {"reference": (1, 4, 8, -2), "sparse": (1, 1, 2, -2)}
-# What ranks settings, each larger for a setting that is further from the reference.
-PROXIES = ("divergence", "disagreement", "margin", "features", "routing")
-# Pictures on which routes are compared; they cost more than the other proxies.
-ROUTING_PICTURES = 32
 
 TRAINING = Recipe(steps=320, batch=48, learning_rate=2e-3)
 
@@ -244,9 +236,15 @@ def run_study(
         run: Makes a case.
 
     Raises:
-        StoreError: the file cannot be read or written.
+        StoreError: the file cannot be read or written, or holds cases of another size.
     """
     cases = read_cases(path)
+    for case in cases:
+        if len(case.trials) != size.settings:
+            raise StoreError(
+                f"{path} holds networks with {len(case.trials)} settings each, and {size.settings} are asked "
+                "for; another folder would work"
+            )
     there = {case.key for case in cases}
     for seed in seeds:
         for name in data:
@@ -282,32 +280,6 @@ def read_cases(path: Path) -> list[TrainedCase]:
     return found
 
 
-@dataclass(frozen=True)
-class Observed:
-    """What a model does with some pictures.
-
-    Attributes:
-        logits: ``[N, classes]``, or of every pixel ``[N, classes, H, W]``.
-        features: What its head reads: pooled, or maps.
-        seen: Per routed layer, which token sees which, ``[N, tokens, tokens]`` bool.
-    """
-
-    logits: Tensor
-    features: tuple[Tensor, ...]
-    seen: tuple[Tensor, ...]
-
-    @property
-    def top(self) -> Tensor:
-        """The top class of each picture, or of each pixel."""
-        return self.logits.argmax(1)
-
-    @property
-    def margin(self) -> Tensor:
-        """By how much the top class leads, as a probability."""
-        best = self.logits.softmax(1).topk(2, 1).values
-        return best[:, 0] - best[:, 1]
-
-
 def trial_of(
     space: Space, setting: Setting, proxy: tuple[Observed, Observed], labels: Tensor,
     test: tuple[Observed, Observed], test_labels: Tensor, *, features: float, test_loss: float | None = None,
@@ -325,22 +297,15 @@ def trial_of(
         test_loss: See `SettingTrial`.
     """
     before, after = proxy
-    same = before.top == after.top
     right, now = (seen.top == labels for seen in proxy)
     right_test, now_test = (seen.top == test_labels for seen in test)
     return SettingTrial(
         setting=str(setting),
         keys=keys_of(space, setting),
-        proxies={
-            "divergence": float(divergence(before.logits, after.logits).mean()),
-            "disagreement": float((~same).float().mean()),
-            "margin": float((before.margin * ~same).mean()),
-            "features": features,
-            "routing": 1 - overlap(before.seen, after.seen),
-        },
+        proxies=proxies_of(before, after, features=features),
         lost=int((right & ~now).sum()),
         gained=int((~right & now).sum()),
-        differ=int((~same).sum()),
+        differ=int((before.top != after.top).sum()),
         test_lost=int((right_test & ~now_test).sum()),
         test_gained=int((~right_test & now_test).sum()),
         test_loss=test_loss,
@@ -363,12 +328,6 @@ def _observe(model: Backbone, setting: Setting, images: Tensor, *, batch: int = 
 def _apart(own: Tensor, other: Tensor) -> float:
     """Relative L2 distance of pooled features, mean over pictures."""
     return float(((own - other).norm(dim=1) / own.norm(dim=1).clamp_min(1e-12)).mean())
-
-
-def overlap(own: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Share of what tokens saw that they still see, mean over layers."""
-    shares = [float((a & b).sum() / a.sum()) for a, b in zip(own, other, strict=True)]
-    return sum(shares) / len(shares)
 
 
 def keys_of(space: Space, setting: Setting) -> int:

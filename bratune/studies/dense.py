@@ -17,10 +17,7 @@ from torch import Tensor, nn
 
 from bratune.record import utc_now
 from bratune.studies.accuracy import (
-    PROXIES,
-    ROUTING_PICTURES,
     TRAINED,
-    Observed,
     Size,
     TrainedCase,
     rank_of,
@@ -30,9 +27,9 @@ from bratune.studies.accuracy import (
     trial_of,
 )
 from bratune.studies.data_sets import PHOTOGRAPHS, SIDE, texture_halves
+from bratune.studies.proxies import PROXIES, ROUTING_PICTURES, Observed, routed_regions
 from bratune.tune.checkpoint_fidelity import reroute
 from bratune.tune.fidelity import feature_distance
-from bratune.tune.recall import routed_regions
 from bratune.tune.setting import Setting
 from bratune.tune.short_training import Recipe
 from bratune.tune.show import Say

@@ -17,8 +17,8 @@ from bratune.measure.verdict import Verdict
 from bratune.record import Record, utc_now
 from bratune.run.passes import disturbance
 from bratune.tune.closing import Closing, compare
-from bratune.tune.evidence import Evidence, prior_only
-from bratune.tune.lost_accuracy import ALLOWED_LOSS
+from bratune.tune.evidence import Evidence, agreement, measured_top1, prior_only
+from bratune.tune.lost_accuracy import ALLOWED_LOSS, CONFIDENCE, Counts, change_interval
 from bratune.tune.pick import Pick, Verified, acceptable, pick
 from bratune.tune.plan import EndToEnd, Plan, stage_plans
 from bratune.tune.setting import Setting
@@ -70,7 +70,7 @@ def conclude(tuner: Tuner, *, command: str = "", complete: bool = True) -> Plan:
         default=tuner.reference.replace(layout=request.layout),
         stages=stage_plans(setting, parts, _stage_times(tuner, setting)),
         end_to_end=outcome,
-        evidence=evidence_of(tuner, chosen),
+        evidence=_evidence_of_the_pick(tuner, chosen, rule),
         machine=tuner.engine.machine,
         reason=reason,
         measured=_how_measured(tuner),
@@ -202,6 +202,39 @@ def evidence_of(tuner: Tuner, chosen: Verified) -> Evidence:
     reference = tuner.request.reference
     same = tuner.space.model_key(chosen.setting) == tuner.space.model_key(reference)
     return prior_only(unchanged=same, omega=tuner.request.omega)
+
+
+def _evidence_of_the_pick(tuner: Tuner, chosen: Verified, rule: str) -> Evidence:
+    """What a plan says: where a rule looked at what others lose too, the limits hold for all of them."""
+    found = evidence_of(tuner, chosen)
+    among = sum(v.feasible and v.counts is not None for v in tuner.verified())
+    if rule not in ALLOWED_LOSS or chosen.counts is None or among < 2:
+        return found
+    return shared(found, chosen.counts, among)
+
+
+def shared(found: Evidence, counts: Counts, among: int) -> Evidence:
+    """What is known of a setting that was chosen by what it loses among others on the same images.
+
+    Args:
+        found: E2 or E3, as if it had been the only one.
+        counts: Of its answers.
+        among: Settings that were judged.
+    """
+    known: dict[str, Any] = dict(found.values)
+    known["most_lost"] = counts.most_lost(known["confidence"], among=among)
+    names = ["images", "most_lost", "confidence"]
+    if counts.lost is not None and counts.gained is not None:
+        each = 1 - (1 - CONFIDENCE) / among
+        interval = change_interval(counts.gained, counts.lost, counts.images, confidence=each)
+        taken = {name: known[name] for name in (*names, "change", "top1")}
+        again = measured_top1(interval=interval, **taken)
+    else:
+        taken = {name: known[name] for name in (*names, "agree", "kl")}
+        bound, kl_interval = tuple(known["agreement_interval"]), tuple(known["kl_interval"])
+        again = agreement(bound=bound, kl_interval=kl_interval, **taken)
+    text = f"{again.text}; chosen among {among} on these images, with limits that hold for all of them"
+    return Evidence(level=found.level, text=text, values={**known, **again.values, "among": among})
 
 
 def _diagnostics(tuner: Tuner, setting: Setting) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
+    "FROM_SCRATCH",
     "LEVELS",
     "Evidence",
     "LayerRecall",
@@ -29,6 +30,17 @@ __all__ = [
 ]
 
 LEVELS = ("E0", "E1", "E2", "E3")
+
+# What others know about training with another S or top-k; nothing in it is a measurement of ours.
+FROM_SCRATCH = (
+    "what is known about training from scratch with another S or top-k: the authors keep top-k 1/4/16 for "
+    "every task and take S = 7, 8 or 16 (BiFormer, arXiv 2303.08810, and its configs); others train with "
+    "2/4/8 (BRAU-Net++, arXiv 2401.00722); no published comparison at equal training was found. Smaller "
+    "blocks let a router find what matters more surely, in language models (arXiv 2511.11571). A second "
+    "training of biformer_tiny as published gave 81.26 % where the authors' log has 81.37 % (issue 32 of "
+    "BiFormer's repository): a tenth of a point between two trainings says nothing. --train-trials "
+    "compares settings on your own pictures, with paired seeds"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +59,11 @@ class Evidence:
     def from_dict(cls, data: Mapping[str, Any]) -> Evidence:
         """The inverse of `to_dict`."""
         return cls(**data)
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether S or top-k changed, and no trained weights stand behind what is known."""
+        return self.level in ("E0", "E1") and not self.values.get("unchanged", False)
 
     def __str__(self) -> str:
         return f"{self.level} {self.text}"

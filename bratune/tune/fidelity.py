@@ -6,7 +6,6 @@ sparse is damaged by attending to more. Nothing here needs labels except `paired
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from bratune.errors import ProblemError
 from bratune.measure.ranks import bootstrap_interval
+from bratune.tune.lost_accuracy import change_interval
 
 __all__ = [
     "agreement",
@@ -72,17 +72,11 @@ def paired_change(reference: Tensor, candidate: Tensor) -> tuple[float, tuple[fl
     Args:
         reference: Whether each image was classified correctly, ``[N]`` bool.
         candidate: The same, by the other model.
-
-    Source: the variance of a difference of paired proportions (McNemar's counts b and c):
-    ``((b + c) - (b - c)**2 / n) / n**2``.
     """
     n = len(reference)
     gained = int((~reference & candidate).sum())
     lost = int((reference & ~candidate).sum())
-    change = (gained - lost) / n
-    # One discordant image more than was seen, so that "none seen" is not taken for "none possible".
-    error = math.sqrt(max((gained + lost + 1) - (gained - lost) ** 2 / n, 0.0)) / n
-    return change, (change - 1.96 * error, change + 1.96 * error)
+    return (gained - lost) / n, change_interval(gained, lost, n)
 
 
 def mean_interval(values: Tensor, *, seed: int = 0) -> tuple[float, float]:

@@ -17,6 +17,7 @@ __all__ = [
     "ALLOWED_LOSS",
     "CONFIDENCE",
     "Counts",
+    "change_interval",
     "images_needed",
     "most_lost",
     "most_lost_labelled",
@@ -105,6 +106,27 @@ def most_lost_labelled(lost: int, gained: int, images: int, *, confidence: float
         middle = (low + high) / 2
         low, high = (low, middle) if too_large(middle) else (middle, high)
     return high
+
+
+def change_interval(
+    gained: int, lost: int, images: int, *, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """The interval of a change of accuracy, as a fraction.
+
+    Args:
+        gained: Images that only the second model classified correctly.
+        lost: Images that only the first did.
+        images: All.
+        confidence: Two-sided.
+
+    Source: the variance of a difference of paired proportions (McNemar's counts b and c):
+    ``((b + c) - (b - c)**2 / n) / n**2``.
+    """
+    change = (gained - lost) / images
+    # One discordant image more than was seen, so that "none seen" is not taken for "none possible".
+    error = math.sqrt(max((gained + lost + 1) - (gained - lost) ** 2 / images, 0.0)) / images
+    reach = NormalDist().inv_cdf(0.5 + confidence / 2) * error
+    return change - reach, change + reach
 
 
 def images_needed(

@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bratune.kernels import layout
 from bratune.kernels.backbone import Backbone
 from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention
 from bratune.kernels.layout import to_head_regions
 from bratune.kernels.nhwc import to_nhwc
 from bratune.kernels.routing import region_means
-from bratune.problem import ceil_div
 from bratune.tune.evidence import LayerRecall
 from bratune.work.parts import queries_and_keys
 
-__all__ = ["model_recall", "recall_curves", "routed_regions"]
+__all__ = ["is_read", "map_of", "model_recall", "recall_curves"]
 
 # Scores held at a time; a whole score matrix of stage 1 would be gigabytes at 512 pixels.
 MOST_SCORES = 2**24
@@ -41,13 +39,13 @@ def model_recall(model: Backbone, images: Tensor, *, batch: int = 8) -> tuple[La
     """
     layers: list[tuple[int, int, Any]] = []
     for number, stage in enumerate(model.stages, 1):
-        routed = [m for m in stage.modules() if _is_read(m)]
+        routed = [m for m in stage.modules() if is_read(m)]
         layers += [(number, block, module) for block, module in enumerate(routed, 1)]
     sums: dict[int, tuple[Tensor, Tensor]] = {}
 
     def read(place: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            q, k, region = queries_and_keys(module, _map_of(module, inputs[0]))
+            q, k, region = queries_and_keys(module, map_of(module, inputs[0]))
             attn: Any = module
             curves = recall_curves(q, k, region=region, heads=attn.num_heads, scale=attn.scale)
             weighted = [len(q) * curve.double() for curve in curves]
@@ -81,39 +79,6 @@ def model_recall(model: Backbone, images: Tensor, *, batch: int = 8) -> tuple[La
             )
         )
     return tuple(found)
-
-
-def routed_regions(model: Backbone, images: Tensor) -> tuple[Tensor, ...]:
-    """Which token sees which in every routed layer, ``[N, tokens, tokens]`` bool each, padding left out.
-
-    Args:
-        model: In evaluation mode; S and top-k are what it has in place.
-        images: ``[N, 3, H, W]``; on few of them, for maps of few tokens.
-    """
-    seen: list[Tensor] = []
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        attn: Any = module
-        tokens = _map_of(module, inputs[0])
-        q, k, (rh, rw) = queries_and_keys(module, tokens)
-        routes = attn.route(q, k)  # [N, R, topk]
-        count = routes.shape[1]
-        regions = torch.zeros(len(q), count, count, dtype=torch.bool).scatter_(2, routes.cpu(), True)
-        rows, columns = layout.sides(q)
-        of_row, of_column = torch.arange(rows) // rh, torch.arange(columns) // rw
-        region = of_row[:, None] * ceil_div(columns, rw) + of_column
-        region = layout.crop_tokens(region[None], *layout.sides(tokens)).flatten()
-        seen.append(regions[:, region][:, :, region])
-
-    handles = [m.register_forward_pre_hook(hook) for m in model.modules() if _is_read(m)]
-    first = next(model.parameters())
-    try:
-        with torch.no_grad():
-            model(images.to(device=first.device, dtype=first.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tuple(seen)
 
 
 def recall_curves(
@@ -151,12 +116,13 @@ def recall_curves(
     return torch.stack(routed).mean(0), torch.stack(best).mean(0)
 
 
-def _is_read(module: nn.Module) -> bool:
+def is_read(module: nn.Module) -> bool:
+    """Whether a module is a routed layer that does not pool its keys."""
     if isinstance(module, BiLevelRoutingAttention):
         return isinstance(module.kv_down, nn.Identity)
     return isinstance(module, NCHWBiLevelRoutingAttention)
 
 
-def _map_of(module: nn.Module, x: Tensor) -> Tensor:
+def map_of(module: nn.Module, x: Tensor) -> Tensor:
     """The input of a layer as ``[B, H, W, C]``."""
     return to_nhwc(x) if isinstance(module, NCHWBiLevelRoutingAttention) else x

@@ -8,7 +8,7 @@ from typing import Any
 
 from bratune.measure.verdict import MedianOfPasses
 from bratune.tables import Table, to_markdown, to_text
-from bratune.tune.evidence import recall_lines
+from bratune.tune.evidence import FROM_SCRATCH, recall_lines
 from bratune.tune.plan import Plan
 
 __all__ = ["Clock", "Pace", "Say", "duration", "front_table", "plan_text"]
@@ -98,6 +98,8 @@ def plan_text(plan: Plan) -> str:
     """The plan in a few lines: what, why, how much faster, on what evidence."""
     lines = [f"plan: {plan}", f"why: {plan.reason}", *_end_to_end_lines(plan)]
     lines.append(f"accuracy: {plan.evidence}")
+    if plan.evidence.from_scratch:
+        lines.append(FROM_SCRATCH)
     lines += recall_lines(plan.diagnostics)
     error = plan.table_error
     if error.get("n") and "mape" in error:

@@ -22,7 +22,7 @@ from bratune.tune.fidelity import (
     paired_change,
 )
 from bratune.tune.pictures import Pictures, load_pictures
-from bratune.tune.recall import model_recall, recall_curves, routed_regions
+from bratune.tune.recall import model_recall, recall_curves
 from bratune.tune.space import Space
 
 SMALL: dict[str, Any] = {"depth": (1, 1, 1, 1), "auto_pad": True, "num_classes": 10}
@@ -145,37 +145,6 @@ def test_every_routed_layer_of_a_model_has_a_recall(name: str) -> None:
     again = model_recall(model, random_pictures(3).images, batch=3)
     assert [x.routed for x in again] == pytest.approx([x.routed for x in layers], abs=1e-5)
     assert recall_text(layers).startswith(f"stage 1 {layers[0].routed:.2f} of {layers[0].best:.2f} (k 1/")
-
-
-@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl_nchw"])
-def test_regions_are_those_that_a_layer_routes_to_on_a_padded_map(name: str) -> None:
-    """Maps of 40x40 tokens of 32 channels, in regions of 7x7 or 6x6: the last ones have padding."""
-    torch.manual_seed(0)
-    arguments: dict[str, Any] = {"auto_pad": True, "n_win": 6, "topks": (3, 3, 3, -2)}
-    if name == "biformer_stl_nchw":
-        arguments = {"n_wins": (6,) * 4, "topks": (3, 3, 3, -1)}
-    model = build(name, depth=(1, 1, 1, 1), embed_dim=(32, 64, 128, 256), **arguments).eval()
-    first: Any = next(m for m in model.stages[0].modules() if hasattr(m, "region_of"))
-    route = first.route
-    asked: list[tuple[torch.Tensor, int]] = []
-
-    def ask(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        asked.append((route(q, k), first.region_of(*q.shape[1:3])[0]))
-        return asked[-1][0]
-
-    first.route = ask
-    seen = routed_regions(model, torch.randn(2, 3, 160, 160))[0]
-    routes, side = asked[-1]
-    columns = -(-40 // side)
-    assert 40 % side
-    assert seen.shape == (2, 1600, 1600)
-    for y, x in ((0, 0), (0, 39), (39, 0), (39, 39), (13, 22)):
-        for image in range(2):
-            expected = torch.zeros(columns * side, columns * side, dtype=torch.bool)
-            for r in routes[image, y // side * columns + x // side].tolist():
-                top, left = r // columns * side, r % columns * side
-                expected[top : top + side, left : left + side] = True
-            assert torch.equal(seen[image, y * 40 + x].view(40, 40), expected[:40, :40])
 
 
 # --- whole models --------------------------------------------------------------------------

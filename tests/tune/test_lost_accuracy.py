@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bratune.tune.conclude import shared
+from bratune.tune.evidence import agreement, measured_top1
 from bratune.tune.lost_accuracy import (
     Counts,
+    change_interval,
     images_needed,
     most_lost,
     most_lost_labelled,
@@ -61,6 +64,39 @@ def test_needed_pictures_are_said_for_labels_and_without() -> None:
         "1,000 were given: 1.3 points can be claimed"
     )
     assert "no number of pictures without labels" in need_in_words(0.005, Counts(images=1000, differ=60))
+
+
+def test_the_evidence_of_a_setting_chosen_among_others_holds_for_all_of_them() -> None:
+    counts = Counts(images=1000, differ=30, lost=20, gained=10)
+    alone = measured_top1(
+        images=1000,
+        change=-0.01,
+        interval=change_interval(10, 20, 1000),
+        top1=0.8,
+        most_lost=counts.most_lost(),
+        confidence=0.95,
+    )
+    assert shared(alone, counts, 1).values["interval"] == pytest.approx(alone.values["interval"])
+    among = shared(alone, counts, 8)
+    assert among.values["most_lost"] == pytest.approx(counts.most_lost(among=8)) > alone.values["most_lost"]
+    low, high = among.values["interval"]
+    assert (low + high) / 2 == pytest.approx(-0.01)
+    # The normal quantiles of 1 - 0.05 / 16 and of 0.975.
+    one = alone.values["interval"]
+    assert high - low == pytest.approx(2.7344 / 1.9600 * (one[1] - one[0]), rel=1e-3)
+    assert "chosen among 8 on these images" in among.text
+    blind = agreement(
+        images=1000,
+        agree=970,
+        bound=(0.957, 0.98),
+        kl=0.01,
+        kl_interval=(0.005, 0.02),
+        most_lost=most_lost(30, 1000),
+        confidence=0.95,
+    )
+    counts = Counts(images=1000, differ=30)
+    assert shared(blind, counts, 8).values["most_lost"] == pytest.approx(counts.most_lost(among=8))
+    assert shared(blind, counts, 8).level == "E2"
 
 
 def test_more_settings_on_the_same_pictures_widen_every_limit() -> None:
