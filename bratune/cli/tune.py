@@ -100,7 +100,9 @@ FORMATS = ("table", "json", "csv", "md")
     help="Of what is said about lost accuracy.",
 )
 @click.option("--allow-model-changes", is_flag=True, help="With weights: S and top-k may change.")
-@click.option("--allow-more-k", is_flag=True, help="With weights: more keys than in training too.")
+@click.option(
+    "--allow-more-k", is_flag=True, help="With weights: more keys than in training too; can cost accuracy."
+)
 @click.option("--per-stage-s/--shared-s", default=None, help="S may differ between stages.")
 @click.option(
     "--omega", type=click.FloatRange(0, 1), default=1.0, help="Without data: share of keys to keep."

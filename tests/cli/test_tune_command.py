@@ -56,6 +56,7 @@ def test_dry_run_shows_what_is_legal_and_measures_nothing(tmp_path: Path) -> Non
     (backends,) = {line for line in result.stdout.splitlines() if line.startswith("  backends: ")}
     assert "gather-sdpa, " in backends
     assert "nothing is known about accuracy" in result.stdout
+    assert "no published comparison at equal training was found" in result.stdout
     assert not (tmp_path / "x").exists()
 
 

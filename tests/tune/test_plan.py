@@ -16,6 +16,7 @@ from sample_plans import H200, make_plan
 from bratune.errors import PlanError
 from bratune.export.fields import header
 from bratune.machine import Machine
+from bratune.tune.evidence import FROM_SCRATCH, prior_only, short_trainings
 from bratune.tune.plan import EndToEnd, Plan, install, load_plan
 from bratune.tune.plan_schema import PLAN_SCHEMA, violations
 from bratune.tune.show import plan_text
@@ -177,6 +178,18 @@ def test_the_defaults_own_plan_claims_nothing_anywhere() -> None:
             assert not [line for line in claims if re.search(r"\d\.\d+x", line)]
     assert "the default itself" in header(own)
     assert "FASTER, 1.110x [1.080, 1.130] against the default" in header(make_plan())
+
+
+def test_a_plan_with_another_setting_says_what_is_known_about_training_it_from_scratch() -> None:
+    plan = make_plan()
+    same = dataclasses.replace(plan, evidence=prior_only(unchanged=True))
+    trained = dataclasses.replace(
+        plan, evidence=short_trainings(gain=0.1, error=0.1, seeds=3, steps=300, not_worse=0.5)
+    )
+    assert "arXiv 2303.08810" in FROM_SCRATCH
+    assert FROM_SCRATCH in plan_text(plan)
+    assert FROM_SCRATCH in plan_text(trained)
+    assert FROM_SCRATCH not in plan_text(same)
 
 
 def test_the_plan_of_an_unfinished_search_is_not_installed(tmp_path: Path) -> None:
