@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,8 @@ __all__ = ["ALLOWED", "SMALL", "findings_of"]
 
 # Divergences that the search would try first.
 SMALL = 0.03
+# Divergences between which losses are summed up.
+STEPS = (SMALL, 0.1)
 # Losses of top-1 whose claims are tried out, as fractions.
 ALLOWED = (0.005, 0.015, 0.03, 0.05)
 REDRAWS = 40
@@ -52,6 +55,9 @@ def findings_of(cases: Sequence[TrainedCase]) -> dict[str, Any]:
         },
         "redrawn": _redrawn(counted),
         "small": {proxy: _small(cases, proxy) for proxy in PROXIES},
+        "by_divergence": [
+            _between(counted, low, high) for low, high in itertools.pairwise((0.0, *STEPS, math.inf))
+        ],
         "claims": _claims(counted),
         "held_out": {f"{100 * allowed:g}": _held_out(counted, allowed, of_case) for allowed in ALLOWED},
         "more_keys": _more_keys(cases),
@@ -154,6 +160,34 @@ def _small(cases: Sequence[TrainedCase], proxy: str) -> dict[str, Any]:
             found[name] = spearman([a for a, _ in pairs], [b for _, b in pairs])
     known = _finite(found.values())
     return {"mean": _mean(known), "range": [min(known), max(known)] if known else None}
+
+
+def _between(cases: Sequence[TrainedCase], low: float, high: float) -> dict[str, Any]:
+    """What settings lose whose divergence is above one value and at most another."""
+    rows = [(c, t) for c in cases for t in c.trials if low < t.proxies["divergence"] <= high]
+    return {
+        "above": low,
+        "up_to": high if math.isfinite(high) else None,
+        "settings": len(rows),
+        "loss": _three([case.drop(trial) for case, trial in rows]),
+        **_surely(rows),
+    }
+
+
+def _three(values: Sequence[float]) -> list[float] | None:
+    """The smallest, the median and the largest."""
+    return [min(values), statistics.median(values), max(values)] if values else None
+
+
+def _surely(rows: Sequence[tuple[TrainedCase, SettingTrial]]) -> dict[str, int]:
+    """How many settings lose or gain by more than the noise of the test pictures, each for itself."""
+    return {
+        "surely lose": sum(_surely_lost(case, trial) > 0 for case, trial in rows),
+        "surely gain": sum(
+            most_lost_labelled(trial.test_lost, trial.test_gained, case.test_images) < 0
+            for case, trial in rows
+        ),
+    }
 
 
 # --- claims ---------------------------------------------------------------------------------
@@ -290,13 +324,7 @@ def _more_keys(cases: Sequence[TrainedCase]) -> dict[str, dict[str, int]]:
             for trial in case.trials
             if _attends_to_more(trial.setting, own)
         ]
-        found[trained] = {
-            "settings": len(rows),
-            "surely lose": sum(_surely_lost(c, t) > 0 for c, t in rows),
-            "surely gain": sum(
-                most_lost_labelled(t.test_lost, t.test_gained, c.test_images) < 0 for c, t in rows
-            ),
-        }
+        found[trained] = {"settings": len(rows), **_surely(rows)}
     return found
 
 

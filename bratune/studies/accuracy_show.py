@@ -89,8 +89,8 @@ def read_study(path: Path) -> list[TrainedCase]:
 
 def tables_of(found: dict[str, Any]) -> str:
     """The findings as Markdown tables."""
-    tables = (_ranks(found), _seeds(found), _claims(found), _held_out(found), _more_keys(found))
-    return "\n\n".join(map(to_markdown, tables))
+    parts = (_ranks, _seeds, _by_divergence, _claims, _held_out, _more_keys)
+    return "\n\n".join(to_markdown(part(found)) for part in parts)
 
 
 def _ranks(found: dict[str, Any]) -> Table:
@@ -118,6 +118,23 @@ def _seeds(found: dict[str, Any]) -> Table:
             cells = [found["ranks"][proxy]["by_data"][name]["seeds"][str(seed)] for proxy in PROXIES]
             rows.append((name, str(seed), *(_shown(cell["mean"], cell["interval"]) for cell in cells)))
     return Table(("<data", "seed", *PROXIES.values()), tuple(rows))
+
+
+def _by_divergence(found: dict[str, Any]) -> Table:
+    columns = (
+        "<divergence",
+        "settings",
+        "loss of top-1, points: least, median, most",
+        "surely lose",
+        "surely gain",
+    )
+    rows = []
+    for row in found["by_divergence"]:
+        upto = "" if row["up_to"] is None else f" to {row['up_to']:g}"
+        loss = " ".join(f"{100 * value:+.1f}" for value in row["loss"]) if row["loss"] else "-"
+        numbers = (str(row[name]) for name in ("surely lose", "surely gain"))
+        rows.append((f"above {row['above']:g}{upto}", str(row["settings"]), loss, *numbers))
+    return Table(columns, tuple(rows))
 
 
 def _claims(found: dict[str, Any]) -> Table:

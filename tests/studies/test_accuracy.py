@@ -163,6 +163,11 @@ def test_findings_tell_a_proxy_that_ranks_from_one_that_does_not() -> None:
     assert found["ranks"]["divergence"]["by_data"]["digits"]["seeds"]["2"]["mean"] == pytest.approx(1.0)
     claims = found["claims"]["limit from answers that differ (no labels)"]
     assert claims == {"settings": 60, "outside": 0, "broken": 0, "broken_share": [0.0, 0.0]}
+    # All have a divergence of at most 0.01 and lose 40 of 2000 pictures or more.
+    small, middle, large = found["by_divergence"]
+    assert (small["settings"], middle["settings"], large["settings"]) == (60, 0, 0)
+    assert small["loss"][0] == pytest.approx(40 / 2000)
+    assert (small["surely lose"], small["surely gain"], large["loss"]) == (60, 0, None)
     text = tables_of(found)
     assert "| divergence | 1.00 [1.00, 1.00] |" in text
     assert json.loads(json.dumps(found)) == found
