@@ -231,8 +231,8 @@ def shared(found: Evidence, counts: Counts, among: int) -> Evidence:
         again = measured_top1(interval=interval, **taken)
     else:
         taken = {name: known[name] for name in (*names, "agree", "kl")}
-        bound, kl_interval = tuple(known["agreement_interval"]), tuple(known["kl_interval"])
-        again = agreement(bound=bound, kl_interval=kl_interval, **taken)
+        (low, high), (kl_low, kl_high) = known["agreement_interval"], known["kl_interval"]
+        again = agreement(bound=(low, high), kl_interval=(kl_low, kl_high), **taken)
     text = f"{again.text}; chosen among {among} on these images, with limits that hold for all of them"
     return Evidence(level=found.level, text=text, values={**known, **again.values, "among": among})
 
