@@ -334,9 +334,11 @@ def torch_flags() -> dict[str, Any]:
     import torch
 
     matmul = torch.backends.cuda.matmul
+    # The newer switch, of torch 2.9; to ask by the older one after it was set raises.
+    newer = getattr(matmul, "fp32_precision", None)
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "tf32_matmul": matmul.fp32_precision == "tf32",
+        "tf32_matmul": matmul.allow_tf32 if newer is None else newer == "tf32",
         "tf32_cudnn": torch.backends.cudnn.allow_tf32,
         "reduced_bf16": matmul.allow_bf16_reduced_precision_reduction,
         "reduced_fp16": matmul.allow_fp16_reduced_precision_reduction,
