@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _is_looked_for(path: Path) -> bool:
     return any(path.is_relative_to(Path(__file__).parent / name) for name in INTERPRETED)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """End a process whose CUDA context a test has lost: every later test in it would fail with that error.
+
+    A worker of pytest-xdist is replaced by a new one, which goes on with the next test; without workers the
+    run ends. The report of the test is printed here, because that of a worker that ends is not sent.
+    """
+    report = yield
+    if report.failed and (lost := _lost_device()):
+        text = f"\n{item.nodeid}: the device is lost: {lost}\n{report.longreprtext}\n"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            item.session.shouldstop = f"the device is lost in {item.nodeid}: {lost}"
+            return report
+        capture = item.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            os.write(2, text.encode())
+        os._exit(1)
+    return report
+
+
+def _lost_device() -> str:
+    """What the device says where an earlier error comes back at every call; empty where it works."""
+    import torch
+
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return ""
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def _interpreter_is_broken() -> bool:

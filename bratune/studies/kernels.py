@@ -10,10 +10,12 @@ Four parts, each on stdout; every attention call is also a row of ``records.json
    tile, what a hub costs.
 3. The rank correlation of the offline cost model with the times of the fused kernels.
 4. Which implementation of full attention is the one to beat; LayerNorm of several tokens per program and
-   depthwise convolution in strips against PyTorch's. These are no cells and only printed, first, in a quarter
-   of the budget at most.
+   depthwise convolution in strips against PyTorch's. These are no cells and only printed, last, in what the
+   budget leaves and at least a quarter of it.
 
-Without a GPU, ``--execute`` runs the compiled kernels on the CPU instead (`bratune.studies.execute_kernels`).
+Our own kernels are timed first, then these questions, then everybody else. ``--compile`` compiles all of them
+beforehand, on every core, so that no measurement waits for a compiler. Without a GPU, ``--execute`` runs the
+compiled kernels on the CPU instead (`bratune.studies.execute_kernels`).
 
 What is wanted most comes first and every row is on disk as soon as it is known, so that ``--budget 480``
 makes the most of ten minutes. Everything runs in worker processes: a kernel that loses the device costs its
@@ -48,6 +50,7 @@ from bratune.store import Store
 from bratune.variant import get_variant, stages
 
 __all__ = [
+    "AIMS",
     "Trial",
     "beside",
     "copy_gb_s",
@@ -55,6 +58,7 @@ __all__ = [
     "floor_ms",
     "main",
     "questions",
+    "shown_aims",
     "side_by_side",
     "single_images",
     "trials",
@@ -64,6 +68,20 @@ __all__ = [
 SCENES = ((224, 224, 128, 7), (512, 512, 16, 8), (800, 1333, 2, 16))
 BACKENDS = ("gather", "triton", "gather-sdpa", "flex", "dense")
 FULL = "full SDPA"
+
+# Shares of the floor that a kernel should reach, and that a very good one would: their times on an H200 (at
+# 4.3 TB/s) over what the bytes take there. Forward, then forward and backward together.
+AIMS: Mapping[str, tuple[float, float]] = {
+    "224x224 s1 b128 fwd": (0.75, 0.88),
+    "224x224 s2 b128 fwd": (0.53, 0.80),
+    "224x224 s3 b128 fwd": (0.25, 0.33),
+    "512x512 s1 b16 fwd": (0.36, 0.48),
+    "512x512 s2 b16 fwd": (0.36, 0.48),
+    "512x512 s3 b16 fwd": (0.16, 0.24),
+    "224x224 s1 b128 fwd-bwd": (0.72, 0.80),
+    "224x224 s2 b128 fwd-bwd": (0.44, 0.55),
+    "224x224 s3 b128 fwd-bwd": (0.32, 0.40),
+}
 
 _COPY_BYTES = 2**30
 # A cell that takes longer than this, compilation included, is killed and its row says so.
@@ -122,7 +140,10 @@ def single_images() -> Iterator[Trial]:
 
 def trials() -> tuple[Trial, ...]:
     """All of them, what is wanted most first: a budget may end before they do."""
-    return (*side_by_side(SCENES[:2]), *questions(), *side_by_side(SCENES[2:]), *single_images())
+    first = tuple(side_by_side(SCENES[:2]))
+    ours = [trial for trial in first if trial.name == "triton"]
+    others = [trial for trial in first if trial.name != "triton"]
+    return (*ours, *questions(), *others, *side_by_side(SCENES[2:]), *single_images())
 
 
 def questions() -> Iterator[Trial]:
@@ -186,16 +207,20 @@ def floor_ms(problem: Problem, gb_s: float) -> float:
 
 
 def _lines(trials: Sequence[Trial], rows: Iterable[Record], gb_s: float) -> Iterator[str]:
-    """The table: a heading when a group begins, a line per row as soon as it is known."""
-    group, baseline = "", None
+    """The table: a heading when a group begins, a line per row as soon as it is known.
+
+    A row is compared with the first of its group that was measured, however long ago.
+    """
+    group = ""
+    baselines: dict[str, tuple[str, float]] = {}
     for trial, row in zip(trials, rows, strict=False):
         if trial.group != group:
-            group, baseline = trial.group, None
-            yield f"\n{group}: floor {1e3 * floor_ms(trial.cell.problem, gb_s):.1f} us"
+            group = trial.group
+            yield f"\n{group}: floor {1e3 * floor_ms(trial.cell.problem, gb_s):.1f} us{shown_aims(group)}"
         if row.median_ms is None:
             yield f"  {trial.name:20} {row.outcome}: {row.reason}"
             continue
-        baseline = baseline or (trial.name, row.median_ms)
+        baseline = baselines.setdefault(group, (trial.name, row.median_ms))
         interval = (
             "" if row.ci_lo_ms is None else f"[{1e3 * row.ci_lo_ms:.1f}, {1e3 * (row.ci_hi_ms or 0):.1f}]"
         )
@@ -205,6 +230,14 @@ def _lines(trials: Sequence[Trial], rows: Iterable[Record], gb_s: float) -> Iter
             f"  {trial.name:20} {1e3 * row.median_ms:9.1f} us {interval:20} "
             f"{baseline[1] / row.median_ms:6.2f}x {baseline[0]:12} {share:5.1f} % of floor {memory}"
         )
+
+
+def shown_aims(group: str) -> str:
+    """What a kernel of a group should reach of the floor at this card's own rate; may be empty."""
+    if group not in AIMS:
+        return ""
+    must, better = AIMS[group]
+    return f", {100 * must:.0f} % of it wanted, {100 * better:.0f} % would be very good"
 
 
 def _modelled_ms(problem: Problem, config: dict[str, Any], machine: Machine) -> float | None:
@@ -256,7 +289,21 @@ def _correlation(trials: Iterable[Trial], rows: Iterable[Record], machine: Machi
 )
 @click.option("--only", default="", help="Regular expression: groups that match it, e.g. '224.*s1'.")
 @click.option("--budget", type=float, default=None, help="Seconds after which no row is started.")
-def main(output: Path | None, executes: bool, effort: str, only: str, budget: float | None) -> None:
+@click.option(
+    "--compile", "compiles", is_flag=True, help="Only compile what would be measured, on all cores."
+)
+@click.option("--target", default="", help="With --compile: for which architecture, by default the GPU's.")
+@click.option("--dry-run", is_flag=True, help="Only list what would be measured, and what cannot be.")
+def main(
+    output: Path | None,
+    executes: bool,
+    effort: str,
+    only: str,
+    budget: float | None,
+    compiles: bool,
+    target: str,
+    dry_run: bool,
+) -> None:
     """Measure the fused kernels beside their rivals on a GPU, question by question; print and store.
 
     Raises:
@@ -270,9 +317,18 @@ def main(output: Path | None, executes: bool, effort: str, only: str, budget: fl
         if not execute(output, only, budget):
             raise MeasureError("a compiled kernel is wrong: see the lines that say so")
         return
+    wanted = [t for t in trials() if re.search(only, t.group)]
+    if not wanted:
+        raise UsageError(f"no group matches {only!r}; these are groups: {', '.join(_groups()[:4])} ...")
+    if compiles:
+        _compile(wanted, target)
+        return
     if output is None:
         raise UsageError("measuring needs a folder for its records: -o FOLDER")
     machine = machines.detect("cuda")
+    if dry_run:
+        _list(wanted, machine)
+        return
     started = time.monotonic()
     settings = MeterSettings.for_effort(effort)
     rates = _apart("copy_rates", machine, settings)
@@ -282,12 +338,8 @@ def main(output: Path | None, executes: bool, effort: str, only: str, budget: fl
     print(
         f"{machine}\ncopies {gb_s:.0f} GB/s from memory, {cached:.0f} GB/s of 8 MiB in the cache", flush=True
     )
-    wanted = [t for t in trials() if re.search(only, t.group)]
-    if not only:
-        seconds = _BESIDE_S if budget is None else _BESIDE_SHARE * budget
-        found = _apart("beside", machine, settings, seconds)
-        print("\n".join(found.value) if found.ok else f"not measured: {found.reason}", flush=True)
-    left = None if budget is None else budget - (time.monotonic() - started)
+    share = 0.0 if only else _BESIDE_SHARE
+    left = None if budget is None else (1 - share) * budget - (time.monotonic() - started)
     rows: list[Record] = []
     with IsolatedEngine(
         machine,
@@ -299,7 +351,39 @@ def main(output: Path | None, executes: bool, effort: str, only: str, budget: fl
     ) as engine:
         for line in _lines(wanted, _kept(engine.run(t.cell for t in wanted), rows), gb_s):
             print(line, flush=True)
+    if not only:
+        spare = _BESIDE_S if budget is None else budget - (time.monotonic() - started)
+        found = _apart("beside", machine, settings, max(0.0, min(spare, _BESIDE_S)))
+        print("\n".join(found.value) if found.ok else f"not measured: {found.reason}", flush=True)
     print(f"\n{_correlation(wanted, rows, machine)}\nrecords: {output / 'records.jsonl'}")
+
+
+def _groups() -> list[str]:
+    return list(dict.fromkeys(trial.group for trial in trials()))
+
+
+def _compile(wanted: Sequence[Trial], target: str) -> None:
+    """Compile what is wanted of the fused kernels."""
+    from bratune.predict.targets import get_target, target_of
+    from bratune.studies.compile_kernels import compile_all, jobs_of
+
+    goal = get_target(target) if target else target_of(machines.detect("cuda"))
+    if goal is None:
+        raise TargetError(
+            "kernels are not compiled beforehand for this GPU; --target names one that is known"
+        )
+    ours = [trial.cell for trial in wanted if trial.cell.backend == "triton"]
+    compile_all(jobs_of((cell.problem, cell.settings) for cell in ours), goal.name)
+
+
+def _list(wanted: Sequence[Trial], machine: Machine) -> None:
+    """What would be measured, in order, and why some of it cannot be."""
+    from bratune.kernels import registry
+
+    for trial in wanted:
+        reasons = registry.get(trial.cell.backend).why_not(trial.cell.problem, machine)
+        print(f"{trial.group}: {trial.name}" + (f", not: {'; '.join(reasons)}" if reasons else ""))
+    print(f"{len(wanted)} rows")
 
 
 def _apart(job: str, machine: Machine, settings: MeterSettings, seconds: float = 0.0) -> JobOutcome:

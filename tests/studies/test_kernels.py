@@ -34,7 +34,9 @@ def test_nothing_is_asked_twice_and_what_is_wanted_most_comes_first() -> None:
     trials = proof.trials()
     everything = [*proof.side_by_side(), *proof.questions(), *proof.single_images()]
     assert sorted(map(str, trials)) == sorted(map(str, everything))
-    assert [t.group for t in trials[:6]] == ["224x224 s1 b128 fwd"] * 6
+    assert [t.name for t in trials[:12]] == ["triton"] * 12
+    assert len({t.group for t in trials[:12]}) == 12
+    assert [str(t) for t in trials[12 : 12 + len(list(proof.questions()))]] == [*map(str, proof.questions())]
     assert trials[-1].cell.regime == "eager"
 
 
