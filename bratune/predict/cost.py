@@ -53,6 +53,8 @@ _EXPS_PER_CLOCK = 16
 _LINE_BYTES = 128
 # Programs that saturate the memory, as a share of the SMs.
 _FEEDING_SHARE = 0.5
+# Rows of the smallest product of the matrix units.
+_LEAST_ROWS = 16
 # Warps on an SM that keep its schedulers and its loads going.
 _HIDING_WARPS = 12
 # Cycles between two instructions of a warp that has its scheduler for itself: most wait for the one before.
@@ -119,7 +121,8 @@ def work_of(kind: str, problem: Problem, settings: Mapping[str, int], *, l1_hits
         kind: One of `bratune.kernels.fused.launch.KINDS`.
         problem: The attention call.
         settings: What is compiled into the kernel: ``BLOCK_M``, ``BLOCK_N`` and, where it has them,
-            ``TAIL`` (keys of a last, shorter tile), ``GROUP`` and ``REGIONS_PER_PROGRAM``.
+            ``TAIL`` (keys of a last, shorter tile), ``GROUP``, ``SPLITS`` and
+            ``HEADS_PER_PROGRAM``.
         l1_hits: Share of the gathered keys and values that programs of ``kv_stationary_fwd`` find in L1, see
             `l1_hits`.
 
@@ -135,7 +138,9 @@ def work_of(kind: str, problem: Problem, settings: Mapping[str, int], *, l1_hits
     query_tiles = p.batch * p.regions * ceil_div(p.region_tokens, block_m)
     key_steps = ceil_div(p.keys_per_query, block_n)
     gathered = 2.0 * query_tiles * p.keys_per_query * row
-    routed_scores = float(p.heads * query_tiles * block_m * key_steps * block_n)
+    # A product has at least 16 rows, whatever the tile.
+    rows = max(block_m, _LEAST_ROWS)
+    routed_scores = float(p.heads * query_tiles * rows * key_steps * block_n)
     # Against the routes: a tile of keys of one region reads the queries that were routed to it, on average.
     key_tiles = p.batch * p.kv_regions * ceil_div(p.kv_region_tokens, block_n)
     routed_queries = p.regions * p.topk * p.region_tokens / p.kv_regions
@@ -149,7 +154,7 @@ def work_of(kind: str, problem: Problem, settings: Mapping[str, int], *, l1_hits
     image_scores = float(p.heads * image_tiles * block_m * (image_steps * block_n + tail))
     image_reads = 2.0 * image_tiles * p.kv_tokens * row
     # Regions of a head one after the other.
-    resident_steps = settings.get("REGIONS_PER_PROGRAM", p.regions) / settings.get("GROUP", 1)
+    resident_steps = ceil_div(p.regions, settings.get("SPLITS", 1)) / settings.get("GROUP", 1)
 
     forward = 2 * queries + 2 * keys + (stats if p.backward else 0.0)
     backward = 4 * queries + 4 * keys + stats
@@ -197,17 +202,18 @@ def l1_hits(launch: Launch, problem: Problem, sm_count: int) -> float:
 
     A program reads the regions that its query regions were routed to; by chance, some of them again. Of
     those it finds as large a share as the cache holds of what the programs of an SM read, a line for
-    every row of a head, which may be half of it. A cache that evicts what was used longest ago does that
-    with reads in random order.
+    every row of a head, which may be half of it, or of the heads that share a program. A cache that evicts
+    what was used longest ago does that with reads in random order.
     """
     p, target = problem, launch.target
-    regions = launch.settings.get("REGIONS_PER_PROGRAM", p.regions)
+    regions = ceil_div(p.regions, launch.settings.get("SPLITS", 1))
     distinct = p.kv_regions * (1.0 - (1.0 - min(1.0, p.topk / p.kv_regions)) ** regions)
     again = 1.0 - distinct / (regions * p.topk)
     programs = launch.resources.resident_warps // launch.num_warps
     programs = max(1, min(programs, ceil_div(launch.programs, sm_count)))
     capacity = target.l1_kib * 1024 - programs * (launch.metadata_shared + target.smem_reserved)
-    row = ceil_div(p.head_dim * p.item_bytes, _LINE_BYTES) * _LINE_BYTES
+    heads = launch.settings.get("HEADS_PER_PROGRAM", 1)
+    row = ceil_div(heads * p.head_dim * p.item_bytes, _LINE_BYTES) * _LINE_BYTES
     read = programs * 2 * distinct * p.kv_region_tokens * row
     return float(again * min(1.0, max(0.0, capacity) / read))
 

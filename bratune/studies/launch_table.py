@@ -40,6 +40,7 @@ __all__ = ["best_settings", "candidates", "chunk_for", "kinds_of", "main", "prob
 # spilled registers cost the instructions that they are.
 _MOST_STACK = 128
 _FEWEST_WARPS = 8
+_MOST_WARPS = 16
 # Scores of the largest tile that is tried.
 _LARGEST_TILE = 64 * 256
 # Estimates closer than this are ties; more warps than this on an SM decide none.
@@ -90,11 +91,7 @@ def candidates(kind: str, problem: Problem) -> Iterator[dict[str, int]]:
     yield rules
     seen = {tuple(sorted(rules.items()))}
     if kind == "kv_stationary_fwd":
-        # Regions of a group are computed at the same time, each by warps of its own.
-        for group in (1, 2, 4):
-            found = rules | {"group": group, "num_warps": group * max(1, rules["block_n"] // 128)}
-            if found != rules:
-                yield found
+        yield from (found for found in _stationary(rules, problem) if found != rules)
         return
     if kind == "image_bwd":
         # Four tiles of queries are in registers whatever the tile of keys.
@@ -114,6 +111,27 @@ def candidates(kind: str, problem: Problem) -> Iterator[dict[str, int]]:
                 if (key := tuple(sorted(found.items()))) not in seen:
                     seen.add(key)
                     yield found
+
+
+def _stationary(rules: dict[str, int], problem: Problem) -> Iterator[dict[str, int]]:
+    """Groups up to those that fill an SM alone, two heads that share lines of L1, heads cut into fewer parts.
+
+    Regions of a group are computed at the same time, each by warps of its own.
+    """
+    each = max(1, rules["block_n"] // 128)
+    # A tile of many keys may spill unless its warps are twice as many.
+    tried = ((4, 1), (8, 1), (16, 1)) if each == 1 else ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
+    for group, warps in tried:
+        if group * warps * each > _MOST_WARPS:
+            continue
+        for heads in (1, 2) if problem.heads % 2 == 0 else (1,):
+            for splits in sorted({1, rules["splits"]}):
+                yield rules | {
+                    "group": group,
+                    "splits": splits,
+                    "heads_per_program": heads,
+                    "num_warps": group * warps * each,
+                }
 
 
 def _tiles(kind: str, problem: Problem) -> list[tuple[int, int]]:

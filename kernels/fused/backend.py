@@ -124,6 +124,8 @@ def _variants(
                 yield default | {"fwd_heads_per_program": heads}
     if default["forward"] == "stationary":
         yield default | {"fwd_splits": 2 * int(default["fwd_splits"])}
+        if problem.heads % 2 == 0:
+            yield default | {"fwd_heads_per_program": 3 - min(2, int(default["fwd_heads_per_program"]))}
     if problem.backward and default.get("dkv_chunk") == 0 and (chunk := launch.hub_chunk(problem)):
         # What hubs cost depends on the routes, which a problem does not tell.
         yield default | {"dkv_chunk": chunk}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = [
     "call_for",
     "from_text",
     "full_config",
+    "is_compiled_in",
     "is_wide",
     "precision",
     "route_strides",
@@ -48,6 +49,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 _LOG2_E = math.log2(math.e)
 _INT32_NUMBERS = 2**31
+_MOST_DIVIDED = 2**20
 
 Settings = Mapping[str, Any]
 
@@ -63,6 +65,9 @@ class Call:
         grids: By kernel, its number of programs, and for ``hub`` that of the kernel which adds up parts of
             a hub. All are on the first axis of the grid, which alone may exceed 65535.
         sizes: Sizes of both maps in the order in which kernels take them.
+        geometry: Regions, their sides and how many are in a row, of queries and of keys: eight numbers. Where
+            `is_compiled_in` says so, kernels have them as constants too.
+        stretches: Programs of `gather_bwd_dkv` for parts of hubs, per image, head and tile.
         logit_scale: What turns a product of q and k into an exponent of two.
         scale: What the gradients of q and k are multiplied with.
         planes: Numbers that are kept of every query for the backward pass: its base-2 log-sum-exp; in float32
@@ -77,6 +82,8 @@ class Call:
     kernels: Mapping[str, Settings]
     grids: Mapping[str, tuple[int]]
     sizes: tuple[int, int, int, int]
+    geometry: tuple[int, ...]
+    stretches: int
     logit_scale: float
     scale: float
     planes: int
@@ -105,6 +112,7 @@ def call_for(problem: Problem, settings: str, machine: Machine) -> Call:
     config = full_config(problem, from_text(settings), machine)
     kernels: dict[str, Settings] = {}
     grids: dict[str, tuple[int]] = {}
+    stretches = 0
     for prefix, kernel in _used(str(config["forward"]), str(config["backward"])).items():
         own = {
             key.removeprefix(f"{prefix}_"): int(value)
@@ -116,7 +124,7 @@ def call_for(problem: Problem, settings: str, machine: Machine) -> Call:
         kernels[kernel] = constants | options
         grids[kernel] = (programs,)
         if constants.get("CHUNK"):
-            stretches = constants["STRETCHES"]
+            stretches = _stretches(problem, constants["CHUNK"])
             grids["hub"] = (programs // (stretches + problem.kv_regions) * stretches,)
     return Call(
         forward=str(config["forward"]),
@@ -124,6 +132,8 @@ def call_for(problem: Problem, settings: str, machine: Machine) -> Call:
         kernels=kernels,
         grids=grids,
         sizes=(problem.height, problem.width, problem.kv_height, problem.kv_width),
+        geometry=tuple(_regions(problem).values()),
+        stretches=stretches,
         logit_scale=problem.scale * _LOG2_E,
         scale=problem.scale,
         planes=statistics_planes(problem.dtype),
@@ -161,11 +171,12 @@ def full_config(problem: Problem, given: Mapping[str, int | str], machine: Machi
 
 
 def _preferred(direction: str, legal: tuple[str, ...], problem: Problem, machine: Machine) -> str:
-    """The family that is taken: of the two that suit small maps the cheaper one, as far as that is known."""
-    rivals = [family for family in ("image", "stationary") if family in legal]
-    if direction == "forward" and len(rivals) == 2:
-        kinds = {FORWARD[family]["fwd"]: family for family in rivals}
-        return kinds.get(launch.cheapest(tuple(kinds), problem, machine), legal[0])
+    """The family that is taken: for regions of few tokens the cheapest one, as far as that is known."""
+    if direction == "forward" and "stationary" in legal:
+        for rivals in (legal, tuple(family for family in legal if family != "gather")):
+            kinds = {FORWARD[family]["fwd"]: family for family in rivals}
+            if len(kinds) > 1 and (kind := launch.cheapest(tuple(kinds), problem, machine)):
+                return kinds[kind]
     return legal[0]
 
 
@@ -181,18 +192,54 @@ def _used(forward: str, backward: str) -> dict[str, str]:
 # --- compile-time constants of every kernel --------------------------------------------------------
 
 
-def _geometry(problem: Problem) -> dict[str, Any]:
+def is_compiled_in(size: Sequence[int], region: Sequence[int]) -> bool:
+    """Whether the sides of regions are constants of a kernel: for maps whose size is likely to stay.
+
+    A constant saves divisions, and costs a compilation for every new size. Square maps that regions tile come
+    from crops; where sides are powers of two there are few of them. Pictures for detection have neither.
+
+    Args:
+        size: Height and width of a map.
+        region: Height and width of its regions.
+    """
+    (height, width), (rh, rw) = size, region
+    even = height % rh == 0 and width % rw == 0
+    return even and (height == width or (rh & (rh - 1) == 0 and rw & (rw - 1) == 0))
+
+
+def _regions(problem: Problem) -> dict[str, int]:
     (rh, rw), (krh, krw) = problem.region, problem.kv_region
     return {
         "REGIONS": problem.regions,
-        "HEADS": problem.heads,
-        "TOPK": problem.topk,
         "RH": rh,
         "RW": rw,
         "GRID_W": problem.grid[1],
+        "KV_REGIONS": problem.kv_regions,
         "KRH": krh,
         "KRW": krw,
         "KV_GRID_W": problem.kv_grid[1],
+    }
+
+
+def _is_static(problem: Problem) -> bool:
+    # Up to so many tokens the kernels divide fast by sizes that they are given, see `split` in tiles.
+    tokens = max(problem.regions * problem.region_tokens, problem.kv_regions * problem.kv_region_tokens)
+    if tokens * problem.topk > _MOST_DIVIDED:
+        return True
+    return is_compiled_in((problem.height, problem.width), problem.region) and is_compiled_in(
+        (problem.kv_height, problem.kv_width), problem.kv_region
+    )
+
+
+def _geometry(problem: Problem) -> dict[str, Any]:
+    """Constants of every kernel; regions are 0 where they are known at the launch only."""
+    regions = _regions(problem)
+    del regions["KV_REGIONS"]
+    if not _is_static(problem):
+        regions = dict.fromkeys(regions, 0)
+    return regions | {
+        "HEADS": problem.heads,
+        "TOPK": problem.topk,
         "D": problem.head_dim,
         "BLOCK_D": block_d(problem),
         "EVEN": problem.padded == (problem.height, problem.width),
@@ -208,6 +255,7 @@ def _gather_fwd(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
     constants = {
         "BLOCK_M": own["block_m"],
         "BLOCK_N": own["block_n"],
+        "ONE_TILE": problem.keys_per_query <= own["block_n"],
         "HEADS_PER_PROGRAM": heads,
         "PER_HEAD": problem.per_head,
     }
@@ -223,19 +271,24 @@ def _gather_dq(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
 def _gather_dkv(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
     tiles = ceil_div(problem.kv_region_tokens, own["block_n"])
     chunk = own.get("chunk", 0)
-    stretches = (problem.regions * problem.topk - 1) // chunk if chunk else 0
+    stretches = _stretches(problem, chunk)
+    static = _is_static(problem)
     constants = {
-        "KV_REGIONS": problem.kv_regions,
+        "KV_REGIONS": problem.kv_regions if static else 0,
         "BLOCK_M": own["block_m"],
         "BLOCK_N": own["block_n"],
         "PER_HEAD": problem.per_head,
         "FUSE_DQ": False,
         # A list that one chunk holds has nothing to cut.
         "CHUNK": chunk if stretches else 0,
-        "STRETCHES": stretches,
+        "STRETCHES": stretches if static else 0,
     }
     units = stretches + problem.kv_regions
     return _geometry(problem) | constants, problem.batch * units * tiles * problem.heads
+
+
+def _stretches(problem: Problem, chunk: int) -> int:
+    return (problem.regions * problem.topk - 1) // chunk if chunk else 0
 
 
 def _k1_bwd(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
@@ -249,19 +302,22 @@ def _kv_stationary_fwd(problem: Problem, own: Settings) -> tuple[dict[str, Any],
     group = own.get("group", 1)
     # The settings say how many parts the regions of a head are cut into; no part is smaller than a group.
     splits = min(own.get("splits", 1), ceil_div(problem.regions, group))
+    heads = math.gcd(own.get("heads_per_program", 1), problem.heads)
     constants = {
         "BLOCK_M": max(own["block_m"], 1 << (problem.region_tokens - 1).bit_length()),
         "BLOCK_N": max(own["block_n"], power_of_2(problem.keys_per_query)),
         "GROUP": group,
         "SPLITS": splits,
-        "REGIONS_PER_PROGRAM": ceil_div(problem.regions, splits),
+        "HEADS_PER_PROGRAM": heads,
+        "PER_HEAD": problem.per_head,
     }
-    return _geometry(problem) | constants, problem.batch * problem.heads * splits
+    return _geometry(problem) | constants, problem.batch * (problem.heads // heads) * splits
 
 
 def _image_geometry(problem: Problem) -> dict[str, Any]:
+    # Maps are small, and there are few of them: their regions are always compiled in.
     names = ("REGIONS", "HEADS", "RH", "RW", "GRID_W", "D", "BLOCK_D", "EVEN", "MASKED")
-    geometry = _geometry(problem)
+    geometry = _geometry(problem) | _regions(problem)
     return {name: geometry[name] for name in names} | {"PER_HEAD": problem.per_head}
 
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from bratune.kernels.depthwise import settings_of
 from bratune.kernels.dispatch import on_device_of
 from bratune.kernels.fused.direct import launch_kernel
+from bratune.kernels.fused.tiles import SIZES
 from bratune.problem import ceil_div
 
 __all__ = ["depthwise_op", "launch_depthwise", "launch_wgrad"]
@@ -34,7 +35,7 @@ _ROWS_PER_SUM = 8
 # Tuples grow by `+` (RUF005): Triton's language has no starred expressions.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def depthwise_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, add_ptr, out_ptr,
     x_b, x_y, x_x, x_c, w_c, w_t, a_b, a_y, a_x, a_c, o_b, o_y, o_x, height, width,
@@ -102,7 +103,7 @@ def depthwise_fwd_kernel(
         tl.store(o_rows, total.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def depthwise_wgrad_kernel(
     x_ptr, grad_ptr, sums_ptr,
     x_b, x_y, x_x, x_c, g_b, g_y, g_x, g_c, height, width, rows, rows_per_sum,

@@ -27,13 +27,16 @@ import triton.language as tl
 from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
 from bratune.kernels.fused.direct import launch_kernel
 from bratune.kernels.fused.tiles import (
+    SIZES,
     channels,
     exponents,
+    known,
     load_rows,
     load_statistics,
     position,
     product,
     routed_keys,
+    split,
 )
 
 if TYPE_CHECKING:
@@ -48,12 +51,13 @@ __all__ = [
 ]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gather_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, routes_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
     q_b, q_y, q_x, q_c, k_b, k_y, k_x, k_c, v_b, v_y, v_x, v_c, r_b, r_h, r_r, r_s, o_b, o_y, o_x,
     g_b, g_y, g_x, g_c, dq_b, dq_y, dq_x,
     height, width, kv_height, kv_width, logit_scale, scale,
+    regions, rh, rw, grid_w, kv_regions, krh, krw, kv_grid_w,
     REGIONS: tl.constexpr, HEADS: tl.constexpr, TOPK: tl.constexpr,
     RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr,
     KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,
@@ -63,25 +67,29 @@ def gather_bwd_dq_kernel(
     PLANES: tl.constexpr,
 ):  # fmt: skip
     """Grid: images x regions x tiles of a region x heads, all on the first axis."""
-    TOKENS: tl.constexpr = RH * RW
-    KEYS: tl.constexpr = TOPK * KRH * KRW
-    TILES: tl.constexpr = (TOKENS + BLOCK_M - 1) // BLOCK_M
-    FULL: tl.constexpr = KEYS % BLOCK_N == 0
+    STATIC: tl.constexpr = RH > 0
+    FULL: tl.constexpr = STATIC and (TOPK * KRH * KRW) % BLOCK_N == 0
     PADS_OFF: tl.constexpr = MASKED and not KV_EVEN
-    GUARD_Q: tl.constexpr = (not EVEN) or D != BLOCK_D or TOKENS % BLOCK_M != 0
+    GUARD_Q: tl.constexpr = (not EVEN) or (not STATIC) or D != BLOCK_D or (RH * RW) % BLOCK_M != 0
     GUARD_K: tl.constexpr = (not KV_EVEN) or D != BLOCK_D or not FULL
 
+    regions, grid_w, kv_grid_w = known(regions, REGIONS), known(grid_w, GRID_W), known(kv_grid_w, KV_GRID_W)
+    rh, rw, krh, krw = known(rh, RH), known(rw, RW), known(krh, KRH), known(krw, KRW)
+    region_tokens = rh * rw
+    keys = TOPK * krh * krw
+    tiles = (region_tokens + BLOCK_M - 1) // BLOCK_M
+    size = regions * region_tokens
     pid = tl.program_id(0)
     head = (pid % HEADS).to(tl.int64)
     pid = pid // HEADS
-    token = (pid % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    region = (pid // TILES) % REGIONS
-    b = (pid // (TILES * REGIONS)).to(tl.int64)
+    token = (pid % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    region = (pid // tiles) % regions
+    b = (pid // (tiles * regions)).to(tl.int64)
 
     c = channels(BLOCK_D, WIDE)
     lane = c < D
-    y, x = position(region, token, GRID_W, RH, RW, WIDE)
-    query_ok = token < TOKENS
+    y, x = position(region, token, grid_w, rh, rw, STATIC, WIDE)
+    query_ok = token < region_tokens
     if not EVEN:
         query_ok = query_ok & (y < height) & (x < width)
     q_mask = query_ok[:, None] & lane[None, :]
@@ -92,19 +100,19 @@ def gather_bwd_dq_kernel(
     g = load_rows(g_base + (y * g_y + x * g_x)[:, None] + (c * g_c)[None, :], q_mask, GUARD_Q)  # [M, D]
     o = load_rows(o_base + (y * o_y + x * o_x)[:, None] + c[None, :], q_mask, GUARD_Q)  # [M, D]
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
-    row = (b * HEADS + head) * (REGIONS * TOKENS)
-    at = region * TOKENS + token
-    top, log_total = load_statistics(lse_ptr + PLANES * row, at, query_ok, REGIONS * TOKENS, PLANES)  # [M]
+    row = (b * HEADS + head) * size
+    at = region * region_tokens + token
+    top, log_total = load_statistics(lse_ptr + PLANES * row, at, query_ok, size, PLANES)  # [M]
     tl.store(delta_ptr + row + at, delta, mask=query_ok)  # [M]
 
     k_base = k_ptr + b * k_b + head * D * k_c
     v_base = v_ptr + b * v_b + head * D * v_c
     routes = routes_ptr + b * r_b + head * r_h + region * r_r
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first in range(0, KEYS, BLOCK_N):
+    for first in range(0, keys, BLOCK_N):
         k_offsets, v_offsets, listed, on_map = routed_keys(
             routes, r_s, first, c, k_y, k_x, k_c, v_y, v_x, v_c, kv_height, kv_width,
-            KEYS, KRH, KRW, KV_GRID_W, BLOCK_N, KV_EVEN, SAME_KV, WIDE,
+            keys, krh, krw, kv_grid_w, BLOCK_N, FULL, KV_EVEN, SAME_KV, STATIC, WIDE,
         )  # fmt: skip
         k_mask = on_map[:, None] & lane[None, :]
         k = load_rows(k_base + k_offsets, k_mask, GUARD_K)  # [N, D]
@@ -133,7 +141,7 @@ def gather_bwd_dq(
         gather_bwd_dq_kernel, call.grids["gather_dq"], (q, k, v, routes, out, grad, lse, delta, dq),
         (
             *q.stride(), *k.stride(), *v.stride(), *route_strides(routes), *out.stride()[:3],
-            *grad.stride(), *dq.stride()[:3], *call.sizes, call.logit_scale, call.scale,
+            *grad.stride(), *dq.stride()[:3], *call.sizes, call.logit_scale, call.scale, *call.geometry,
         ),
         lambda: {
             "SAME_KV": k.stride() == v.stride(), "WIDE": is_wide(q, k, v, out, grad, dq),
@@ -144,24 +152,25 @@ def gather_bwd_dq(
 
 
 @triton.jit
-def _region_at(starts, place, KV_REGIONS: tl.constexpr):
+def _region_at(starts, place, kv_regions):
     """The key region whose entries hold a place of the list of all entries."""
     BLOCK: tl.constexpr = 128
     region = 0
-    for first in range(0, KV_REGIONS, BLOCK):
+    for first in range(0, kv_regions, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        ends = tl.load(starts + 1 + j, mask=j < KV_REGIONS, other=0x7FFFFFFF)
+        ends = tl.load(starts + 1 + j, mask=j < kv_regions, other=0x7FFFFFFF)
         region += tl.sum((ends <= place).to(tl.int32), 0)
     return region
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gather_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, starts_ptr, entries_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr,
     dq_ptr, dk_ptr, dv_ptr, dk_sums_ptr, dv_sums_ptr,
     q_b, q_y, q_x, q_c, k_b, k_y, k_x, k_c, v_b, v_y, v_x, v_c, o_b, o_y, o_x, g_b, g_y, g_x, g_c,
     dq_b, dq_y, dq_x, dk_b, dk_y, dk_x, dv_b, dv_y, dv_x,
     height, width, kv_height, kv_width, logit_scale, scale,
+    regions, rh, rw, grid_w, kv_regions, krh, krw, kv_grid_w, stretches,
     REGIONS: tl.constexpr, KV_REGIONS: tl.constexpr, HEADS: tl.constexpr, TOPK: tl.constexpr,
     RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr,
     KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,
@@ -171,27 +180,33 @@ def gather_bwd_dkv_kernel(
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """Grid: images x (stretches, then key regions) x tiles of a key region x heads, on the first axis."""
-    TOKENS: tl.constexpr = RH * RW
-    KV_TOKENS: tl.constexpr = KRH * KRW
-    TILES: tl.constexpr = (KV_TOKENS + BLOCK_N - 1) // BLOCK_N
     MAPS: tl.constexpr = HEADS if PER_HEAD else 1  # inverse maps of an image
-    GUARD_K: tl.constexpr = (not KV_EVEN) or D != BLOCK_D or KV_TOKENS % BLOCK_N != 0
+    STATIC: tl.constexpr = RH > 0
+    FILLED: tl.constexpr = STATIC and (KRH * KRW) % BLOCK_N == 0
+    GUARD_K: tl.constexpr = (not KV_EVEN) or D != BLOCK_D or not FILLED
 
+    regions, grid_w, kv_grid_w = known(regions, REGIONS), known(grid_w, GRID_W), known(kv_grid_w, KV_GRID_W)
+    rh, rw, krh, krw = known(rh, RH), known(rw, RW), known(krh, KRH), known(krw, KRW)
+    kv_regions = known(kv_regions, KV_REGIONS)
+    region_tokens, kv_tokens = rh * rw, krh * krw
+    tiles = (kv_tokens + BLOCK_N - 1) // BLOCK_N
+    size = regions * region_tokens
+    stretches = known(stretches, STRETCHES) if CHUNK > 0 else 0
     pid = tl.program_id(0)
     head = (pid % HEADS).to(tl.int64)
     pid = pid // HEADS
-    token = (pid % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
-    region = (pid // TILES) % (STRETCHES + KV_REGIONS) - STRETCHES
-    b = (pid // (TILES * (STRETCHES + KV_REGIONS))).to(tl.int64)
+    token = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    region = (pid // tiles) % (stretches + kv_regions) - stretches
+    b = (pid // (tiles * (stretches + kv_regions))).to(tl.int64)
     inverse = b * MAPS
     if PER_HEAD:
         inverse += head
-    starts = starts_ptr + inverse * (KV_REGIONS + 1)
+    starts = starts_ptr + inverse * (kv_regions + 1)
     cut = 0
     if CHUNK > 0:  # noqa: SIM102  (one condition is known to the compiler, the other is not)
         if region < 0:  # the stretch from this cut to the next, unless a region's own program has it
-            cut = region + STRETCHES + 1
-            region = _region_at(starts, cut * CHUNK, KV_REGIONS)
+            cut = region + stretches + 1
+            region = _region_at(starts, cut * CHUNK, kv_regions)
             if tl.load(starts + region) > (cut - 1) * CHUNK:
                 return
     begin = tl.load(starts + region)
@@ -208,8 +223,8 @@ def gather_bwd_dkv_kernel(
 
     c = channels(BLOCK_D, WIDE)
     lane = c < D
-    y, x = position(region, token, KV_GRID_W, KRH, KRW, WIDE)
-    exists = token < KV_TOKENS
+    y, x = position(region, token, kv_grid_w, krh, krw, STATIC, WIDE)
+    exists = token < kv_tokens
     on_map = exists
     if not KV_EVEN:
         on_map = exists & (y < kv_height) & (x < kv_width)
@@ -219,9 +234,9 @@ def gather_bwd_dkv_kernel(
     k = load_rows(k_base + (y * k_y + x * k_x)[:, None] + (c * k_c)[None, :], k_mask, GUARD_K)  # [N, D]
     v = load_rows(v_base + (y * v_y + x * v_x)[:, None] + (c * v_c)[None, :], k_mask, GUARD_K)  # [N, D]
 
-    total = (end - begin) * TOKENS
-    entries = entries_ptr + inverse * (REGIONS * TOPK) + begin
-    row = (b * HEADS + head) * (REGIONS * TOKENS)
+    total = (end - begin) * region_tokens
+    entries = entries_ptr + inverse * (regions * TOPK) + begin
+    row = (b * HEADS + head) * size
     q_base = q_ptr + b * q_b + head * D * q_c
     g_base = grad_ptr + b * g_b + head * D * g_c
     o_base = out_ptr + b * o_b + head * D
@@ -231,9 +246,9 @@ def gather_bwd_dkv_kernel(
     for first in range(0, total, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         query_ok = m < total
-        q_region = tl.load(entries + m // TOKENS, mask=query_ok, other=0)
-        q_token = m % TOKENS
-        qy, qx = position(q_region, q_token, GRID_W, RH, RW, WIDE)
+        place, q_token = split(m, region_tokens, STATIC)
+        q_region = tl.load(entries + place, mask=query_ok, other=0)
+        qy, qx = position(q_region, q_token, grid_w, rh, rw, STATIC, WIDE)
         if not EVEN:
             query_ok = query_ok & (qy < height) & (qx < width)
         q_mask = query_ok[:, None] & lane[None, :]
@@ -241,8 +256,8 @@ def gather_bwd_dkv_kernel(
         g_offsets = (qy * g_y + qx * g_x)[:, None] + (c * g_c)[None, :]
         q = tl.load(q_base + q_offsets, mask=q_mask, other=0.0)  # [M, D]
         g = tl.load(g_base + g_offsets, mask=q_mask, other=0.0)  # [M, D]
-        at = q_region * TOKENS + q_token
-        top, log_total = load_statistics(lse_ptr + PLANES * row, at, query_ok, REGIONS * TOKENS, PLANES)
+        at = q_region * region_tokens + q_token
+        top, log_total = load_statistics(lse_ptr + PLANES * row, at, query_ok, size, PLANES)
         if FUSE_DQ:
             o_offsets = (qy * o_y + qx * o_x)[:, None] + c[None, :]
             o = tl.load(o_base + o_offsets, mask=q_mask, other=0.0)  # [M, D]
@@ -253,7 +268,7 @@ def gather_bwd_dkv_kernel(
         p = tl.exp2(exponents(s, logit_scale, top[None, :], log_total[None, :], PLANES))
         if MASKED and not KV_EVEN:
             p = tl.where(on_map[:, None], p, 0.0)
-        elif KV_TOKENS % BLOCK_N != 0:
+        elif not FILLED:
             p = tl.where(exists[:, None], p, 0.0)
         dv += product(p.to(g.dtype), g, PRECISION, UPCAST)
         dp = product(v, tl.trans(g), PRECISION, UPCAST)  # [N, M]
@@ -264,7 +279,7 @@ def gather_bwd_dkv_kernel(
             dq_offsets = (qy * dq_y + qx * dq_x)[:, None] + c[None, :]
             tl.store(dq_base + dq_offsets, dq.to(dq_ptr.dtype.element_ty), mask=q_mask)
     if in_parts:
-        sums = ((b * HEADS + head) * (STRETCHES + 1) + cut) * (KV_TOKENS * D)
+        sums = ((b * HEADS + head) * (stretches + 1) + cut) * (kv_tokens * D)
         offsets = sums + token[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
         tl.store(dk_sums_ptr + offsets, dk, mask=k_mask)  # [N, D]
         tl.store(dv_sums_ptr + offsets, dv, mask=k_mask)  # [N, D]
@@ -277,10 +292,11 @@ def gather_bwd_dkv_kernel(
         tl.store(dv_rows, dv.to(dv_ptr.dtype.element_ty), mask=k_mask)  # [N, D]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def gather_bwd_hub_kernel(
     starts_ptr, dk_sums_ptr, dv_sums_ptr, dk_ptr, dv_ptr,
     dk_b, dk_y, dk_x, dv_b, dv_y, dv_x, kv_height, kv_width, scale,
+    kv_regions, krh, krw, kv_grid_w, stretches,
     KV_REGIONS: tl.constexpr, HEADS: tl.constexpr,
     KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PER_HEAD: tl.constexpr,
@@ -291,32 +307,35 @@ def gather_bwd_hub_kernel(
     The sums of a region lie one after the other: its own program's first, at the first cut that it meets.
     The program of the stretch that follows adds them up.
     """
-    KV_TOKENS: tl.constexpr = KRH * KRW
-    TILES: tl.constexpr = (KV_TOKENS + BLOCK_N - 1) // BLOCK_N
     MAPS: tl.constexpr = HEADS if PER_HEAD else 1  # inverse maps of an image
+    STATIC: tl.constexpr = KRH > 0
+    kv_regions, stretches = known(kv_regions, KV_REGIONS), known(stretches, STRETCHES)
+    krh, krw, kv_grid_w = known(krh, KRH), known(krw, KRW), known(kv_grid_w, KV_GRID_W)
+    kv_tokens = krh * krw
+    tiles = (kv_tokens + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     head = (pid % HEADS).to(tl.int64)
     pid = pid // HEADS
-    token = (pid % TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cut = (pid // TILES) % STRETCHES
-    b = (pid // (TILES * STRETCHES)).to(tl.int64)
+    token = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cut = (pid // tiles) % stretches
+    b = (pid // (tiles * stretches)).to(tl.int64)
     inverse = b * MAPS
     if PER_HEAD:
         inverse += head
-    starts = starts_ptr + inverse * (KV_REGIONS + 1)
-    region = _region_at(starts, (cut + 1) * CHUNK, KV_REGIONS)
+    starts = starts_ptr + inverse * (kv_regions + 1)
+    region = _region_at(starts, (cut + 1) * CHUNK, kv_regions)
     if (tl.load(starts + region) + CHUNK - 1) // CHUNK != cut:
         return
     end_cut = (tl.load(starts + region + 1) + CHUNK - 1) // CHUNK
 
     c = channels(BLOCK_D, WIDE)
-    y, x = position(region, token, KV_GRID_W, KRH, KRW, WIDE)
-    mask = ((token < KV_TOKENS) & (y < kv_height) & (x < kv_width))[:, None] & (c < D)[None, :]
+    y, x = position(region, token, kv_grid_w, krh, krw, STATIC, WIDE)
+    mask = ((token < kv_tokens) & (y < kv_height) & (x < kv_width))[:, None] & (c < D)[None, :]
     offsets = token[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for part in range(cut, end_cut):
-        sums = ((b * HEADS + head) * (STRETCHES + 1) + part) * (KV_TOKENS * D)
+        sums = ((b * HEADS + head) * (stretches + 1) + part) * (kv_tokens * D)
         dk += tl.load(dk_sums_ptr + sums + offsets, mask=mask, other=0.0)  # [N, D]
         dv += tl.load(dv_sums_ptr + sums + offsets, mask=mask, other=0.0)  # [N, D]
     dk_rows = dk_ptr + b * dk_b + head * D + (y * dk_y + x * dk_x)[:, None] + c[None, :]
@@ -356,22 +375,25 @@ def gather_bwd_dkv(
 
     dk_sums = dv_sums = lse  # not touched
     if constants["CHUNK"]:
-        parts = q.shape[0] * constants["HEADS"] * (constants["STRETCHES"] + 1)
-        tokens = constants["KRH"] * constants["KRW"]
+        parts = q.shape[0] * constants["HEADS"] * (call.stretches + 1)
+        tokens = call.geometry[5] * call.geometry[6]
         dk_sums, dv_sums = q.new_empty((2, parts, tokens, constants["D"]), dtype=torch.float32)
     strides = (*q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *grad.stride())
     own = (*dk.stride()[:3], *dv.stride()[:3])
     launch_kernel(
         gather_bwd_dkv_kernel, call.grids[kernel],
         (q, k, v, starts, entries, out, grad, lse, delta, dq, dk, dv, dk_sums, dv_sums),
-        (*strides, *dq.stride()[:3], *own, *call.sizes, call.logit_scale, call.scale),
+        (
+            *strides, *dq.stride()[:3], *own, *call.sizes, call.logit_scale, call.scale, *call.geometry,
+            call.stretches,
+        ),
         lambda: {"WIDE": wide(), **product, "PLANES": call.planes, **constants},
         *product.values(), owner=constants,
     )  # fmt: skip
     if constants["CHUNK"]:
         launch_kernel(
             gather_bwd_hub_kernel, call.grids["hub"], (starts, dk_sums, dv_sums, dk, dv),
-            (*own, *call.sizes[2:], call.scale),
+            (*own, *call.sizes[2:], call.scale, *call.geometry[4:], call.stretches),
             lambda: {"WIDE": wide(), "num_warps": 4, **{name: constants[name] for name in _HUB_CONSTANTS}},
             *strides, *dq.stride()[:3], owner=constants,
         )  # fmt: skip

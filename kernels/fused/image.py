@@ -22,6 +22,7 @@ from bratune.kernels.fused.call import Call, is_wide, precision, route_strides
 from bratune.kernels.fused.direct import launch_kernel
 from bratune.kernels.fused.families import IMAGE_REGIONS
 from bratune.kernels.fused.tiles import (
+    SIZES,
     channels,
     exponents,
     load_rows,
@@ -40,7 +41,7 @@ __all__ = ["image_bwd", "image_bwd_kernel", "image_fwd", "image_fwd_kernel", "ro
 _ROW = 2 * IMAGE_REGIONS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def route_counts_kernel(
     routes_ptr, counts_ptr,
     r_b, r_h, r_r, r_s,
@@ -89,7 +90,7 @@ def _key_tile(
 ):  # fmt: skip
     """Position, presence on the map, weight in the softmax and region (from the tile's first) of keys."""
     n = first + tl.arange(0, BLOCK_N)
-    y, x = position(n // (RH * RW), n % (RH * RW), GRID_W, RH, RW, WIDE)
+    y, x = position(n // (RH * RW), n % (RH * RW), GRID_W, RH, RW, True, WIDE)
     on_map = n < TOKENS
     counted = on_map
     if not EVEN:
@@ -128,7 +129,7 @@ def _image_fwd_tile(
     return acc, new_top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def image_fwd_kernel(
     q_ptr, k_ptr, v_ptr, counts_ptr, out_ptr, lse_ptr,
     q_b, q_y, q_x, q_c, k_b, k_y, k_x, k_c, v_b, v_y, v_x, v_c, o_b, o_y, o_x,
@@ -152,7 +153,7 @@ def image_fwd_kernel(
     c = channels(BLOCK_D, WIDE)
     lane = c < D
     region = m // (RH * RW)
-    y, x = position(region, m % (RH * RW), GRID_W, RH, RW, WIDE)
+    y, x = position(region, m % (RH * RW), GRID_W, RH, RW, True, WIDE)
     row_ok = m < TOKENS
     query_ok = row_ok
     if not EVEN:
@@ -218,7 +219,7 @@ def _image_bwd_step(
     """One tile of keys with one tile of queries."""
     m = first_query + tl.arange(0, BLOCK_M)
     region = m // (RH * RW)
-    y, x = position(region, m % (RH * RW), GRID_W, RH, RW, WIDE)
+    y, x = position(region, m % (RH * RW), GRID_W, RH, RW, True, WIDE)
     query_ok = m < TOKENS
     if not EVEN:
         query_ok = query_ok & (y < height) & (x < width)
@@ -302,7 +303,7 @@ def _store_dq(
     EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     m = first + tl.arange(0, BLOCK_M)
-    y, x = position(m // (RH * RW), m % (RH * RW), GRID_W, RH, RW, WIDE)
+    y, x = position(m // (RH * RW), m % (RH * RW), GRID_W, RH, RW, True, WIDE)
     query_ok = m < TOKENS
     if not EVEN:
         query_ok = query_ok & (y < height) & (x < width)
@@ -312,7 +313,7 @@ def _store_dq(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def image_bwd_kernel(
     q_ptr, k_ptr, v_ptr, counts_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, dk_ptr, dv_ptr,
     q_b, q_y, q_x, q_c, k_b, k_y, k_x, k_c, v_b, v_y, v_x, v_c, o_b, o_y, o_x, g_b, g_y, g_x, g_c,
@@ -348,7 +349,7 @@ def image_bwd_kernel(
 
     for first in range(0, TOKENS, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
-        y, x = position(m // (RH * RW), m % (RH * RW), GRID_W, RH, RW, WIDE)
+        y, x = position(m // (RH * RW), m % (RH * RW), GRID_W, RH, RW, True, WIDE)
         query_ok = m < TOKENS
         if not EVEN:
             query_ok = query_ok & (y < height) & (x < width)

@@ -262,6 +262,7 @@ def _kv_stationary_fwd(problem: Problem) -> dict[str, int]:
         # Four regions of 256 keys at a time spill.
         "group": 4 if block_n <= 128 else 2,
         "splits": splits,
+        "heads_per_program": 1,
         "num_warps": 4,
         # Pipelined loads bypass L1, where this kernel keeps keys and values.
         "num_stages": 1,

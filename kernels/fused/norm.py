@@ -10,7 +10,9 @@ import triton.language as tl
 from torch import Tensor, library
 
 from bratune.kernels.dispatch import on_device_of
+from bratune.kernels.fused.call import is_compiled_in
 from bratune.kernels.fused.direct import launch_kernel
+from bratune.kernels.fused.tiles import SIZES, known
 from bratune.problem import ceil_div
 
 __all__ = ["launch_layer_norm", "layer_norm_op"]
@@ -40,7 +42,7 @@ def _normalized(
     return tl.where(inside, y, 0.0), inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def layer_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, shift_ptr, y_ptr, tokens, eps,
     CHANNELS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr,
@@ -57,36 +59,37 @@ def layer_norm_kernel(
     tl.store(out, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def layer_norm_means_kernel(
-    x_ptr, weight_ptr, bias_ptr, shift_ptr, y_ptr, means_ptr, height, width, eps,
+    x_ptr, weight_ptr, bias_ptr, shift_ptr, y_ptr, means_ptr, height, width, rh, rw, eps,
     RH: tl.constexpr, RW: tl.constexpr,
     CHANNELS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SHIFT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Grid: images x regions, on the first axis. A program goes through the tokens of its region."""
-    columns = (width + RW - 1) // RW
-    regions = columns * ((height + RH - 1) // RH)
+    rh, rw = known(rh, RH), known(rw, RW)
+    columns = (width + rw - 1) // rw
+    regions = columns * ((height + rh - 1) // rh)
     pid = tl.program_id(0)
     region = pid % regions
     b = (pid // regions).to(tl.int64)
-    first_y, first_x = (region // columns) * RH, (region % columns) * RW
+    first_y, first_x = (region // columns) * rh, (region % columns) * rw
     c = tl.arange(0, BLOCK_C)
     lane = c < CHANNELS
     total = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, RH * RW, BLOCK_T):
+    for start in range(0, rh * rw, BLOCK_T):
         place = start + tl.arange(0, BLOCK_T)
-        row, column = first_y + place // RW, first_x + place % RW
+        row, column = first_y + place // rw, first_x + place % rw
         token = (b * height + row) * width + column
         y, inside = _normalized(
-            x_ptr + token * CHANNELS, (place < RH * RW) & (row < height) & (column < width),
+            x_ptr + token * CHANNELS, (place < rh * rw) & (row < height) & (column < width),
             weight_ptr, bias_ptr, shift_ptr, c, lane, eps,
             CHANNELS, HAS_WEIGHT, HAS_BIAS, HAS_SHIFT,
         )  # fmt: skip
         total += tl.sum(y, 0)
         out = y_ptr + (token * CHANNELS)[:, None] + c[None, :]
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=inside)
-    count = tl.minimum(height - first_y, RH) * tl.minimum(width - first_x, RW)
+    count = tl.minimum(height - first_y, rh) * tl.minimum(width - first_x, rw)
     tl.store(means_ptr + pid.to(tl.int64) * CHANNELS + c, total / count.to(tl.float32), mask=lane)
 
 
@@ -111,10 +114,11 @@ def launch_layer_norm(
     with on_device_of(x):
         if region:
             block_t = min(block_t, triton.next_power_of_2(region[0] * region[1]))
-            sizes |= {"RH": region[0], "RW": region[1], "BLOCK_T": block_t}
+            rh, rw = region if is_compiled_in((height, width), region) else (0, 0)
+            sizes |= {"RH": rh, "RW": rw, "BLOCK_T": block_t}
             launch_kernel(
                 layer_norm_means_kernel, (batch * means.shape[1],), (x, *vectors, y, means),
-                (height, width, eps), lambda: sizes, *sizes.values(),
+                (height, width, *region, eps), lambda: sizes, *sizes.values(),
             )  # fmt: skip
         else:
             tokens = batch * height * width

@@ -26,7 +26,9 @@ from bratune.errors import ProblemError, UnsupportedError
 from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.dispatch import is_observed, on_device_of
 from bratune.kernels.fused import launch
+from bratune.kernels.fused.call import is_compiled_in
 from bratune.kernels.fused.direct import launch_kernel
+from bratune.kernels.fused.tiles import SIZES, known
 from bratune.problem import ceil_div
 
 __all__ = [
@@ -67,28 +69,29 @@ class Routing(NamedTuple):
 @triton.jit
 def _region_mean(
     x_ptr, b, region, c, lane, x_b, x_y, x_x, x_c, height, width,
-    RH: tl.constexpr, RW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    rh, rw, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean of the real tokens of one region, [BLOCK_C] in float32."""
-    columns = (width + RW - 1) // RW
+    columns = (width + rw - 1) // rw
     wide_c = c.to(tl.int64)  # channels of NCHW maps are far apart
-    first_y, first_x = (region // columns) * RH, (region % columns) * RW
+    first_y, first_x = (region // columns) * rh, (region % columns) * rw
     total = tl.zeros((BLOCK_C,), tl.float32)
-    for start in range(0, RH * RW, BLOCK_T):
+    for start in range(0, rh * rw, BLOCK_T):
         token = start + tl.arange(0, BLOCK_T)
-        y, x = first_y + token // RW, first_x + token % RW
-        real = (token < RH * RW) & (y < height) & (x < width)
+        y, x = first_y + token // rw, first_x + token % rw
+        real = (token < rh * rw) & (y < height) & (x < width)
         rows = x_ptr + b * x_b + y.to(tl.int64) * x_y + x.to(tl.int64) * x_x  # [T]
         tile = tl.load(rows[:, None] + (wide_c * x_c)[None, :], mask=real[:, None] & lane[None, :], other=0.0)
         total += tl.sum(tile.to(tl.float32), 0)
-    count = tl.minimum(height - first_y, RH) * tl.minimum(width - first_x, RW)
+    count = tl.minimum(height - first_y, rh) * tl.minimum(width - first_x, rw)
     return total / count.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def region_means_kernel(
     q_ptr, k_ptr, q_means_ptr, k_means_ptr,
     q_b, q_y, q_x, q_c, k_b, k_y, k_x, k_c, height, width, kv_height, kv_width,
+    rh, rw, krh, krw,
     REGIONS: tl.constexpr, KV_REGIONS: tl.constexpr, CHANNELS: tl.constexpr,
     RH: tl.constexpr, RW: tl.constexpr, KRH: tl.constexpr, KRW: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -100,15 +103,16 @@ def region_means_kernel(
     lane = c < CHANNELS
     region = (pid // BLOCKS) % (REGIONS + KV_REGIONS)
     b = (pid // (BLOCKS * (REGIONS + KV_REGIONS))).to(tl.int64)
+    rh, rw, krh, krw = known(rh, RH), known(rw, RW), known(krh, KRH), known(krw, KRW)
     if region < REGIONS:
         mean = _region_mean(
-            q_ptr, b, region, c, lane, q_b, q_y, q_x, q_c, height, width, RH, RW, BLOCK_T, BLOCK_C
+            q_ptr, b, region, c, lane, q_b, q_y, q_x, q_c, height, width, rh, rw, BLOCK_T, BLOCK_C
         )
         tl.store(q_means_ptr + (b * REGIONS + region) * CHANNELS + c, mean, mask=lane)
     else:
         region -= REGIONS
         mean = _region_mean(
-            k_ptr, b, region, c, lane, k_b, k_y, k_x, k_c, kv_height, kv_width, KRH, KRW, BLOCK_T, BLOCK_C
+            k_ptr, b, region, c, lane, k_b, k_y, k_x, k_c, kv_height, kv_width, krh, krw, BLOCK_T, BLOCK_C
         )
         tl.store(k_means_ptr + (b * KV_REGIONS + region) * CHANNELS + c, mean, mask=lane)
 
@@ -206,17 +210,19 @@ def launch_region_means(
     # Tiles of about 4096 numbers: small regions take more channels at a time.
     block_c = min(triton.next_power_of_2(channels), max(64, min(512, 4096 // block_t)))
     grid = (batch * (regions + kv_regions) * triton.cdiv(channels, block_c),)
+    fixed = is_compiled_in((height, width), region) and is_compiled_in((kv_height, kv_width), kv_region)
+    sides = (*region, *kv_region) if fixed else (0, 0, 0, 0)
     with on_device_of(q):
         launch_kernel(
             region_means_kernel, grid, (q, keys, q_means, k_means),
-            (*q.stride(), *keys.stride(), height, width, kv_height, kv_width),
+            (*q.stride(), *keys.stride(), height, width, kv_height, kv_width, *region, *kv_region),
             lambda: {
                 "REGIONS": regions, "KV_REGIONS": kv_regions, "CHANNELS": channels,
-                "RH": region[0], "RW": region[1], "KRH": kv_region[0], "KRW": kv_region[1],
+                **dict(zip(("RH", "RW", "KRH", "KRW"), sides, strict=True)),
                 "BLOCK_T": block_t, "BLOCK_C": block_c,
                 "num_warps": max(1, min(4, block_t * block_c // 1024)), "num_stages": 1,
             },
-            regions, kv_regions, channels, *region, *kv_region,
+            regions, kv_regions, channels, *sides, block_t, block_c,
         )  # fmt: skip
     return q_means, k_means
 

@@ -11,6 +11,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# What differs from one size of a map to the next: whether such a number is 1 or a multiple of 16 must not
+# make another kernel of it. Sizes of the map, of both kinds of regions and their grids, strides of routes.
+SIZES = (
+    "height", "width", "kv_height", "kv_width", "regions", "kv_regions", "rh", "rw", "grid_w", "krh", "krw",
+    "kv_grid_w", "stretches", "rows", "rows_per_sum", "tokens", "r_b", "r_h",
+)  # fmt: skip
+
+
+@triton.jit
+def known(size, SIZE: tl.constexpr):
+    """A size: ``SIZE`` where it is compiled in, else (0) what was given at the launch."""
+    if SIZE > 0:
+        return SIZE
+    else:
+        return size
+
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
@@ -25,13 +41,29 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def position(region, token, GRID_W: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, WIDE: tl.constexpr):
+def split(n, size, STATIC: tl.constexpr):
+    """``n // size`` and ``n % size`` of numbers from 0 to 2^20; where ``STATIC`` is set, of any.
+
+    Division by a number that the compiler does not know takes some thirty instructions, this four: the
+    product with the reciprocal is off by less than the half that is added, divided by ``size``.
+    """
+    if STATIC:
+        return n // size, n % size
+    else:
+        whole = ((n.to(tl.float32) + 0.5) * (1.0 / size.to(tl.float32))).to(tl.int32)
+        return whole, n - whole * size
+
+
+@triton.jit
+def position(region, token, grid_w, rh, rw, STATIC: tl.constexpr, WIDE: tl.constexpr):
     """Row and column on the map of a token of a region.
 
     ``WIDE`` makes them 64-bit, for maps of which one image holds 2^31 numbers or more.
     """
-    y = (region // GRID_W) * RH + token // RW
-    x = (region % GRID_W) * RW + token % RW
+    row, column = split(region, grid_w, STATIC)
+    dy, dx = split(token, rw, STATIC)
+    y = row * rh + dy
+    x = column * rw + dx
     if WIDE:
         y = y.to(tl.int64)
         x = x.to(tl.int64)
@@ -58,14 +90,14 @@ def load_rows(pointers, mask, GUARD: tl.constexpr):
 
 @triton.jit
 def store_statistics(
-    rows, at, top, total, mask, SIZE: tl.constexpr, PLANES: tl.constexpr, MAY_BE_EMPTY: tl.constexpr
+    rows, at, top, total, mask, size, PLANES: tl.constexpr, MAY_BE_EMPTY: tl.constexpr
 ):  # fmt: skip
     """Keep what the softmax of a row was divided by, for the backward pass.
 
     A row without any key, whose sum is zero, gets an infinite maximum: every weight is then exp2(-inf) = 0.
 
 
-    One plane: the base-2 log-sum-exp. Two, ``SIZE`` numbers apart: the maximum and the base-2 logarithm of
+    One plane: the base-2 log-sum-exp. Two, ``size`` numbers apart: the maximum and the base-2 logarithm of
     the sum, because a float32 holds both only to the last digit of the maximum, which may be large.
     """
     weight = total
@@ -77,16 +109,16 @@ def store_statistics(
         first = tl.where(total == 0.0, float("inf"), first)
     tl.store(rows + at, first, mask=mask)
     if PLANES == 2:
-        tl.store(rows + SIZE + at, log_total, mask=mask)
+        tl.store(rows + size + at, log_total, mask=mask)
 
 
 @triton.jit
-def load_statistics(rows, at, mask, SIZE: tl.constexpr, PLANES: tl.constexpr):
+def load_statistics(rows, at, mask, size, PLANES: tl.constexpr):
     """What `store_statistics` kept, as two terms; infinite and thus without weight where ``mask`` is off."""
     top = tl.load(rows + at, mask=mask, other=float("inf"))
     log_total = top
     if PLANES == 2:
-        log_total = tl.load(rows + SIZE + at, mask=mask, other=0.0)
+        log_total = tl.load(rows + size + at, mask=mask, other=0.0)
     return top, log_total
 
 
@@ -103,25 +135,27 @@ def exponents(s, logit_scale, top, log_total, PLANES: tl.constexpr):
 @triton.jit
 def routed_keys(
     routes, r_s, first, c, k_y, k_x, k_c, v_y, v_x, v_c, kv_height, kv_width,
-    KEYS: tl.constexpr, KRH: tl.constexpr, KRW: tl.constexpr, KV_GRID_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, KV_EVEN: tl.constexpr, SAME_KV: tl.constexpr, WIDE: tl.constexpr,
+    keys, krh, krw, kv_grid_w,
+    BLOCK_N: tl.constexpr, FULL: tl.constexpr, KV_EVEN: tl.constexpr, SAME_KV: tl.constexpr,
+    STATIC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Where the keys ``first ... first + BLOCK_N`` lie, in the order of the routes.
 
-    A region's keys are one flat list of ``KEYS = topk * KRH * KRW``, so that one tile holds a part of a large
-    region or many small ones.
+    A region's keys are one flat list of ``keys = topk * krh * krw``, so that one tile holds a part of a large
+    region or many small ones; with ``FULL`` tiles fill it without a rest.
 
     Returns:
         Offsets of k and of v ``[N, D]``, which keys are in the list ``[N]``, and which of those are on the
         map ``[N]`` and not padding.
     """
     n = first + tl.arange(0, BLOCK_N)
-    listed = n < KEYS
-    if KEYS % BLOCK_N == 0:
-        region = tl.load(routes + (n // (KRH * KRW)) * r_s).to(tl.int32)
+    listed = n < keys
+    slot, token = split(n, krh * krw, STATIC)
+    if FULL:
+        region = tl.load(routes + slot * r_s).to(tl.int32)
     else:
-        region = tl.load(routes + (n // (KRH * KRW)) * r_s, mask=listed, other=0).to(tl.int32)
-    y, x = position(region, n % (KRH * KRW), KV_GRID_W, KRH, KRW, WIDE)
+        region = tl.load(routes + slot * r_s, mask=listed, other=0).to(tl.int32)
+    y, x = position(region, token, kv_grid_w, krh, krw, STATIC, WIDE)
     k_offsets = (y * k_y + x * k_x)[:, None] + (c * k_c)[None, :]
     v_offsets = k_offsets if SAME_KV else (y * v_y + x * v_x)[:, None] + (c * v_c)[None, :]
     on_map = listed

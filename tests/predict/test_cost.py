@@ -26,7 +26,7 @@ from bratune.predict.cost import (
 )
 from bratune.predict.offline import attention_launches, depthwise_launches, routing_launches
 from bratune.predict.sass import Listing, Loop
-from bratune.problem import Problem
+from bratune.problem import Problem, ceil_div
 from bratune.studies import launch_table
 
 STAGE_1 = Problem(
@@ -128,9 +128,9 @@ def test_a_grid_smaller_than_the_gpu_gets_a_part_of_it() -> None:
     assert few.us > many.us
 
 
-def stationary_launch(warps: int, regions: int, programs: int = 512) -> Launch:
+def stationary_launch(warps: int, splits: int = 1, programs: int = 512) -> Launch:
     found = launch_of(programs=programs)
-    settings = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_D": 32, "GROUP": 1, "REGIONS_PER_PROGRAM": regions}
+    settings = {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_D": 32, "GROUP": 1, "SPLITS": splits}
     changed = dataclasses.replace(found, settings=settings, metadata_shared=20 * 1024)
     changed.__dict__["resources"] = type("R", (), {"resident_warps": warps})()
     return changed
@@ -142,7 +142,7 @@ def simulated_hits(problem: Problem, launch: Launch, programs: int) -> float:
     lines = (launch.target.l1_kib * 1024 - programs * (launch.metadata_shared + 1024)) // 128
     cache: collections.OrderedDict[tuple[int, int, int], None] = collections.OrderedDict()
     hits = reads = 0
-    for _ in range(launch.settings["REGIONS_PER_PROGRAM"]):
+    for _ in range(ceil_div(problem.regions, launch.settings["SPLITS"])):
         for program in range(programs):
             for region in generator.sample(range(problem.kv_regions), problem.topk):
                 for row in range(2 * problem.kv_region_tokens):
@@ -158,15 +158,15 @@ def simulated_hits(problem: Problem, launch: Launch, programs: int) -> float:
     return hits / reads
 
 
-@pytest.mark.parametrize(("programs", "regions"), [(1, 49), (2, 49), (4, 49), (1, 13)])
-def test_hits_in_l1_are_those_of_a_cache_that_is_simulated(programs: int, regions: int) -> None:
-    launch = stationary_launch(4 * programs, regions)
+@pytest.mark.parametrize(("programs", "splits"), [(1, 1), (2, 1), (4, 1), (1, 4)])
+def test_hits_in_l1_are_those_of_a_cache_that_is_simulated(programs: int, splits: int) -> None:
+    launch = stationary_launch(4 * programs, splits)
     modelled = l1_hits(launch, STAGE_2, 132)
     assert modelled == pytest.approx(simulated_hits(STAGE_2, launch, programs), abs=0.08)
 
 
 def test_keys_that_l1_does_not_keep_come_through_the_last_level_cache() -> None:
-    settings = dict(stationary_launch(4, 49).settings)
+    settings = dict(stationary_launch(4).settings)
     gathered = 2 * 128 * 49 * 64 * 4 * 32 * 2
     all_missed, all_hit = (
         work_of("kv_stationary_fwd", STAGE_2, settings, l1_hits=share).cache_bytes for share in (0.0, 1.0)
@@ -174,7 +174,7 @@ def test_keys_that_l1_does_not_keep_come_through_the_last_level_cache() -> None:
     assert all_hit == PASS  # queries and output: each half as large as those of stage 1
     assert all_missed - all_hit == gathered
     crowded, alone = (
-        cost_of(stationary_launch(4 * n, 49), "kv_stationary_fwd", STAGE_2, board_of("sm90")).cache_us
+        cost_of(stationary_launch(4 * n), "kv_stationary_fwd", STAGE_2, board_of("sm90")).cache_us
         for n in (4, 1)
     )
     assert crowded > 2 * alone

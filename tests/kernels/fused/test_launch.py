@@ -162,7 +162,7 @@ SMALL = Problem(batch=16, height=14, width=14, heads=8, head_dim=32, region=(2, 
 
 
 @pytest.mark.parametrize(("image", "stationary"), [(2.0, 1.0), (1.0, 2.0)], ids=["stationary", "image"])
-def test_small_maps_take_the_family_that_takes_less(
+def test_regions_of_few_tokens_take_the_family_that_takes_less(
     table: Callable[[Rows], None], image: float, stationary: float
 ) -> None:
     def row(us: float, evidence: str = "modelled") -> dict[str, Any]:
@@ -170,6 +170,11 @@ def test_small_maps_take_the_family_that_takes_less(
         return entry(SMALL, **settings) | {"evidence": evidence, "us": us}
 
     kinds = ("image_fwd", "kv_stationary_fwd")
+    # Where the general family is known too, it may be the one.
+    rows = {("image_fwd", "sm90"): (row(image),), ("kv_stationary_fwd", "sm90"): (row(stationary),)}
+    for us, family in ((0.5, "gather"), (9.0, "stationary" if stationary < image else "image")):
+        table(rows | {("gather_fwd", "sm90"): (row(us),)})
+        assert full_config(SMALL, {}, gpu("9.0"))["forward"] == family
     table({("image_fwd", "sm90"): (row(image),), ("kv_stationary_fwd", "sm90"): (row(stationary),)})
     expected = "stationary" if stationary < image else "image"
     assert launch.cheapest(kinds, SMALL, gpu("9.0")) == f"{'kv_' * (expected != 'image')}{expected}_fwd"
