@@ -36,12 +36,12 @@ from bratune.store.claims import Claim, Claims
 from bratune.store.pooled import IN_TURN_WITH
 from bratune.work.contents import contents_of
 
-__all__ = ["LEASES", "LOOK_S", "OVERHEAD_S", "CellEngine", "LocalEngine", "lacks"]
+__all__ = ["LEASES", "OVERHEAD_S", "CellEngine", "LocalEngine", "lacks"]
 
 # Making inputs and checking them against the reference come on top of sampling; compiling can take minutes.
 OVERHEAD_S, _COMPILE_S = 180.0, 600.0
-# How often a cell of another run is looked at, and after how many of its limits it is taken over.
-LOOK_S, LEASES = 1.0, 2.0
+# After how many of its limits a cell of another run is taken over.
+LEASES = 2.0
 
 
 def _question(row: Record) -> str:
@@ -70,11 +70,13 @@ class CellEngine:
     Attributes:
         reused: Cells that were answered by stored rows so far.
         slots: Cells that are measured at a time.
+        look_s: Seconds between looks at a cell that another run is measuring.
         passes: Fresh processes per cell.
         turns: Cells that `run` is given together take turns, those of a group.
     """
 
     slots = 1
+    look_s = 1.0
 
     def __init__(
         self,
@@ -149,7 +151,7 @@ class CellEngine:
                 yield record
             elif not self._cancelled.is_set():
                 taken.append(cell)
-        while taken and not self._cancelled.wait(LOOK_S):
+        while taken and not self._cancelled.wait(self.look_s):
             for cell in tuple(taken):
                 record = self._answer(cell)
                 if record is not None:
@@ -181,7 +183,7 @@ class CellEngine:
         self.reused += sum(
             _is_complete(found, self.passes) for cell, found in rows.items() if cell not in self._behind
         )
-        while self._all_passes(groups, rows) and not self._cancelled.wait(LOOK_S):
+        while self._all_passes(groups, rows) and not self._cancelled.wait(self.look_s):
             rows |= {cell: self._cache.find_all(cell) for cell in cells}
         if self._cancelled.is_set():
             return
@@ -245,7 +247,7 @@ class CellEngine:
                 found += [row for row in others if lacks(found, row.pass_number or 1)]
                 found.sort(key=lambda row: row.pass_number or 1)
             taken = self._compare(rows, base, passes, enough, how)
-            if not taken or self._cancelled.wait(LOOK_S):
+            if not taken or self._cancelled.wait(self.look_s):
                 return rows
 
     def _compare(

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from bratune.cell import Cell
 from bratune.measure.settings import MeterSettings
 from bratune.record import Record
-from bratune.run.engine import CellEngine, lacks
+from bratune.run.engine import LEASES, OVERHEAD_S, CellEngine, lacks
 from bratune.run.groups import baseline_of
 from bratune.run.runner import Runner
 
@@ -49,8 +49,18 @@ class ParallelEngine(CellEngine):
         for cell in cells:
             waves[0 if set(cell.backend.split(",")) == {baseline_of(cell)} else 1].append(cell)
         for wave in waves:
-            for found in self._side_by_side(functools.partial(self._one, cell) for cell in wave):
-                yield from found
+            first, left = True, wave
+            while left and not self._cancelled.is_set():
+                taken = []
+                jobs = (functools.partial(self._one, cell, first) for cell in left)
+                for cell, record in self._side_by_side(jobs):
+                    if record is None:  # another run has it, and the next cell does not wait for that
+                        taken.append(cell)
+                    else:
+                        yield record
+                first, left = False, taken
+                if left:
+                    self._cancelled.wait(self.look_s)
 
     def _all_passes(self, groups: list[list[Cell]], rows: dict[Cell, list[Record]]) -> bool:
         """See `CellEngine._all_passes`: passes of groups side by side, the first of every group first."""
@@ -59,7 +69,7 @@ class ParallelEngine(CellEngine):
             missing = [cell for cell in group if lacks(rows[cell], number)]
             if self._left_s() <= 0 or self._cancelled.is_set():
                 return False
-            ours = [cell for cell in missing if self._claim(cell, number)]
+            ours = [cell for cell in missing if self._claim(cell, self._which(number), len(group))]
             for cell, record in self._pass(group, ours, number) if ours else ():
                 rows[cell].append(record)
             return len(ours) < len(missing)
@@ -75,13 +85,18 @@ class ParallelEngine(CellEngine):
         does not grow with it.
         """
         waiting, running = iter(jobs), set[Future[T]]()
+        renewed = self._clock()
         with ThreadPoolExecutor(self.slots) as pool:
             try:
                 running = {pool.submit(job) for job in itertools.islice(waiting, self.slots)}
                 while running:
-                    done, running = wait(running, self._patience_s(), return_when=FIRST_COMPLETED)
-                    if not done:  # the budget is spent, and cells still wait for a device
+                    patience = min(self._patience_s(), self._renew_s)
+                    done, running = wait(running, patience, return_when=FIRST_COMPLETED)
+                    if not done and self._left_s() + _GRACE_S <= 0:  # and cells still wait for a device
                         self._runner.interrupt()
+                    if self._claims and self._clock() - renewed >= self._renew_s:
+                        self._claims.renew(self._renew_s)
+                        renewed = self._clock()
                     for job in itertools.islice(waiting, len(done)):
                         running.add(pool.submit(job))
                     for turn in done:
@@ -90,11 +105,18 @@ class ParallelEngine(CellEngine):
                 if running:
                     self.cancel()
 
-    def _patience_s(self) -> float | None:
+    def _patience_s(self) -> float:
         """How long to wait for the next cell: none may be under way shortly after the budget is spent."""
-        if self._deadline is None:
-            return None
-        return max(1.0, self._deadline + _GRACE_S - self._clock())
+        return max(1.0, self._left_s() + _GRACE_S)
 
-    def _one(self, cell: Cell) -> list[Record]:
-        return list(super().run([cell]))
+    @property
+    def _renew_s(self) -> float:
+        """How often cells are claimed again that are not back: well before others may take them over."""
+        return LEASES * (self._cell_limit_s or OVERHEAD_S) / 3
+
+    def _one(self, cell: Cell, first: bool) -> tuple[Cell, Record | None]:
+        if self._cancelled.is_set():
+            return cell, None
+        if first and self._on_start:
+            self._on_start(cell)
+        return cell, self._answer(cell)

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,8 +21,10 @@ from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
 from bratune.record import Record
 from bratune.run import engine as engines
-from bratune.run.engine import CellEngine, ParallelEngine
+from bratune.run.engine import CellEngine
 from bratune.run.measure_cell import Result
+from bratune.run.parallel import ParallelEngine
+from bratune.run.runner import Turns
 from bratune.store import Store, read_records
 from bratune.store.claims import Claim, Claims, Holder
 
@@ -56,7 +58,7 @@ class Sleeper:
 
 
 def sweep(path: Path, name: str, count: int, seconds: float, endless: int = -1) -> None:
-    engines._LOOK_S = 0.05
+    CellEngine.look_s = 0.05
     with CellEngine(Sleeper(seconds, endless), SETTINGS, store=Store(path), run_id=name) as engine:
         found = list(engine.run(cells(count)))
     assert len(found) == count
@@ -206,15 +208,15 @@ def test_what_waits_for_a_device_is_claimed_again_until_it_has_an_outcome(tmp_pa
 class Slow(Sleeper):
     """Takes turns, one cell after the other."""
 
-    def run_group(self, group: Sequence[Cell], **_: object) -> Iterator[tuple[Cell, Result]]:
-        for cell in group:
+    def run_group(self, turns: Turns) -> Iterator[tuple[Cell, Result]]:
+        for cell in turns.cells:
             yield cell, self.run(cell, limit_s=1.0)
 
     def fresh(self) -> None: ...
 
 
 def drive(path: Path, name: str, slots: int, passes: int) -> None:
-    engines._LOOK_S = 0.05
+    CellEngine.look_s = 0.05
     with ParallelEngine(
         Slow(0.05), SETTINGS, slots=slots, store=Store(path), run_id=name, passes=passes
     ) as engine:
@@ -265,7 +267,7 @@ def test_cells_that_take_turns_may_be_held_as_long_as_all_of_them_take(tmp_path:
 
 
 def compare(path: Path, name: str) -> None:
-    engines._LOOK_S = 0.05
+    CellEngine.look_s = 0.05
     with CellEngine(Slow(0.02), SETTINGS, store=Store(path), run_id=name) as engine:
         base, *others = cells(3)
         found = engine.in_turn([base, *others], base, 6)
