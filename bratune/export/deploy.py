@@ -90,7 +90,8 @@ def deploy(
     swapped = None
     try:
         if isinstance(model, Backbone):
-            graph: nn.Module = FastModel(model, pack=False)
+            with _ordinary(model):
+                graph: nn.Module = FastModel(model, pack=False)
         else:
             swapped = accelerate(model, inputs)
             graph = model

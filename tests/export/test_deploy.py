@@ -47,7 +47,7 @@ def small() -> nn.Module:
     torch.manual_seed(0)
     plan = make_plan(n_win=2, topks=(1, 2, 3, -2), backend="gather", size=(32, 32), dtype="float32")
     sizes: dict[str, Any] = {"depth": (1, 1, 1, 1), "embed_dim": (16, 32, 32, 32), "num_classes": 3}
-    return bratune.create_model(plan, **sizes, head_dim=16).eval()
+    return bratune.create_model(plan, **sizes, qk_dims=sizes["embed_dim"], head_dim=16).eval()
 
 
 @pytest.mark.parametrize("target", TARGETS)

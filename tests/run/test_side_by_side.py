@@ -111,6 +111,7 @@ def started(holder: Holder | str, when: datetime | None = None, **more: str) -> 
     return row.replace(timestamp_utc=(when or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
 
+COLLECTED = datetime.now(UTC)
 ALIVE = Holder.current()
 PARENT = Holder(ALIVE.host, os.getppid(), "", ALIVE.boot)
 
@@ -145,7 +146,8 @@ PARENT = Holder(ALIVE.host, os.getppid(), "", ALIVE.boot)
 )
 def test_a_claim_stands_while_its_holder_may_live(tmp_path: Path, line: Record, claim: Claim) -> None:
     store = Store(tmp_path / "records.jsonl")
-    store.append(line)
+    written = datetime.fromisoformat(line.timestamp_utc) + (datetime.now(UTC) - COLLECTED)  # as old as then
+    store.append(line.replace(timestamp_utc=written.strftime("%Y-%m-%dT%H:%M:%SZ")))
     claims = Claims(store, store.index(), engines._question)
     ours = Record.of(cells(1)[0], MACHINE, outcome="started", run_id="ours")
     before = len(store.records())

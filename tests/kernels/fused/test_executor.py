@@ -186,8 +186,8 @@ def test_matrix_instructions_of_a_part_of_a_warp_are_noticed() -> None:
         i = places(program, "mma")[0]
         before = places(program, "bar", "sync")[0]
         assert before < i
-        lane = program.with_text(before, "setp.lt.u32 %p1, %laneid, 7")
-        return lane.with_text(i, f"@%p1 {program.instructions[i].text}")
+        lane = program.with_text(before, "setp.lt.u32 %p9999, %laneid, 7")
+        return lane.with_text(i, f"@%p9999 {program.instructions[i].text}")
 
     assert "mma.sync by a part of a warp" in said(forward_with(STATIONARY, partial))
 
