@@ -129,4 +129,5 @@ def _words(verdict: Verdict) -> str:
 
 def _speedup(verdict: Verdict) -> str:
     lo, hi = verdict.speedup_interval
-    return f"{verdict.speedup:.2f}x ({lo:.2f} to {hi:.2f})"
+    known = f"({lo:.2f} to {hi:.2f})" if verdict.lo else "(one process shows no interval)"
+    return f"{verdict.speedup:.2f}x {known}"

@@ -64,7 +64,7 @@ class ModelPlan:
         as_is_ms: Median of the model as it is.
         tuned_ms: Median of the model with this plan.
         speedup: The first over the second, within rounds; None where nothing compares them.
-        speedup_ci: Its 95 % interval.
+        speedup_ci: Its 95 % interval; None where one process measured it, which shows none.
         verdict: ``FASTER``, ``SLOWER``, ``SAME`` or ``UNDECIDED``; ``not compared`` of a single process.
         reason: Why these backends.
     """
@@ -233,7 +233,7 @@ def plan_of(measured: Measured) -> ModelPlan:
         as_is_ms=as_is.median_ms if as_is else None,
         tuned_ms=chosen.median_ms if chosen else None,
         speedup=gain.speedup if gain else None,
-        speedup_ci=gain.speedup_interval if gain else None,
+        speedup_ci=gain.speedup_interval if gain and gain.lo else None,
         verdict=gain.verdict if gain else "not compared",
         reason=reason,
         created_utc=utc_now(),
@@ -248,7 +248,8 @@ def _decided(tuned: Record | None, auto: Record | None, verdict: Any) -> tuple[b
         faster = (tuned.median_ms or 0.0) < (auto.median_ms or 0.0)
         return faster, "by the medians of one process: nothing is shown"
     lo, hi = verdict.speedup_interval
-    words = f"{verdict.speedup:.2f}x ({lo:.2f} to {hi:.2f}) as fast as auto: {verdict.verdict}"
+    known = f"({lo:.2f} to {hi:.2f})" if verdict.lo else "(one process shows no interval)"
+    words = f"{verdict.speedup:.2f}x {known} as fast as auto: {verdict.verdict}"
     if verdict.verdict == "FASTER":
         return True, f"the fastest backend of each layer is {words}"
     return False, f"auto is kept: the fastest backend of each layer is {words}"

@@ -97,8 +97,8 @@ def test_a_plan_applies_with_accelerate_and_survives_a_file(tmp_path: Path) -> N
         ModelPlan.load(tmp_path / "other.json")
 
 
-def rows_of(ratios: dict[str, float]) -> Measured:
-    """What an engine might have found of the whole model, four passes alike."""
+def rows_of(ratios: dict[str, float], passes: int = 4) -> Measured:
+    """What an engine might have found of the whole model, passes alike."""
     machine = detect("cpu")
     request = ask(YOLO, "1x3x16x24", machine, backends=("gather", "dense"))
     cells = {name: request.model_cell(*name.split(",")) if name else request.model_cell() for name in ratios}
@@ -112,8 +112,8 @@ def rows_of(ratios: dict[str, float]) -> Measured:
 
     rows = [row(cells[name], ratio, None) for name, ratio in ratios.items()]
     rows += [row(cell, 2.0, None) for cell in best]
-    passes = [row(cells[name], ratio + 0.001 * n, n) for name, ratio in ratios.items() for n in range(4)]
-    return Measured(request, machine, tuple(rows), tuple(passes))
+    behind = [row(cells[name], ratio + 0.001 * n, n) for name, ratio in ratios.items() for n in range(passes)]
+    return Measured(request, machine, tuple(rows), tuple(behind))
 
 
 def test_the_fastest_backend_of_each_layer_is_the_plan_only_where_that_is_shown() -> None:
@@ -126,6 +126,14 @@ def test_the_fastest_backend_of_each_layer_is_the_plan_only_where_that_is_shown(
     assert [layer.fastest for layer in slower.layers] == ["dense", "dense"]
     assert slower.reason.startswith("auto is kept")
     assert slower.speedup == pytest.approx(1.5, rel=0.01)
+
+
+def test_a_plan_of_which_a_budget_left_one_pass_claims_no_interval_and_is_saved(tmp_path: Path) -> None:
+    plan = plan_of(rows_of({"": 1.0, "auto": 1.5, "dense": 2.0}, passes=1))
+    assert (plan.verdict, plan.speedup_ci) == ("UNDECIDED", None)
+    assert plan.speedup == pytest.approx(1.5, rel=0.01)
+    assert "(one process shows no interval)" in plan.reason
+    assert ModelPlan.load(plan.save(tmp_path / "plan.json")) == plan
 
 
 @pytest.mark.parametrize("target", ["pt2", "onnx", "openvino"])
