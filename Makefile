@@ -19,8 +19,8 @@ profile: $(VENV)/.installed
 	$(BIN)/bratune profile
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m interpreter tests/kernels tests/predict
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal -m interpreter tests/kernels tests/predict
 
 faults: $(VENV)/.tests
 	$(BIN)/python tests/run/fault_table.py
