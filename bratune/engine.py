@@ -23,10 +23,12 @@ class Engine(Protocol):
     Attributes:
         slots: Cells that it measures at a time.
         passes: Fresh processes per cell; 1 of an engine that knows of none.
+        turns: Whether cells that answer one question take turns where `run` is given them together.
     """
 
     slots: int
     passes: int
+    turns: bool
 
     @property
     def machine(self) -> Machine:

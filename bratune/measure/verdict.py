@@ -280,6 +280,13 @@ class Verdict:
         """The interval of the speed-up."""
         return 1 / self.hi, 1 / self.lo if self.lo else math.inf
 
+    @property
+    def speedup_text(self) -> str:
+        """The speed-up with its interval, ``2.10x (1.82 to 2.42)``."""
+        lo, hi = self.speedup_interval
+        known = f"({lo:.2f} to {hi:.2f})" if self.lo else "(one process shows no interval)"
+        return f"{self.speedup:.2f}x {known}"
+
     def __str__(self) -> str:
         text = f"{self.verdict} {self.ratio:.3f}x"
         text += f" ({self.lo:.3f} to {self.hi:.3f})" if self.lo else ""

@@ -338,6 +338,7 @@ class ModelEngine:
     """
 
     slots = passes = 1
+    turns = False
 
     def __init__(self, gpu: GPU, coefficients: Coefficients | None = None, *, compiled: bool = True) -> None:
         rates(gpu, "float32")

@@ -109,7 +109,7 @@ def _advice(name: str, rivals: dict[str, Verdict]) -> str:
     """What to use, with what is shown against others and what is not."""
     if not rivals:
         return f"{name} had the least time; nothing that it could be compared with took turns with it"
-    shown = [f"{_speedup(v)} as fast as {rival}" for rival, v in rivals.items() if v.verdict == "FASTER"]
+    shown = [f"{v.speedup_text} as fast as {rival}" for rival, v in rivals.items() if v.verdict == "FASTER"]
     shown += [
         f"the same as {rival} within {100 * MARGIN:g} %" for rival, v in rivals.items() if v.verdict == "SAME"
     ]
@@ -123,11 +123,5 @@ def _advice(name: str, rivals: dict[str, Verdict]) -> str:
 def _words(verdict: Verdict) -> str:
     """A verdict as the answer says it; what is undecided, with what would settle it."""
     if verdict.verdict != "UNDECIDED":
-        return f"{verdict.verdict}, {_speedup(verdict)}"
-    return f"nothing is shown, {_speedup(verdict)}: {verdict.settles}"
-
-
-def _speedup(verdict: Verdict) -> str:
-    lo, hi = verdict.speedup_interval
-    known = f"({lo:.2f} to {hi:.2f})" if verdict.lo else "(one process shows no interval)"
-    return f"{verdict.speedup:.2f}x {known}"
+        return f"{verdict.verdict}, {verdict.speedup_text}"
+    return f"nothing is shown, {verdict.speedup_text}: {verdict.settles}"

@@ -170,11 +170,7 @@ class CellEngine:
             return self._baselines.compared(cell, _one_of(stored))
         if self._cancelled.is_set():
             return None
-        record = self._baselines.compared(cell, self._signed(cell, result.record))
-        self._cache.add(record)
-        if self._store:
-            self._store.append(record, result.samples_ms)
-        return record
+        return self._write(cell, self._baselines.compared(cell, result.record), result.samples_ms)
 
     def _run_passes(self, cells: Sequence[Cell]) -> Iterator[Record]:
         """Every cell pooled over its passes, once all of them are there."""
@@ -369,20 +365,19 @@ class CellEngine:
 
     def _turn(self, cell: Cell) -> Result | None:
         """What measuring a cell gave; None where another run has it, or has just measured it."""
-        left = None if self._deadline is None else self._deadline - self._clock()
-        if left is not None and left <= 0:
+        left = self._left_s()
+        if left <= 0:
             return self._out_of_budget(cell, NOT_STARTED)
         limit = self._limit_of(cell)
         if not self._claim(cell):
             return None
         result = self._runner.run(
             cell,
-            limit_s=limit if left is None else min(limit, left),
+            limit_s=min(limit, left),
             give_up_ms=self._baselines.give_up_ms(cell),
         )
-        cut_short = result.record.outcome == "timeout" and left is not None and left < limit
-        overdue = self._deadline is not None and self._clock() >= self._deadline
-        interrupted = result.record.outcome == "crashed" and overdue
+        cut_short = result.record.outcome == "timeout" and left < limit
+        interrupted = result.record.outcome == "crashed" and self._left_s() <= 0
         if cut_short or interrupted:
             return self._out_of_budget(cell, NOT_FINISHED)
         return result

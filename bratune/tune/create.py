@@ -45,11 +45,12 @@ def create_model(
         ProblemError: arguments that contradict each other.
         CheckpointError: the weights file cannot be loaded as asked.
     """
+    from bratune.foreign import LayerPlan
     from bratune.kernels.biformer import build
 
     if not isinstance(name_or_plan, Plan) and str(name_or_plan).endswith(".json"):
         name_or_plan = load_plan(name_or_plan)
-    if hasattr(name_or_plan, "backends_by_layer"):
+    if isinstance(name_or_plan, LayerPlan):
         raise PlanError("this plan is for the layers of a model of yours; bratune.accelerate takes it")
     if isinstance(name_or_plan, Plan):
         _say_once_where_it_may_not_hold(name_or_plan)

@@ -247,9 +247,7 @@ def _decided(tuned: Record | None, auto: Record | None, verdict: Any) -> tuple[b
     if verdict is None:
         faster = (tuned.median_ms or 0.0) < (auto.median_ms or 0.0)
         return faster, "by the medians of one process: nothing is shown"
-    lo, hi = verdict.speedup_interval
-    known = f"({lo:.2f} to {hi:.2f})" if verdict.lo else "(one process shows no interval)"
-    words = f"{verdict.speedup:.2f}x {known} as fast as auto: {verdict.verdict}"
+    words = f"{verdict.speedup_text} as fast as auto: {verdict.verdict}"
     if verdict.verdict == "FASTER":
         return True, f"the fastest backend of each layer is {words}"
     return False, f"auto is kept: the fastest backend of each layer is {words}"

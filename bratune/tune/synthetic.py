@@ -83,6 +83,7 @@ class SyntheticWorld:
     memory_gb: float = 80.0
 
     slots = passes = 1
+    turns = False
 
     def __post_init__(self) -> None:
         self._draws = random.Random(self.seed)

@@ -204,7 +204,7 @@ class Tuner:
             at_once = 4 * slots  # between these the budget is looked at
             batches = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
         else:
-            batches = groups_of(missing) if getattr(self.engine, "turns", False) else []
+            batches = groups_of(missing) if self.engine.turns else []
         for batch in batches:
             if self.pace.left(share) <= 0:
                 return

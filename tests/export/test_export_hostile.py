@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -55,6 +54,17 @@ def plan_with(place: str, text: str) -> Plan:
     if not part:
         return dataclasses.replace(plan, **{name: value})
     return dataclasses.replace(plan, **{part: dataclasses.replace(getattr(plan, part), **{name: value})})
+
+
+def file_with(where: tuple[str | int, ...], value: Any, file: Path) -> Path:
+    """The file of a sound plan in which one value is another."""
+    data: Any = json.loads(json.dumps(make_plan().to_dict()))
+    inner = data
+    for step in where[:-1]:
+        inner = inner[step]
+    inner[where[-1]] = value
+    file.write_text(json.dumps(data))
+    return file
 
 
 def shape(path: Path) -> Any:
@@ -117,15 +127,8 @@ def test_a_config_arrives_as_it_is_in_a_row_of_a_model_file(tmp_path: Path) -> N
 def test_a_plan_file_with_hidden_text_or_a_number_that_is_none_is_refused(
     tmp_path: Path, path: tuple[str, ...], value: Any, words: str
 ) -> None:
-    data = copy.deepcopy(make_plan().to_dict())
-    inner = data
-    for step in path[:-1]:
-        inner = inner[step]
-    inner[path[-1]] = value
-    file = tmp_path / "plan.json"
-    file.write_text(json.dumps(data))
     with pytest.raises(PlanError, match=words):
-        load_plan(file)
+        load_plan(file_with(path, value, tmp_path / "plan.json"))
 
 
 @pytest.mark.parametrize(
@@ -156,15 +159,8 @@ def test_a_plan_file_with_hidden_text_or_a_number_that_is_none_is_refused(
 def test_a_plan_file_that_is_odd_deep_inside_is_one_sentence(
     tmp_path: Path, path: tuple[str | int, ...], value: Any
 ) -> None:
-    data: Any = json.loads(json.dumps(make_plan().to_dict()))
-    inner = data
-    for step in path[:-1]:
-        inner = inner[step]
-    inner[path[-1]] = value
-    file = tmp_path / "plan.json"
-    file.write_text(json.dumps(data))
     with pytest.raises(PlanError, match=r"plan\.json cannot be read"):
-        load_plan(file)
+        load_plan(file_with(path, value, tmp_path / "plan.json"))
 
 
 def test_a_plan_that_nests_without_end_is_one_sentence(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class FakeEngine:
 
     machine = CPU
     slots = passes = 1
+    turns = False
 
     def __init__(self, **times: float | str) -> None:
         self.times: dict[str, float | str] = {"block": 8.0, "model": 100.0, **times}

@@ -24,6 +24,7 @@ class Told:
 
     machine = CPU
     slots = passes = 1
+    turns = False
 
     def __init__(self, speedups: Mapping[Cell, Sequence[float | str]], wait_pct: float = 0.0) -> None:
         self.speedups, self.wait_pct = speedups, wait_pct
