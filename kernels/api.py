@@ -203,6 +203,10 @@ class _Resolved:
     `_resolve` has written to it, and an attribute when it is asked for.
     """
 
+    def clear(self) -> None:
+        """Forget all calls."""
+        vars(self).clear()
+
 
 def forget_calls() -> None:
     """Choose anew in every later call: backends or plans are others now."""
