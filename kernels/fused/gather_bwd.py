@@ -110,7 +110,7 @@ def gather_bwd_dq_kernel(
     routes = routes_ptr + b * r_b + head * r_h + region * r_r
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in range(0, keys, BLOCK_N):
-        k_offsets, v_offsets, listed, on_map = routed_keys(
+        k_offsets, v_offsets, _listed, on_map = routed_keys(
             routes, r_s, first, c, k_y, k_x, k_c, v_y, v_x, v_c, kv_height, kv_width,
             keys, krh, krw, kv_grid_w, BLOCK_N, FULL, KV_EVEN, SAME_KV, STATIC, WIDE,
         )  # fmt: skip
@@ -118,11 +118,11 @@ def gather_bwd_dq_kernel(
         k = load_rows(k_base + k_offsets, k_mask, GUARD_K)  # [N, D]
         v = load_rows(v_base + v_offsets, k_mask, GUARD_K)  # [N, D]
         s = product(q, tl.trans(k), PRECISION, UPCAST)  # [M, N]
-        p = tl.exp2(exponents(s, logit_scale, top[:, None], log_total[:, None], PLANES))
-        if PADS_OFF:
-            p = tl.where(on_map[None, :], p, 0.0)
-        elif not FULL:
-            p = tl.where(listed[None, :], p, 0.0)
+        e = exponents(s, logit_scale, top[:, None], log_total[:, None], PLANES)
+        if PADS_OFF or not FULL:
+            # Keys that do not count are rows of zeros: they add nothing, as long as their weight is finite.
+            e = tl.minimum(e, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        p = tl.exp2(e)
         dp = product(g, tl.trans(v), PRECISION, UPCAST)  # [M, N]
         ds = p * (dp - delta[:, None])
         dq += product(ds.to(k.dtype), k, PRECISION, UPCAST)
@@ -184,6 +184,7 @@ def gather_bwd_dkv_kernel(
     STATIC: tl.constexpr = RH > 0
     FILLED: tl.constexpr = STATIC and (KRH * KRW) % BLOCK_N == 0
     GUARD_K: tl.constexpr = (not KV_EVEN) or D != BLOCK_D or not FILLED
+    ALL_COUNT: tl.constexpr = FILLED and (KV_EVEN or not MASKED)
 
     regions, grid_w, kv_grid_w = known(regions, REGIONS), known(grid_w, GRID_W), known(kv_grid_w, KV_GRID_W)
     rh, rw, krh, krw = known(rh, RH), known(rw, RW), known(krh, KRH), known(krw, KRW)
@@ -224,10 +225,9 @@ def gather_bwd_dkv_kernel(
     c = channels(BLOCK_D, WIDE)
     lane = c < D
     y, x = position(region, token, kv_grid_w, krh, krw, STATIC, WIDE)
-    exists = token < kv_tokens
-    on_map = exists
+    on_map = token < kv_tokens
     if not KV_EVEN:
-        on_map = exists & (y < kv_height) & (x < kv_width)
+        on_map = on_map & (y < kv_height) & (x < kv_width)
     k_mask = on_map[:, None] & lane[None, :]
     k_base = k_ptr + b * k_b + head * D * k_c
     v_base = v_ptr + b * v_b + head * D * v_c
@@ -265,11 +265,11 @@ def gather_bwd_dkv_kernel(
         else:
             delta = tl.load(delta_ptr + row + at, mask=query_ok, other=0.0)  # [M]
         s = product(k, tl.trans(q), PRECISION, UPCAST)  # [N, M]
-        p = tl.exp2(exponents(s, logit_scale, top[None, :], log_total[None, :], PLANES))
-        if MASKED and not KV_EVEN:
-            p = tl.where(on_map[:, None], p, 0.0)
-        elif not FILLED:
-            p = tl.where(exists[:, None], p, 0.0)
+        e = exponents(s, logit_scale, top[None, :], log_total[None, :], PLANES)
+        if FUSE_DQ and not ALL_COUNT:
+            # As in `gather_bwd_dq`. The sums of such keys themselves are not stored.
+            e = tl.minimum(e, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        p = tl.exp2(e)
         dv += product(p.to(g.dtype), g, PRECISION, UPCAST)
         dp = product(v, tl.trans(g), PRECISION, UPCAST)  # [N, M]
         ds = (p * (dp - delta[None, :])).to(q.dtype)
