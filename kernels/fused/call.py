@@ -346,9 +346,12 @@ def _image_fwd(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
 
 def _image_bwd(problem: Problem, own: Settings) -> tuple[dict[str, Any], int]:
     # The kernel has registers for four tiles of queries.
-    least = power_of_2(ceil_div(problem.regions * problem.region_tokens, 4))
+    tokens = problem.regions * problem.region_tokens
+    least = power_of_2(ceil_div(tokens, 4))
     own = {**own, "block_m": max(own["block_m"], least)}
-    return _image_tiles(problem, own), problem.batch * problem.heads
+    rest = tokens % own["block_m"]
+    last = power_of_2(rest) if rest else own["block_m"]
+    return _image_tiles(problem, own) | {"LAST": last}, problem.batch * problem.heads
 
 
 _LAUNCHES: Mapping[str, Callable[[Problem, Settings], tuple[dict[str, Any], int]]] = {

@@ -212,12 +212,12 @@ def _image_bwd_step(
     dk, dv, dq, k, v, counted, key_region, first_region, first_query, c, lane,
     q_base, g_base, count_table, lse_rows, delta_rows,
     q_y, q_x, q_c, g_y, g_x, g_c, height, width, logit_scale,
-    TOKENS: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr, BLOCK_M: tl.constexpr,
+    TOKENS: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr,
     SPAN: tl.constexpr, ROW: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys with one tile of queries."""
-    m = first_query + tl.arange(0, BLOCK_M)
+    """One tile of keys with the tile of queries whose gradient is ``dq``."""
+    m = first_query + tl.arange(0, dq.shape[0])
     region = m // (RH * RW)
     y, x = position(region, m % (RH * RW), GRID_W, RH, RW, True, WIDE)
     query_ok = m < TOKENS
@@ -269,25 +269,25 @@ def _image_bwd_keys(
     dk, dv, dq0 = _image_bwd_step(
         dk, dv, dq0, k, v, counted, key_region, first_region, 0, c, lane,
         q_base, g_base, count_table, lse_rows, delta_rows, q_y, q_x, q_c, g_y, g_x, g_c, height, width,
-        logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
+        logit_scale, TOKENS, RH, RW, GRID_W, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
     )  # fmt: skip
     if TOKENS > BLOCK_M:
         dk, dv, dq1 = _image_bwd_step(
             dk, dv, dq1, k, v, counted, key_region, first_region, BLOCK_M, c, lane,
             q_base, g_base, count_table, lse_rows, delta_rows, q_y, q_x, q_c, g_y, g_x, g_c, height, width,
-            logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
+            logit_scale, TOKENS, RH, RW, GRID_W, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
         )  # fmt: skip
     if TOKENS > 2 * BLOCK_M:
         dk, dv, dq2 = _image_bwd_step(
             dk, dv, dq2, k, v, counted, key_region, first_region, 2 * BLOCK_M, c, lane,
             q_base, g_base, count_table, lse_rows, delta_rows, q_y, q_x, q_c, g_y, g_x, g_c, height, width,
-            logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
+            logit_scale, TOKENS, RH, RW, GRID_W, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
         )  # fmt: skip
     if TOKENS > 3 * BLOCK_M:
         dk, dv, dq3 = _image_bwd_step(
             dk, dv, dq3, k, v, counted, key_region, first_region, 3 * BLOCK_M, c, lane,
             q_base, g_base, count_table, lse_rows, delta_rows, q_y, q_x, q_c, g_y, g_x, g_c, height, width,
-            logit_scale, TOKENS, RH, RW, GRID_W, BLOCK_M, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
+            logit_scale, TOKENS, RH, RW, GRID_W, SPAN, ROW, EVEN, WIDE, PRECISION, UPCAST, PLANES,
         )  # fmt: skip
     dk = (dk * scale).to(dk_base.dtype.element_ty)
     tl.store(dk_base + (y * dk_y + x * dk_x)[:, None] + c[None, :], dk, mask=k_mask)  # [N, D]
@@ -299,10 +299,10 @@ def _image_bwd_keys(
 @triton.jit
 def _store_dq(
     dq, first, c, lane, dq_base, dq_y, dq_x, height, width, scale,
-    TOKENS: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr, BLOCK_M: tl.constexpr,
+    TOKENS: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr,
     EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    m = first + tl.arange(0, BLOCK_M)
+    m = first + tl.arange(0, dq.shape[0])
     y, x = position(m // (RH * RW), m % (RH * RW), GRID_W, RH, RW, True, WIDE)
     query_ok = m < TOKENS
     if not EVEN:
@@ -321,13 +321,20 @@ def image_bwd_kernel(
     height, width, kv_height, kv_width, logit_scale, scale,
     REGIONS: tl.constexpr, HEADS: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, GRID_W: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, LAST: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr, TAIL: tl.constexpr,
     TAIL_SPAN: tl.constexpr, PER_HEAD: tl.constexpr, ROW: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
-    """Grid: images x heads. At most four tiles of queries: their gradients stay in registers."""
+    """Grid: images x heads. At most four tiles of queries: their gradients stay in registers.
+
+    The last tile is a short one of ``LAST`` rows where fewer are left.
+    """
     TOKENS: tl.constexpr = REGIONS * RH * RW
     WHOLE: tl.constexpr = TOKENS // BLOCK_N
+    M0: tl.constexpr = BLOCK_M if TOKENS >= BLOCK_M else LAST
+    M1: tl.constexpr = BLOCK_M if TOKENS >= 2 * BLOCK_M else LAST
+    M2: tl.constexpr = BLOCK_M if TOKENS >= 3 * BLOCK_M else LAST
+    M3: tl.constexpr = BLOCK_M if TOKENS >= 4 * BLOCK_M else LAST
     head = (tl.program_id(0) % HEADS).to(tl.int64)
     b = (tl.program_id(0) // HEADS).to(tl.int64)
     c = channels(BLOCK_D, WIDE)
@@ -359,10 +366,10 @@ def image_bwd_kernel(
         tl.store(delta_rows + m, tl.sum(o.to(tl.float32) * g.to(tl.float32), 1), mask=query_ok)  # [M]
     tl.debug_barrier()  # the threads that read delta are not those that wrote it
 
-    dq0 = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dq1 = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dq2 = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dq3 = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq0 = tl.zeros((M0, BLOCK_D), tl.float32)
+    dq1 = tl.zeros((M1, BLOCK_D), tl.float32)
+    dq2 = tl.zeros((M2, BLOCK_D), tl.float32)
+    dq3 = tl.zeros((M3, BLOCK_D), tl.float32)
     for tile in range(0, WHOLE):
         dq0, dq1, dq2, dq3 = _image_bwd_keys(
             dq0, dq1, dq2, dq3, tile * BLOCK_N, c, lane,
@@ -379,39 +386,21 @@ def image_bwd_kernel(
             height, width, logit_scale, scale, TOKENS, RH, RW, GRID_W,
             BLOCK_D, BLOCK_M, TAIL, TAIL_SPAN, ROW, EVEN, MASKED, WIDE, PRECISION, UPCAST, PLANES,
         )  # fmt: skip
-    _store_dq(
-        dq0,
-        0,
-        c,
-        lane,
-        dq_base,
-        dq_y,
-        dq_x,
-        height,
-        width,
-        scale,
-        TOKENS,
-        RH,
-        RW,
-        GRID_W,
-        BLOCK_M,
-        EVEN,
-        WIDE,
-    )
+    _store_dq(dq0, 0, c, lane, dq_base, dq_y, dq_x, height, width, scale, TOKENS, RH, RW, GRID_W, EVEN, WIDE)
     if TOKENS > BLOCK_M:
         _store_dq(
             dq1, BLOCK_M, c, lane, dq_base, dq_y, dq_x, height, width, scale,
-            TOKENS, RH, RW, GRID_W, BLOCK_M, EVEN, WIDE,
+            TOKENS, RH, RW, GRID_W, EVEN, WIDE,
         )  # fmt: skip
     if TOKENS > 2 * BLOCK_M:
         _store_dq(
             dq2, 2 * BLOCK_M, c, lane, dq_base, dq_y, dq_x, height, width, scale,
-            TOKENS, RH, RW, GRID_W, BLOCK_M, EVEN, WIDE,
+            TOKENS, RH, RW, GRID_W, EVEN, WIDE,
         )  # fmt: skip
     if TOKENS > 3 * BLOCK_M:
         _store_dq(
             dq3, 3 * BLOCK_M, c, lane, dq_base, dq_y, dq_x, height, width, scale,
-            TOKENS, RH, RW, GRID_W, BLOCK_M, EVEN, WIDE,
+            TOKENS, RH, RW, GRID_W, EVEN, WIDE,
         )  # fmt: skip
 
 
