@@ -66,6 +66,7 @@ class Launch:
         grid: Programs along the three axes of the grid.
         settings: The arguments that are compiled in (``tl.constexpr``), by name.
         num_warps: Warps of a program.
+        num_stages: Tiles of a loop that are under way at a time; 1: loads are not pipelined.
         asm: The stages of compilation by name: ``ttir``, ``ttgir``, ``llir``, ``ptx``, ``cubin``.
         metadata_shared: Shared memory of a program, in bytes.
     """
@@ -75,6 +76,7 @@ class Launch:
     grid: tuple[int, int, int]
     settings: Mapping[str, Any]
     num_warps: int
+    num_stages: int
     metadata_shared: int
     asm: Mapping[str, Any] = field(repr=False)
 
@@ -168,6 +170,7 @@ def record_launches(
                 grid=_grid(sizes),
                 settings={p.name: arguments[p.name] for p in kernel.params if p.is_constexpr},
                 num_warps=int(compiled.metadata.num_warps),
+                num_stages=int(compiled.metadata.num_stages),
                 metadata_shared=int(compiled.metadata.shared),
                 asm=compiled.asm,
             )

@@ -21,7 +21,10 @@ __all__ = ["BACKEND", "CompiledTime", "compiled_time"]
 
 # The backend whose kernels are Triton's.
 BACKEND = "triton"
-_BOUNDS = {"memory": "memory", "cache": "cache", "issue": "cores", "exp": "cores", "matrix": "compute"}
+_BOUNDS = {
+    "memory": "memory", "cache": "cache", "issue": "cores", "exp": "cores", "matrix": "compute",
+    "latency": "latency",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

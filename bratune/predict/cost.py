@@ -1,9 +1,10 @@
-"""The offline cost of a fused kernel: five lower bounds of its time, from its machine code and counted work.
+"""The offline cost of a fused kernel: six lower bounds of its time, from its machine code and counted work.
 
 A kernel cannot be faster than its bytes through memory and through the last-level cache, its exponentials
 through the special function units, its products through the matrix units, and its instructions through the
 schedulers. The last is read off the compiled machine code, loops counted as often as they run, and is what
-ranks tile sizes of the same kernel. Each bound is divided by the share of its peak that good kernels reach;
+ranks tile sizes of the same kernel. A program also waits for loads that follow from each other, and an SM has
+room for so many programs at a time. Each bound is divided by the share of its peak that good kernels reach;
 the longest is the estimate. Its evidence is ``modelled``: nothing has run.
 """
 
@@ -28,6 +29,7 @@ __all__ = [
     "executed_instructions",
     "hub_us",
     "l1_hits",
+    "sustained_mhz",
     "work_of",
 ]
 
@@ -59,6 +61,15 @@ _LEAST_ROWS = 16
 _HIDING_WARPS = 12
 # Cycles between two instructions of a warp that has its scheduler for itself: most wait for the one before.
 _CYCLES_ALONE = 4
+# Cycles until a load is there. Public measurements: 572 (A100), 658 (H100) and 632 (L40) from memory; 215
+# (V100), 266 (H100) and 277 (L40) from the last-level cache.
+_MEMORY_CYCLES = 620
+_CACHE_CYCLES = 270
+# Loads of which one waits for the other: a route, then the rows it leads to.
+_LOADS_IN_TURN = 2
+# Operations of a multiprocessor per clock, in half types, where all boards of a compute capability have the
+# same: what is published for H100 and H200 is reached at 1830 of 1980 MHz.
+_MATRIX_PER_CLOCK = {"8.0": 2048, "9.0": 4096}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +101,9 @@ class Cost:
         issue_us: Instructions through the schedulers.
         exp_us: Exponentials through the special function units.
         matrix_us: Products through the matrix units.
-        us: The estimate: the longest of the five at the rate that good kernels reach.
-        bound: Which one that is: ``memory``, ``cache``, ``issue``, ``exp`` or ``matrix``.
+        latency_us: Loads that a program waits for, one after the other, and programs one after the other.
+        us: The estimate: the longest of the six at the rate that good kernels reach.
+        bound: Which one that is: ``memory``, ``cache``, ``issue``, ``exp``, ``matrix`` or ``latency``.
     """
 
     memory_us: float
@@ -99,6 +111,7 @@ class Cost:
     issue_us: float
     exp_us: float
     matrix_us: float
+    latency_us: float
     us: float
     bound: str
 
@@ -121,7 +134,7 @@ def work_of(kind: str, problem: Problem, settings: Mapping[str, int], *, l1_hits
         kind: One of `bratune.kernels.fused.launch.KINDS`.
         problem: The attention call.
         settings: What is compiled into the kernel: ``BLOCK_M``, ``BLOCK_N`` and, where it has them,
-            ``TAIL`` (keys of a last, shorter tile), ``GROUP``, ``SPLITS`` and
+            ``TAIL`` and ``LAST`` (keys and queries of a last, shorter tile), ``GROUP``, ``SPLITS`` and
             ``HEADS_PER_PROGRAM``.
         l1_hits: Share of the gathered keys and values that programs of ``kv_stationary_fwd`` find in L1, see
             `l1_hits`.
@@ -147,11 +160,14 @@ def work_of(kind: str, problem: Problem, settings: Mapping[str, int], *, l1_hits
     query_steps = max(1.0, routed_queries / block_m)
     inverse_scores = p.heads * key_tiles * block_n * query_steps * block_m
     scattered = key_tiles * routed_queries * row
-    # The whole map, under a mask; the last keys may have a tile of their own, behind the loop.
+    # The whole map, under a mask; the last keys may have a tile of their own, behind the loop; queries too.
     tail = settings.get("TAIL", 0)
     image_steps = p.kv_tokens // block_n if tail else ceil_div(p.kv_tokens, block_n)
     image_tiles = p.batch * ceil_div(p.tokens, block_m)
-    image_scores = float(p.heads * image_tiles * block_m * (image_steps * block_n + tail))
+    image_rows = p.tokens // block_m * block_m
+    if p.tokens % block_m:
+        image_rows += settings.get("LAST", block_m)
+    image_scores = float(p.heads * p.batch * image_rows * (image_steps * block_n + tail))
     image_reads = 2.0 * image_tiles * p.kv_tokens * row
     # Regions of a head one after the other.
     resident_steps = ceil_div(p.regions, settings.get("SPLITS", 1)) / settings.get("GROUP", 1)
@@ -250,7 +266,7 @@ def cost_of(launch: Launch, kind: str, problem: Problem, board: GPU) -> Cost:
     instructions = executed_instructions(
         launch.listing, iterations=work.iterations, exps=work.scores / lanes / work.iterations
     )
-    clock = (board.boost_mhz or 0.0) * 1e6
+    clock = 1e6 * sustained_mhz(board)
     per_clock = peak.sm_count * clock
     channels = int(launch.settings["BLOCK_D"])
     seconds = {
@@ -259,6 +275,7 @@ def cost_of(launch: Launch, kind: str, problem: Problem, board: GPU) -> Cost:
         "issue": instructions * launch.num_warps * launch.programs / (_SCHEDULERS * per_clock),
         "exp": work.scores / (_EXPS_PER_CLOCK * per_clock),
         "matrix": 2 * work.products * work.scores * channels / peak.matrix,
+        "latency": _waits(launch, work.iterations, peak.sm_count) / clock,
     }
     # A grid that leaves SMs idle, or fills its last wave badly, gets less of everything.
     waves = ceil_div(launch.programs, peak.sm_count)
@@ -273,6 +290,7 @@ def cost_of(launch: Launch, kind: str, problem: Problem, board: GPU) -> Cost:
         "issue": _ISSUE_SHARE * busy * hiding,
         "exp": _EXP_SHARE * busy,
         "matrix": _MATRIX_SHARE * busy,
+        "latency": 1.0,
     }
     reached = {name: 1e6 * value / shares[name] for name, value in seconds.items()}
     bound = max(reached, key=lambda name: reached[name])
@@ -282,9 +300,33 @@ def cost_of(launch: Launch, kind: str, problem: Problem, board: GPU) -> Cost:
         issue_us=1e6 * seconds["issue"],
         exp_us=1e6 * seconds["exp"],
         matrix_us=1e6 * seconds["matrix"],
+        latency_us=1e6 * seconds["latency"],
         us=reached[bound],
         bound=bound,
     )
+
+
+def sustained_mhz(board: GPU) -> float:
+    """The clock at which matrix units are busy: that of the published peak, where it is below the highest."""
+    highest = board.boost_mhz or 1.0
+    per_clock = _MATRIX_PER_CLOCK.get(board.compute_capability)
+    if not per_clock or not board.bf16_tensor_tflops or not board.sm_count:
+        return highest
+    return min(highest, 1e6 * board.bf16_tensor_tflops / (board.sm_count * per_clock))
+
+
+def _waits(launch: Launch, iterations: float, sm_count: int) -> float:
+    """Cycles that an SM waits for loads, the programs that it holds at a time waiting together.
+
+    The first rows come from memory. In a loop that is not pipelined every tile waits for its own, which the
+    last-level cache has, `kv_stationary_fwd` for one head after the other.
+    """
+    held = max(1, launch.resources.resident_warps // launch.num_warps)
+    cycles: float = _LOADS_IN_TURN * _MEMORY_CYCLES
+    heads = launch.settings.get("HEADS_PER_PROGRAM", 1) if "GROUP" in launch.settings else 1
+    if launch.num_stages == 1:
+        cycles += (_LOADS_IN_TURN + heads - 1) * _CACHE_CYCLES * max(0.0, iterations - 1)
+    return ceil_div(launch.programs, held * sm_count) * cycles
 
 
 def hub_us(launch: Launch, kind: str, problem: Problem, board: GPU) -> float:
@@ -299,4 +341,4 @@ def hub_us(launch: Launch, kind: str, problem: Problem, board: GPU) -> float:
     instructions = executed_instructions(
         launch.listing, iterations=steps, exps=work.scores / lanes / work.iterations
     )
-    return _CYCLES_ALONE * instructions / (board.boost_mhz or 1.0)
+    return _CYCLES_ALONE * instructions / sustained_mhz(board)

@@ -44,7 +44,8 @@ class Estimate:
         device_ms: Time that the device is busy, gaps between kernels included.
         host_ms: Time that the host needs to launch everything.
         launches: Kernels launched.
-        bound: What takes the largest share: ``memory``, ``cache``, ``compute``, ``cores`` or ``launches``.
+        bound: What takes the largest share: ``memory``, ``cache``, ``compute``, ``cores``, ``latency`` or
+            ``launches``.
         memory_bytes: Bytes from and to memory.
         by_group: Device milliseconds by part or backend, for the attribution of a measured time.
         detail: What is known of compiled kernels, in words.

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["OpTime", "Rates", "op_time", "public_time", "rates"]
 
 # Bytes that one multiprocessor reads from the last-level cache per clock, sustained. Public measurements:
-# A100 5400 GB/s, H100 PCIe 6900, L40 5200; the rest are put with their nearest relative.
+# A100 5400 GB/s, H100 PCIe 6900 (114 SMs at 1.755 GHz), GH200 9700 to 10500 (132 at 1.98), L40 5200; the rest
+# are put with their nearest relative.
 _CACHE_BYTES_PER_CLOCK = {"7.0": 18.0, "8.0": 35.0, "9.0": 35.0, "10.0": 35.0}
 _CACHE_BYTES_PER_CLOCK_OTHER = 15.0
 # Part of the cache that is reached at full speed: two partitions on A100 and H100 (24 of 40 MiB, 37 of 50).

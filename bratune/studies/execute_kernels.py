@@ -1,6 +1,6 @@
 """Published shapes, executed as compiled: ``python -m bratune.studies kernels --execute -o runs/executed``.
 
-Every family of fused kernels that can compute a stage runs on the CPU as its PTX for sm_80
+Every family of fused kernels that can compute a stage runs on the CPU as its PTX for a target
 (`bratune.testing.executor`), forward and backward, in both half types, for one image, and is compared with
 the reference in float64. A line per case on stdout and in ``executed.jsonl``; cases that the file holds
 from the same code are not executed again, so that the same command goes on.
@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from bratune.kernels.fused.families import backward_families, forward_families
 from bratune.problem import Problem
 from bratune.variant import get_variant, stages
 
-__all__ = ["TOLERANCES", "ExecutedCase", "cases", "execute", "run_case"]
+__all__ = ["TOLERANCES", "ExecutedCase", "cases", "execute", "hash_of", "run_case"]
 
 # |x - reference| / |reference| in the 2-norm, for the output and every gradient.
 TOLERANCES = {"float16": 1e-3, "bfloat16": 8e-3}
@@ -56,7 +56,7 @@ def cases(scenes: Sequence[tuple[int, int, int]] = SCENES) -> Iterator[ExecutedC
                     yield ExecutedCase(name, stage.problem, one or forward[0], other or backward[0])
 
 
-def run_case(case: ExecutedCase) -> dict[str, Any]:
+def run_case(case: ExecutedCase, target: str = "sm80") -> dict[str, Any]:
     """Execute one case: its findings, its errors by result, and what it took."""
     import torch
 
@@ -71,7 +71,7 @@ def run_case(case: ExecutedCase) -> dict[str, Any]:
     grad = torch.randn(q.shape, generator=seed).to(q.dtype)
     routes = torch.rand(p.batch, p.regions, p.kv_regions, generator=seed).argsort(-1)[..., : p.topk]
     started = time.monotonic()
-    with executed() as findings:
+    with executed(target) as findings:
         config = {"forward": case.forward, "backward": case.backward}
         out = TritonBackend().forward(q, k, v, routes.contiguous(), p, config)
         mine = (out, *torch.autograd.grad(out, (q, k, v), grad))
@@ -91,13 +91,14 @@ def run_case(case: ExecutedCase) -> dict[str, Any]:
     }
 
 
-def execute(output: Path | None, only: str, budget: float | None) -> bool:
+def execute(output: Path | None, only: str, budget: float | None, target: str = "sm80") -> bool:
     """Execute the cases whose names match and print them.
 
     Args:
         output: Folder of ``executed.jsonl``; None keeps nothing.
         only: Regular expression; the names are those that are printed.
         budget: Seconds after which no case is started.
+        target: What kernels are compiled for, one of `bratune.testing.executor.TARGETS`.
 
     Returns:
         Whether every case was right and without a finding.
@@ -108,7 +109,7 @@ def execute(output: Path | None, only: str, budget: float | None) -> bool:
     end = None if budget is None else time.monotonic() + budget
     good = True
     for case in cases():
-        name = f"{case.name} {case.forward}, {case.backward}"
+        name = f"{target} {case.name} {case.forward}, {case.backward}"
         if not re.search(only, name):
             continue
         found = known.get(name)
@@ -116,7 +117,7 @@ def execute(output: Path | None, only: str, budget: float | None) -> bool:
             if end is not None and time.monotonic() >= end:
                 print("the rest was not started: its time was spent", flush=True)
                 return good
-            found = run_case(case)
+            found = run_case(case, target)
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 row = {"case": name, "code": code, "problem": dataclasses.asdict(case.problem), **found}
@@ -132,12 +133,16 @@ def execute(output: Path | None, only: str, budget: float | None) -> bool:
     return good
 
 
+def hash_of(files: Iterable[Path]) -> str:
+    """What stands for the contents of files."""
+    text = b"".join(path.read_bytes() for path in sorted(files) if path.is_file())
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
 def _code() -> str:
     """What stands for the kernels and the executor as they are."""
     root = Path(__file__).resolve().parents[1]
-    files = sorted([*(root / "kernels" / "fused").glob("*"), *(root / "testing").glob("*.py")])
-    text = b"".join(path.read_bytes() for path in files if path.is_file())
-    return hashlib.sha256(text).hexdigest()[:16]
+    return hash_of([*(root / "kernels" / "fused").glob("*"), *(root / "testing").glob("*.py")])
 
 
 def _known(path: Path | None, code: str) -> dict[str, dict[str, Any]]:

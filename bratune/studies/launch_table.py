@@ -5,8 +5,8 @@ compiled; what spills or leaves too few warps on an SM is dropped (unless nothin
 ranked by the offline cost model, and the best is written to ``kernels/fused/launch_table.json``. An entry
 whose evidence is ``measured`` is never replaced.
 
-The whole table takes about an hour of one core. It is written entry by entry, so a run that was cut short
-goes on with ``--missing``; Triton keeps what it compiled, which makes repeating a run cheap.
+The whole table takes about an hour of one core. Every entry is written when it is known, with the code it was
+made by: ``--stale`` goes on with a run that was cut short, and after a change of the kernels or the model.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from bratune.predict.compile import Launch, Resources
 from bratune.predict.cost import Cost, board_of, cost_of, hub_us
 from bratune.predict.offline import attention_launches, machine_of
 from bratune.problem import Problem
+from bratune.studies.execute_kernels import hash_of
 from bratune.suites.load import load, names
 from bratune.variant import get_variant, stages
 
-__all__ = ["best_settings", "candidates", "chunk_for", "kinds_of", "main", "problems"]
+__all__ = ["best_settings", "candidates", "chunk_for", "code_of", "kinds_of", "main", "problems"]
 
 # A kernel with more local memory than this per thread, or fewer warps on an SM, hides no latency. Below,
 # spilled registers cost the instructions that they are.
-_MOST_STACK = 128
+_MOST_STACK = 64
 _FEWEST_WARPS = 8
 _MOST_WARPS = 16
 # Scores of the largest tile that is tried.
@@ -140,7 +141,7 @@ def _tiles(kind: str, problem: Problem) -> list[tuple[int, int]]:
     keys = max(16, next_power_of_2(problem.keys_per_query))
     own_keys = max(16, next_power_of_2(problem.kv_region_tokens))
     if kind == "image_fwd":
-        return [(64, 64), (128, 64)]
+        return [(32, 64), (64, 64), (128, 64)]
     if kind in ("k1_bwd", "gather_dkv"):  # queries are densified: their tile is full whatever the region
         return [(64, min(64, own_keys) if kind == "gather_dkv" else own_keys)]
     heights = sorted({min(queries, 64), min(queries, 128)})
@@ -196,16 +197,14 @@ def best_settings(
         kind: One of `bratune.kernels.fused.launch.KINDS`.
         problem: The attention call.
         architecture: One of `bratune.kernels.fused.launch.ARCHITECTURES`.
-        known: The best settings of an architecture like this one: only these and the rules are tried.
+        known: The best settings of an architecture like this one: only these and the rules are tried, unless
+            none of them hides latency.
     """
-    compiled = []
-    for settings in candidates(kind, problem) if known is None else _two(KINDS[kind](problem), known):
-        try:
-            launch = _compiled(kind, problem, settings, architecture)
-        except UnsupportedError:
-            continue
-        cost = cost_of(launch, kind, problem, board_of(architecture))
-        compiled.append(_Ranked(settings, launch, cost, launch.resources))
+    every = functools.partial(candidates, kind, problem)
+    tried = every() if known is None else _two(KINDS[kind](problem), known)
+    compiled = _compilable(kind, problem, architecture, tried)
+    if known is not None and not any(x.is_good for x in compiled):
+        compiled = _compilable(kind, problem, architecture, every())
     if not compiled:
         return None
     least = min(x.taken.stack_bytes for x in compiled)
@@ -224,7 +223,23 @@ def best_settings(
         "settings": settings,
         "evidence": "modelled",
         "us": round(best.cost.us, 2),
+        "code": code_of(),
     }
+
+
+def _compilable(
+    kind: str, problem: Problem, architecture: str, tried: Iterable[dict[str, int]]
+) -> list[_Ranked]:
+    """Those that compile."""
+    found = []
+    for settings in tried:
+        try:
+            launch = _compiled(kind, problem, settings, architecture)
+        except UnsupportedError:
+            continue
+        cost = cost_of(launch, kind, problem, board_of(architecture))
+        found.append(_Ranked(settings, launch, cost, launch.resources))
+    return found
 
 
 def chunk_for(problem: Problem, us: float, alone_us: float) -> int:
@@ -286,6 +301,15 @@ def _job(job: _Job) -> dict[str, Any] | None:
 _OWN = Path(__file__).resolve().parents[1] / "kernels" / "fused" / "launch_table.json"
 
 
+@functools.cache
+def code_of() -> str:
+    """What stands for the kernels, the model that ranks them and what is tried."""
+    root = Path(__file__).resolve().parents[1]
+    kernels = (root / "kernels" / "fused").glob("*.py")
+    model = [root / "predict" / f"{name}.py" for name in ("compile", "cost", "roofline", "sass", "targets")]
+    return hash_of([*kernels, *model, Path(__file__)])
+
+
 @click.command("launch-table")
 @click.option(
     "--architecture",
@@ -297,6 +321,7 @@ _OWN = Path(__file__).resolve().parents[1] / "kernels" / "fused" / "launch_table
 @click.option("--kind", "kinds", multiple=True, type=click.Choice(tuple(KINDS)), help="All by default.")
 @click.option("--suite", "suites", multiple=True, type=click.Choice(names()), help="All by default.")
 @click.option("--missing", is_flag=True, help="Only what the table has no entry for.")
+@click.option("--stale", is_flag=True, help="Only what this code made no entry for.")
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes that compile.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), default=_OWN, help="The package's by default."
@@ -306,6 +331,7 @@ def main(
     kinds: tuple[str, ...],
     suites: tuple[str, ...],
     missing: bool,
+    stale: bool,
     jobs: int,
     output: Path,
 ) -> None:
@@ -317,7 +343,7 @@ def main(
             pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
             each = pools.enter_context(pool).map
         for architecture in architectures or ARCHITECTURES:
-            asked = _jobs(architecture, kinds or tuple(KINDS), suites, output, missing=missing)
+            asked = _jobs(architecture, kinds or tuple(KINDS), suites, output, missing=missing, stale=stale)
             for (kind, problem, *_), entry in zip(asked, each(_job, asked), strict=True):
                 if entry:
                     written = _write(output, [entry])
@@ -326,16 +352,20 @@ def main(
 
 
 def _jobs(
-    architecture: str, kinds: Sequence[str], suites: Sequence[str], output: Path, *, missing: bool
-) -> list[_Job]:
+    architecture: str, kinds: Sequence[str], suites: Sequence[str], output: Path, *,
+    missing: bool, stale: bool,
+) -> list[_Job]:  # fmt: skip
     """What is asked of one architecture, kernel by kernel."""
-    there = {_key(entry): entry["settings"] for entry in _entries(output)}
+    entries = _entries(output)
+    there = {_key(entry): entry["settings"] for entry in entries}
+    done = {_key(entry) for entry in entries if missing or entry.get("code") == code_of()}
     like = _LIKE.get(architecture, "")
     return [
         (kind, problem, architecture, there.get(_key_of(kind, problem, like)))
         for kind in kinds
         for problem in problems(suites)
-        if kind in kinds_of(problem) and not (missing and _key_of(kind, problem, architecture) in there)
+        if kind in kinds_of(problem)
+        and not ((missing or stale) and _key_of(kind, problem, architecture) in done)
     ]
 
 

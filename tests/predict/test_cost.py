@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from bratune.errors import UnknownNameError
-from bratune.kernels.fused.launch import ARCHITECTURES, KINDS
+from bratune.kernels.fused.call import call_for
+from bratune.kernels.fused.launch import ARCHITECTURES, KINDS, problem_class
 from bratune.predict.compile import Launch
 from bratune.predict.cost import (
     BOARDS,
@@ -22,9 +23,15 @@ from bratune.predict.cost import (
     executed_instructions,
     hub_us,
     l1_hits,
+    sustained_mhz,
     work_of,
 )
-from bratune.predict.offline import attention_launches, depthwise_launches, routing_launches
+from bratune.predict.offline import (
+    attention_launches,
+    depthwise_launches,
+    machine_of,
+    routing_launches,
+)
 from bratune.predict.sass import Listing, Loop
 from bratune.problem import Problem, ceil_div
 from bratune.studies import launch_table
@@ -77,6 +84,15 @@ def test_padding_of_tiles_counts_as_scores() -> None:
     assert work_of("gather_fwd", STAGE_2, {"BLOCK_M": 32, "BLOCK_N": 128}).scores == 4 * exact
 
 
+def test_the_rest_of_a_small_map_counts_as_the_short_tiles_that_it_gets() -> None:
+    sides = {"height": 14, "width": 14, "kv_height": 14, "kv_width": 14}
+    small = STAGE_2.replace(**sides, region=(2, 2), kv_region=(2, 2), scale=0.0)
+    config = "backward=image,dkv_block_m=64,dkv_block_n=32"
+    settings = call_for(small, config, machine_of("sm90")).kernels["image_bwd"]
+    assert (settings["LAST"], settings["TAIL"]) == (16, 16)
+    assert work_of("image_bwd", small, settings).scores == 128 * 4 * (192 + 16) * (192 + 16)
+
+
 def test_inverse_routes_bring_as_many_scores_as_routes_on_average() -> None:
     along = work_of("gather_dq", STAGE_2, {"BLOCK_M": 16, "BLOCK_N": 64})
     against = work_of("gather_dkv", STAGE_2, {"BLOCK_M": 64, "BLOCK_N": 16})
@@ -105,6 +121,7 @@ def launch_of(target: str = "sm90", programs: int = 6272) -> Launch:
         grid=(programs, 1, 1),
         settings=TILE | {"BLOCK_D": 32},
         num_warps=4,
+        num_stages=1,
         metadata_shared=0,
         asm={},
     )
@@ -120,6 +137,24 @@ def test_the_estimate_is_the_longest_bound_at_its_reachable_rate() -> None:
     assert cost.us == pytest.approx(cost.memory_us / 0.88)
     slow = dataclasses.replace(board, boost_mhz=board.boost_mhz / 1000)
     assert cost_of(launch_of(), "gather_fwd", STAGE_1, slow).bound in ("issue", "exp")
+
+
+def test_a_loop_that_is_not_pipelined_waits_for_every_tile() -> None:
+    problem, board = STAGE_1.replace(topk=8, scale=0.0), board_of("sm90")
+    held = 132 * 32 // 4  # programs of four warps that 132 SMs hold at a time
+    plain = launch_of(programs=held)
+    cost, two_waves, pipelined = (
+        cost_of(x, "gather_fwd", problem, board)
+        for x in (plain, launch_of(programs=held + 1), dataclasses.replace(plain, num_stages=2))
+    )
+    assert cost.latency_us == pytest.approx((2 * 620 + 7 * 2 * 270) / sustained_mhz(board))
+    assert two_waves.latency_us == pytest.approx(2 * cost.latency_us)
+    assert pipelined.latency_us == pytest.approx(2 * 620 / sustained_mhz(board))
+
+
+@pytest.mark.parametrize(("architecture", "mhz"), [("sm80", 1410), ("sm86", 1695), ("sm90", 1830)])
+def test_the_clock_is_that_of_the_published_peak(architecture: str, mhz: float) -> None:
+    assert sustained_mhz(board_of(architecture)) == pytest.approx(mhz, rel=2e-3)
 
 
 def test_a_grid_smaller_than_the_gpu_gets_a_part_of_it() -> None:
@@ -234,6 +269,25 @@ def test_measured_entries_survive_a_new_table(tmp_path: Path) -> None:
     better = {"evidence": "modelled", "settings": {"block_m": 64}}
     assert launch_table._write(path, [measured | better, stale | better]) == 2
     assert json.loads(path.read_text())["entries"] == [measured, stale | better]
+
+
+def test_entries_of_another_code_are_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+
+    def asked(**settings: bool) -> int:
+        chosen = {"missing": False, "stale": False} | settings
+        return len(launch_table._jobs("sm90", ["image_bwd"], (), path, **chosen))
+
+    every = asked()
+    kind, problem, architecture, _ = launch_table._jobs(
+        "sm90", ["image_bwd"], (), path, missing=True, stale=False
+    )[0]
+    entry = {"kind": kind, "architecture": architecture, "class": problem_class(problem)}
+    entry |= {"settings": {}, "evidence": "modelled", "code": launch_table.code_of()}
+    launch_table._write(path, [entry])
+    assert (every, asked(stale=True), asked(missing=True)) == (every, every - 1, every - 1)
+    launch_table._write(path, [entry | {"code": "of another day"}])
+    assert (asked(stale=True), asked(missing=True)) == (every, every - 1)
 
 
 @pytest.mark.compile
