@@ -30,6 +30,10 @@ STUDIES = {
     "launches": ("bratune.studies.launches:main", "What does the host take to launch a kernel?"),
     "launch-table": ("bratune.studies.launch_table:main", "Make the launch settings of the fused kernels."),
     "kernel-budgets": ("bratune.studies.kernel_budgets:main", "Write down what the fused kernels may take."),
+    "resident-kernel": (
+        "bratune.studies.resident_kernel:main",
+        "Execute and count the kernel of docs/next-kernel.md.",
+    ),
 }
 
 
