@@ -292,7 +292,11 @@ def _correlation(trials: Iterable[Trial], rows: Iterable[Record], machine: Machi
 @click.option(
     "--compile", "compiles", is_flag=True, help="Only compile what would be measured, on all cores."
 )
-@click.option("--target", default="", help="With --compile: for which architecture, by default the GPU's.")
+@click.option(
+    "--target",
+    default="",
+    help="With --compile or --execute: for which architecture; by default the GPU's, or sm80.",
+)
 @click.option("--dry-run", is_flag=True, help="Only list what would be measured, and what cannot be.")
 def main(
     output: Path | None,
@@ -314,7 +318,7 @@ def main(
     if executes:
         from bratune.studies.execute_kernels import execute
 
-        if not execute(output, only, budget):
+        if not execute(output, only, budget, target or "sm80"):
             raise MeasureError("a compiled kernel is wrong: see the lines that say so")
         return
     wanted = [t for t in trials() if re.search(only, t.group)]

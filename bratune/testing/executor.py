@@ -33,7 +33,7 @@ from bratune.testing.sanitizer import Violation
 __all__ = ["TARGETS", "Findings", "executed"]
 
 # Targets whose instructions the machine knows.
-TARGETS = ("sm80",)
+TARGETS = ("sm80", "sm90")
 
 
 class Findings(list[Violation]):

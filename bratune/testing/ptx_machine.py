@@ -6,10 +6,11 @@ every access, races in shared and in global memory, shared memory that nobody st
 that nobody waited for, barriers and matrix instructions that a part of a program or warp takes; see
 `bratune.testing.ptx_memory`.
 
-It knows what Triton writes for sm_80: products by ``mma.sync`` with tiles by ``ldmatrix``. What newer GPUs
-have instead (``wgmma``, ``mbarrier``, TMA, tensor memory) it refuses by name: their operands are read from
-shared memory by units of their own, in layouts that descriptors describe, and ordered by fences and
-barriers that count bytes; a check that leaves these out would say nothing.
+It knows what Triton writes for sm_80, products by ``mma.sync`` with tiles by ``ldmatrix``, and for sm_90,
+where four warps together hand products to units that read shared memory themselves (``wgmma``, see
+`bratune.testing.ptx_units`). Copies of whole tiles (TMA) with the barriers that count their bytes
+(``mbarrier``), which our kernels do not use, and what newer GPUs have (``tcgen05``, tensor memory) it refuses
+by name: a check that leaves out how these are ordered would say nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bratune.testing.ptx import Instruction, Program
 from bratune.testing.ptx_memory import Global, Note, Shared, Stamps
 from bratune.testing.ptx_ops import RAW, Array, as_raw
 from bratune.testing.ptx_steps import Mask, not_known, step_of
+from bratune.testing.ptx_units import MatrixUnits
 
 __all__ = ["Programs", "PtxMachine", "granule"]
 
@@ -50,6 +52,7 @@ class PtxMachine:
         self.shared_bytes = shared_bytes
         self.steps = tuple(step_of(found) for found in program.instructions)
         self.granule = granule(program, "shared")
+        self.has_units = any(found.opcode[0] == "wgmma" for found in program.instructions)
 
     def run(self, grid: tuple[int, int, int], arguments: Sequence[int], memory: Global, note: Note) -> int:
         """Execute every program of a grid.
@@ -138,6 +141,7 @@ class Programs:
         self.stamps = Stamps(first, programs, self.each)
         self.shared = Shared(programs, machine.shared_bytes, machine.granule)
         self.copies = _Copies(self.threads)
+        self.units = MatrixUnits(self.threads)
         self.special = self._special(first, grid)
         self.everyone = np.ones(self.threads, bool)
         self.left = np.zeros(self.threads, bool)
@@ -189,6 +193,8 @@ class Programs:
                     elif not active.any():
                         at += 1
                         continue
+                if self.units.under_way:
+                    self.units.touch(self, found, active)
                 self.machine.steps[at](self, active)
                 at += 1
             else:
@@ -254,6 +260,8 @@ class Programs:
         bits = self.r.bits[name.rstrip("0123456789")]
         value = as_raw(value, bits)
         self.r[name] = value if mask is None else np.where(mask, value, self.r[name])
+        if self.machine.has_units:
+            self.units.fresh.add(name)
 
     def all(self, x: Array) -> Array:
         """With an element for every thread."""

@@ -30,6 +30,8 @@ _NOBODY = np.int64(-1)
 _SEVERAL_PROGRAMS = np.int64(1 << 62)
 _SEVERAL_WARPS = np.int64(63 << _WARP | 63 << _LANE)
 _SEVERAL_LANES = np.int64(63 << _LANE)
+# What of a stamp is the thread, whatever barriers it has passed.
+_THREAD = np.int64(~(4095 << _WARP_BARRIERS | 16383 << _BARRIERS))
 
 
 class Stamps:
@@ -233,6 +235,9 @@ class Shared:
             granule,
             known=np.zeros(-(-length // granule), bool),
         )
+        # What matrix units may be reading, how often, and what they do not see yet.
+        self._reading = np.zeros(-(-length // granule), np.int32)
+        self._unfenced = np.zeros(-(-length // granule), bool)
 
     def load(
         self,
@@ -267,11 +272,13 @@ class Shared:
         """Write ``[addresses, count]`` numbers."""
         size = values.shape[1] * values.dtype.itemsize
         which, offsets = self._places(program, addresses, size, "store", note)
+        self._overwrite(offsets, size, note)
         _store(self._all, offsets, values[which], stamps[which], note)
 
     def begin_copy(self, program: _Ints, addresses: _Ints, size: int, stamps: _Ints, note: Note) -> None:
         """Asynchronous copies start to fill memory."""
         which, offsets = self._places(program, addresses, size, "copy", note)
+        self._overwrite(offsets, size, note)
         self._all.store(offsets, size, stamps[which], None, note)
         self._all.copying[self._all.granules(offsets, size)] = True
 
@@ -280,8 +287,43 @@ class Shared:
         which, offsets = self._places(program, addresses, values.shape[1], "copy", _nothing)
         at = self._all.granules(offsets, values.shape[1])
         self._all.copying[at] = False
+        self._unfenced[at] = True
         self._all.stored[at] = stamps[which][:, None]
         _scatter(self._all.data, offsets, values[which])
+
+    def read_by_units(
+        self, program: _Ints, addresses: _Ints, stamps: _Ints, note: Note
+    ) -> tuple[_Raw, _Ints, _Ints]:
+        """Matrix units start to read pieces of 16 bytes for warps together.
+
+        Returns:
+            Eight numbers of two bytes of every piece; the granules that are read, and of which piece.
+        """
+        which, offsets = self._places(program, addresses, 16, "load", note)
+        at = self._all.granules(offsets, 16)
+        unseen = int(self._unfenced[at].sum())
+        note("load by a matrix unit of what no fence made visible to it", self._all.name, unseen)
+        self._all.load(offsets, 16, stamps[which] | _SEVERAL_WARPS, note)
+        np.add.at(self._reading, at.reshape(-1), 1)
+        found = np.full((len(addresses), 8), 0xFFFF, np.uint16)
+        found[which] = _gather(self._all.data, offsets, np.dtype(np.uint16), 8)
+        return found, at.reshape(-1), np.repeat(which, at.shape[1])
+
+    def end_reading(self, granules: _Ints, stamps: _Ints) -> None:
+        """Warps waited for units that read granules; `stamps` are of one of them for each."""
+        np.subtract.at(self._reading, granules, 1)
+        self._all.loaded[granules] = stamps | _SEVERAL_WARPS
+
+    def fence(self, stamps: _Ints) -> None:
+        """What the threads with these stamps stored is visible to matrix units from now on."""
+        at = np.flatnonzero(self._unfenced)
+        self._unfenced[at[np.isin(self._all.stored[at] & _THREAD, stamps & _THREAD)]] = False
+
+    def _overwrite(self, offsets: _Ints, size: int, note: Note) -> None:
+        at = self._all.granules(offsets, size)
+        busy = int((self._reading[at] > 0).sum())
+        note("store into what a matrix unit may still read", self._all.name, busy)
+        self._unfenced[at] = True
 
     def _places(
         self, program: _Ints, addresses: _Ints, size: int, what: str, note: Note

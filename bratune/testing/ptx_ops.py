@@ -19,7 +19,18 @@ from numpy.typing import NDArray
 
 from bratune.errors import UnsupportedError
 
-__all__ = ["RAW", "Array", "Operation", "as_raw", "matrix_product", "operation", "shuffle", "sum_of_warps"]
+__all__ = [
+    "RAW",
+    "Array",
+    "Operation",
+    "as_float",
+    "as_raw",
+    "halves",
+    "matrix_product",
+    "operation",
+    "shuffle",
+    "sum_of_warps",
+]
 
 Array = NDArray[Any]
 Operation = Callable[..., Array]
@@ -59,6 +70,8 @@ def operation(opcode: Sequence[str]) -> tuple[Operation, int, tuple[int, ...]]:
     if name in ("mul", "mad") and rest[-1][0] != "f":
         return _integer_product(name, rest)
     kind = rest[-1] if rest else ""
+    if name == "add" and kind in ("s16x2", "u16x2"):
+        return _add_pairs, 32, (32,)
     if kind not in _TYPES:
         raise _unknown(opcode)
     dtype = _TYPES[kind]
@@ -75,6 +88,8 @@ def operation(opcode: Sequence[str]) -> tuple[Operation, int, tuple[int, ...]]:
     if name == "bfe":
         return _bit_field(dtype, bits), bits, (bits, 32)
     table = _FLOAT if kind[0] == "f" else _PREDICATE if kind == "pred" else _INTEGER
+    if name in ("max", "min") and rest[0] == "NaN":  # NaN where one of both is, as NumPy has it for integers
+        rest, table = rest[1:], _INTEGER
     if name not in table or len(rest) > 1:
         raise _unknown(opcode)
     function = table[name]
@@ -87,6 +102,12 @@ def operation(opcode: Sequence[str]) -> tuple[Operation, int, tuple[int, ...]]:
 
 def _unknown(opcode: Sequence[str]) -> UnsupportedError:
     return UnsupportedError("the PTX executor", (f"it does not know {'.'.join(opcode)}",))
+
+
+def _add_pairs(x: Array, y: Array) -> Array:
+    low, high = np.uint32(0xFFFF), np.uint32(16)
+    found: Array = (x + y & low) | ((x >> high) + (y >> high) << high)
+    return found
 
 
 def _choose(x: Array, y: Array, where: Array) -> Array:
@@ -296,7 +317,7 @@ def matrix_product(
             [_warps(x, threads).reshape(-1, 8, 4).view(np.float32) for x in tile] for tile in (a, b)
         )
     else:
-        (a0, a1, a2, a3), (b0, b1) = ([_halves(dtype, x, threads) for x in tile] for tile in (a, b))
+        (a0, a1, a2, a3), (b0, b1) = ([halves(dtype, x, threads) for x in tile] for tile in (a, b))
     left = np.concatenate([np.concatenate([a0, a2], 2), np.concatenate([a1, a3], 2)], 1)  # [warps, 16, K]
     right = np.concatenate([b0, b1], 2)  # [warps, 8, K]: columns of the second tile
     product = np.matmul(left, right.transpose(0, 2, 1)).reshape(-1, 2, 8, 4, 2)  # upper, row, lane, even
@@ -304,9 +325,13 @@ def matrix_product(
     return [(x + y.view(np.float32)).view(np.uint32) for x, y in zip(parts, c, strict=True)]
 
 
-def _halves(dtype: str, x: Array, threads: int) -> Array:
+def halves(dtype: str, x: Array, threads: int) -> Array:
     """The two numbers of every register as float32, ``[warps, 8, 8]``."""
-    halves = _warps(x, threads).reshape(-1, 8, 4).view(np.uint16)
+    return as_float(dtype, _warps(x, threads).reshape(-1, 8, 4).view(np.uint16))
+
+
+def as_float(dtype: str, x: Array) -> Array:
+    """Numbers of a half type, given by their bits, in float32."""
     if dtype == "bf16":
-        return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return halves.view(np.float16).astype(np.float32)
+        return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return x.view(np.float16).astype(np.float32)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bratune.errors import UnsupportedError
 from bratune.testing.ptx import Address, Instruction
 from bratune.testing.ptx_ops import RAW, Array, as_raw, matrix_product, operation, shuffle, sum_of_warps
+from bratune.testing.ptx_units import fence_step, wgmma_step
 
 if TYPE_CHECKING:
     from bratune.testing.ptx_machine import Programs
@@ -65,17 +66,32 @@ def step_of(found: Instruction) -> Step:
         return lambda b, mask: None
     special: Mapping[str, Callable[[Instruction], Step]] = {
         "ld": _load, "st": _store, "shfl": _shuffle, "redux": _redux, "ldmatrix": _ldmatrix, "mma": _mma,
-        "cp": _copy, "bar": _warp_barrier,
+        "cp": _copy, "bar": _warp_barrier, "stmatrix": _stmatrix, "fence": fence_step,
+        "wgmma": lambda found: wgmma_step(found, _source),
     }  # fmt: skip
     if op[0] in special:
         return special[op[0]](found)
     if op[0] == "mov" and any(isinstance(x, tuple) for x in found.operands):
         return _pack(found)
+    if op[0] == "mov" and op[1] == "b32" and str(found.operands[1]).startswith("%r"):
+        return _rename(found)
     compute, _, bits = operation(op)
     target = str(found.operands[0])
     widths = (*bits, *[bits[-1]] * len(found.operands))
     sources = [_source(x, n) for x, n in zip(found.operands[1:], widths, strict=False)]
     return lambda b, mask: b.put(target, compute(*(read(b) for read in sources)), mask)
+
+
+def _rename(found: Instruction) -> Step:
+    """``mov`` between registers: two names of one, which the assembler makes a single register."""
+    target, source = (str(x) for x in found.operands)
+    read = _source(source, int(found.opcode[1][1:]))
+
+    def step(b: Programs, mask: Mask | None) -> None:
+        b.put(target, read(b), mask)
+        b.units.rename(target, source)
+
+    return step
 
 
 def _pack(found: Instruction) -> Step:
@@ -244,6 +260,28 @@ def _ldmatrix(found: Instruction) -> Step:
         pairs = matrices.reshape(-1, tiles, 32, 2).view(np.uint32)[..., 0]
         for i, name in enumerate(targets):
             b.put(name, pairs[:, i].reshape(-1), mask)
+
+    return step
+
+
+def _stmatrix(found: Instruction) -> Step:
+    """The way back of `_ldmatrix`: lane ``8 * i + j`` has the address of row j of tile i."""
+    reads = [_source(x, 32) for x in _names(found.operands[1])]
+    tiles = len(reads)
+    address = _address(found.operands[0], 32)
+    if "m8n8" not in found.opcode or found.opcode[-1] != "b16":
+        raise not_known(found)
+
+    def step(b: Programs, mask: Mask | None) -> None:
+        b.whole_warps(found, mask)
+        pairs = np.stack([b.all(read(b)).reshape(-1, 32) for read in reads], 1)  # [warps, tiles, 32]
+        matrices = np.ascontiguousarray(pairs).view(np.uint16).reshape(-1, tiles, 8, 8)
+        if "trans" in found.opcode:
+            matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
+        rows = (b.everyone if mask is None else mask).reshape(-1, 32)[:, : 8 * tiles]
+        who = np.arange(b.threads).reshape(-1, 32)[:, : 8 * tiles][rows]
+        values = matrices.reshape(-1, 8 * tiles, 8)[rows]
+        b.shared.store(b.program_of[who], address(b)[who], values, b.stamps.now[who], b.note)
 
     return step
 

@@ -22,6 +22,7 @@ from bratune.testing.executor import Findings, executed
 from bratune.testing.ptx import Program, parse
 from bratune.testing.ptx_memory import Global, Segment, Shared, Stamps
 from bratune.testing.ptx_ops import matrix_product, operation, shuffle
+from bratune.testing.ptx_units import Descriptor, pieces
 
 pytestmark = pytest.mark.compile
 
@@ -32,7 +33,8 @@ def pair(forward: str, backward: str, **settings: int) -> tuple[tuple[str, int |
 
 KEY = Case(map=(8, 16), heads=2, region=(8, 8), topk=1, config=pair("gather", "key"))
 STATIONARY = Case(map=(8, 12), heads=2, topk=4, config=pair("stationary", "gather"))
-IMAGE = Case(map=(6, 8), heads=2, region=(2, 2), topk=5, config=pair("image", "image"))
+# Two tiles of keys and the rest, a tile of queries and the rest.
+IMAGE = Case(map=(8, 10), heads=2, region=(2, 2), topk=5, config=pair("image", "image"))
 PIPELINED = Case(
     map=(11, 7), heads=2, region=(4, 3), topk=3, head_dim=24, padding="masked",
     config=pair("gather", "gather", fwd_block_n=16, fwd_num_stages=2, dq_block_n=16, dkv_chunk=2),
@@ -50,12 +52,12 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("target", "dtype"), [("sm80", "float16"), ("sm90", "bfloat16")])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_family_is_right_in_both_directions(case: Case, dtype: str) -> None:
+def test_every_family_is_right_in_both_directions(case: Case, target: str, dtype: str) -> None:
     case = case.replace(dtype=dtype)
     s = sample(case)
-    with executed() as findings:
+    with executed(target) as findings:
         mine = fused(case, s)
     assert findings == []
     assert findings.launches >= 3
@@ -105,6 +107,17 @@ def test_depthwise_convolution_and_its_gradients_are_right() -> None:
     torch.testing.assert_close(d_bias.double(), grad.double().sum((0, 1, 2)), rtol=1e-5, atol=1e-5)
 
 
+def test_the_prototype_that_gathers_from_shared_memory_is_right() -> None:
+    gl = pytest.importorskip("triton.experimental.gluon.language")
+    if not hasattr(gl.shared_memory_descriptor, "gather"):
+        pytest.skip("this Triton has no gather from shared memory")
+    from bratune.studies import resident_kernel
+
+    findings, error = resident_kernel.execute()
+    assert findings == []
+    assert error <= TOLERANCES["bfloat16"]
+
+
 # --- what is planted is found -----------------------------------------------------------------------
 
 Change = Callable[[Program], Program]
@@ -114,12 +127,12 @@ def places(program: Program, *opcode: str) -> list[int]:
     return [i for i, x in enumerate(program.instructions) if x.opcode[: len(opcode)] == opcode]
 
 
-def forward_with(case: Case, change: Change) -> Findings:
+def forward_with(case: Case, change: Change, target: str = "sm80") -> Findings:
     """The forward kernel of a case, changed."""
     s = sample(case.replace(dtype="bfloat16"))
     from bratune.kernels.fused.backend import TritonBackend
 
-    with executed(change=change) as findings:
+    with executed(target, change=change) as findings:
         TritonBackend().forward(
             s.q, s.k, s.v, s.routes, case.replace(dtype="bfloat16").problem, dict(case.config)
         )
@@ -130,26 +143,75 @@ def said(findings: Findings) -> str:
     return "; ".join(map(str, findings))
 
 
-@pytest.mark.parametrize("case", [KEY, STATIONARY, IMAGE], ids=str)
-def test_every_barrier_that_is_left_out_is_noticed(case: Case) -> None:
+@pytest.mark.parametrize(
+    ("case", "target"), [(KEY, "sm80"), (STATIONARY, "sm80"), (IMAGE, "sm80"), (KEY, "sm90")], ids=str
+)
+def test_every_barrier_that_is_left_out_is_noticed(case: Case, target: str) -> None:
     last: list[Program] = []
-    assert forward_with(case, lambda program: last.append(program) or program) == []  # type: ignore[func-returns-value]
+
+    def keep(program: Program) -> Program:
+        last.append(program)
+        return program
+
+    assert forward_with(case, keep, target) == []
     name, barriers = last[-1].name, places(last[-1], "bar", "sync")
     assert len(barriers) >= 3
     for i in barriers:
-        found = forward_with(case, lambda p, i=i: p.without(i) if p.name == name else p)  # type: ignore[misc]
+        found = forward_with(case, without(name, i), target)
         assert "with no barrier between" in said(found), i
 
 
 def test_copies_that_nobody_waits_for_are_noticed() -> None:
-    def impatient(program: Program) -> Program:
-        for i in places(program, "cp", "async", "wait_group"):
+    assert "load of what a copy has not been waited for of shared memory" in said(
+        forward_with(PIPELINED, all_without("cp", "async", "wait_group"))
+    )
+
+
+def without(kernel: str, place: int) -> Change:
+    """One kernel without one instruction."""
+    return lambda program: program.without(place) if program.name == kernel else program
+
+
+def all_without(*opcode: str) -> Change:
+    """A program without any instruction of a kind."""
+
+    def change(program: Program) -> Program:
+        for i in places(program, *opcode):
             program = program.without(i)
         return program
 
-    assert "load of what a copy has not been waited for of shared memory" in said(
-        forward_with(PIPELINED, impatient)
-    )
+    return change
+
+
+@pytest.mark.parametrize(
+    ("opcode", "what"),
+    [
+        (("fence", "proxy", "async"), "load by a matrix unit of what no fence made visible to it"),
+        (("wgmma", "wait_group"), "register of a matrix instruction that was not waited for"),
+        (("wgmma", "fence"), "matrix instruction with registers written after its fence"),
+    ],
+)
+def test_what_orders_matrix_units_is_missed_where_it_is_left_out(opcode: tuple[str, ...], what: str) -> None:
+    assert what in said(forward_with(KEY, all_without(*opcode), "sm90"))
+
+
+def test_operands_of_matrix_units_lie_where_their_descriptors_say() -> None:
+    # Rows of 64 bytes, eight of them 512 bytes, swizzled by 64 bytes: from address 1024 on.
+    named = np.array([1024 >> 4 | 512 >> 4 << 32 | 2 << 62], np.uint64)
+    along = pieces(Descriptor.of(named), 64, transposed=False)[0]
+    assert along[:4].tolist() == [[1024, 1040], [1088, 1104], [1168, 1152], [1232, 1216]]
+    assert along[8].tolist() == [1024 + 512, 1040 + 512]
+    across = pieces(Descriptor.of(named), 32, transposed=True)[0]
+    assert across[0].tolist() == [1024, 1040, 1056, 1072]
+    assert across[2].tolist() == [1168, 1152, 1200, 1184]
+    assert across[8].tolist() == [1024 + 512, 1040 + 512, 1056 + 512, 1072 + 512]
+    # Not swizzled: blocks of 8 x 16 bytes, 128 apart along the depth and 256 along the rows.
+    named = np.array([128 >> 4 << 16 | 256 >> 4 << 32], np.uint64)
+    assert pieces(Descriptor.of(named), 64, transposed=False)[0, [0, 1, 8]].tolist() == [
+        [0, 128],
+        [16, 144],
+        [256, 384],
+    ]
 
 
 def moved(*opcode: str, by: int) -> Change:
@@ -254,6 +316,7 @@ def bits(*numbers: float, dtype: Any = np.uint32) -> Any:
         ("prmt.b32", (bits(0x80112233), bits(0x44556677), bits(0xB470)), bits(0xFF774433)),
         ("popc.b32", (bits(0xF0F1),), bits(9)),
         ("max.f32", (bits(np.nan, dtype=np.float32), bits(2, dtype=np.float32)), bits(2, dtype=np.float32)),
+        ("min.NaN.f32", (bits(np.nan, dtype=np.float32), bits(2, dtype=np.float32)), bits(0x7FC00000)),
         ("setp.ne.f32", (bits(np.nan, dtype=np.float32), bits(2, dtype=np.float32)), np.array([False])),
         ("setp.neu.f32", (bits(np.nan, dtype=np.float32), bits(2, dtype=np.float32)), np.array([True])),
         ("cvt.s8.s32", (bits(200),), bits(-56, dtype=np.int16)),
@@ -316,9 +379,9 @@ def test_matrix_products_use_the_layout_of_the_hardware(dtype: str, depth: int) 
 
 
 def test_what_is_not_known_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match=r"executes sm80, not sm90"), executed("sm90"):
+    with pytest.raises(UnsupportedError, match=r"executes sm80, sm90, not sm100"), executed("sm100"):
         raise AssertionError
-    with pytest.raises(UnsupportedError, match=r"does not know wgmma"):
-        operation(("wgmma", "mma_async", "f32"))
+    with pytest.raises(UnsupportedError, match=r"does not know tcgen05"):
+        operation(("tcgen05", "mma", "f32"))
     with pytest.raises(MeasureError, match=r"no \.entry"):
         parse("ret;")
