@@ -18,12 +18,11 @@ from dataclasses import dataclass
 
 from bratune.cell import Cell
 from bratune.machine import Machine
-from bratune.measure.ranks import clopper_pearson
 from bratune.problem import Problem
 from bratune.record import Record
-from bratune.tune.evidence import agreement
+from bratune.tune.evidence import measured_top1
 from bratune.tune.fidelity_source import Fidelity
-from bratune.tune.lost_accuracy import ALLOWED_LOSS, CONFIDENCE, Counts
+from bratune.tune.lost_accuracy import ALLOWED_LOSS, CONFIDENCE, Counts, change_interval
 from bratune.tune.setting import Setting
 from bratune.tune.space import Space
 from bratune.variant import get_variant
@@ -267,13 +266,14 @@ class SyntheticFidelity:
         agree = round(images * math.exp(-loss))
         # Of two pictures that are answered otherwise, one more is lost than gained in a hundred.
         lost = round((images - agree) * 0.505)
-        counts = Counts(images=images, differ=images - agree, lost=lost, gained=images - agree - lost)
-        evidence = agreement(
+        gained = images - agree - lost
+        counts = Counts(images=images, differ=images - agree, lost=lost, gained=gained)
+        change = (gained - lost) / images
+        evidence = measured_top1(
             images=images,
-            agree=agree,
-            bound=clopper_pearson(agree, images),
-            kl=loss,
-            kl_interval=(loss, loss),
+            change=change,
+            interval=change_interval(gained, lost, images),
+            top1=0.8 + change,
             most_lost=counts.most_lost(),
             confidence=CONFIDENCE,
         )

@@ -29,7 +29,7 @@ from bratune.tune.request import TuneRequest
 from bratune.tune.sampling import Encoding, black_box
 from bratune.tune.setting import Setting
 from bratune.tune.show import Clock, Pace, Say
-from bratune.tune.table import OptionTable, TableError
+from bratune.tune.table import Entry, OptionTable, TableError
 from bratune.tune.train_trials import TrainTrials
 
 if TYPE_CHECKING:
@@ -174,10 +174,8 @@ class Tuner:
 
     def measure_table(self) -> None:
         """Measure options of stages, the most promising first, then divergences; sets `table`."""
-        entries = list(self.options.ordered(self.named().values()))
-        self.cells.enqueue(self.options.cell_items(entries))
-        self._measure_ahead([self.bench.block_cell(entry) for entry in entries])
-        self._drain(self.cells, self.options.run_cell, CELLS_UNTIL, "stage options")
+        options = self.options.ordered(self.named().values())
+        self._measure_options(options, CELLS_UNTIL, "stage options")
         if self.losses is not None:
             self.losses.enqueue(self.options.loss_items())
             self._drain(self.losses, self.options.run_loss, LOSSES_UNTIL, "divergences")
@@ -186,31 +184,35 @@ class Tuner:
             front = {entry for c in self.table.candidates() for entry in self.table.find(c.setting) or ()}
             most = self.request.how_much.configs
             more = [other for entry in sorted(front) for other in self.bench.other_configs(entry, most)]
-            if self.cells.enqueue(self.options.cell_items(more)):
-                self._measure_ahead([self.bench.block_cell(entry) for entry in more], LOSSES_UNTIL)
-                self._drain(self.cells, self.options.run_cell, LOSSES_UNTIL, "backend settings")
-                self.read_table()
+            self._measure_options(more, LOSSES_UNTIL, "backend settings")
+            self.read_table()
 
-    def _measure_ahead(self, cells: Sequence[Cell], share: float = CELLS_UNTIL) -> None:
-        """Measure cells together where the engine can; the trials that ask for them then find their rows.
+    def _measure_options(self, entries: Sequence[Entry], share: float, what: str) -> None:
+        """Measure options, together where the engine can, until a share of the budget is spent.
 
         Together are the options that one stage has with one S and top-k, which take turns, or as many as
-        there are devices.
+        there are devices. What was measured so is in the table, however late it became.
         """
+        cells = {self.bench.block_cell(entry): entry for entry in entries}
         known = self.cells.by_key()
         missing = [cell for cell in cells if cell.cell_id not in known]
-        slots, done = self.engine.slots, 0
-        if slots > 1:
-            at_once = 4 * slots  # between these the budget is looked at
-            batches = [missing[start : start + at_once] for start in range(0, len(missing), at_once)]
-        else:
-            batches = groups_of(missing) if self.engine.turns else []
-        for batch in batches:
+        batches = self._batches(missing)
+        self.cells.enqueue(self.options.cell_items(cells[cell] for batch in batches for cell in batch))
+        done, slots = 0, self.engine.slots
+        for batch in batches if slots > 1 or self.engine.turns else ():
             if self.pace.left(share) <= 0:
-                return
+                break
             done += len(list(self.engine.run(batch)))
             how = f"{slots} at a time" if slots > 1 else f"the last {len(batch)} in turn"
-            self.say(f"{done} of {len(missing)} stage options are measured, {how}")
+            self.say(f"{done} of {len(missing)} {what} are measured, {how}")
+        self._drain(self.cells, self.options.run_cell, share, what, known=done)
+
+    def _batches(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """Cells that the engine is given together; between batches the budget is looked at."""
+        at_once = 4 * self.engine.slots
+        if self.engine.slots == 1:
+            return groups_of(cells)
+        return [[*cells[start : start + at_once]] for start in range(0, len(cells), at_once)]
 
     def verify(self) -> None:
         """Measure the best settings of the table end to end, then the next ones, while that helps."""
@@ -330,14 +332,18 @@ class Tuner:
         """Measure every waiting setting."""
         self._drain(self.settings, self._run_setting, None, "settings")
 
-    def _drain(self, ledger: Ledger, run: Callable[[Trial], str], share: float | None, what: str) -> None:
+    def _drain(
+        self, ledger: Ledger, run: Callable[[Trial], str], share: float | None, what: str, known: int = 0
+    ) -> None:
+        """Run what waits while there is time; what the first ``known`` ask for is measured and takes none."""
         while True:
             in_time = self.time_left() if share is None else self.pace.left(share) > 0
-            if not in_time:
+            if not in_time and known <= 0:
                 left = len(ledger.trials("WAITING"))
                 if left:
                     self.say(f"the budget for {what} is spent; {left} stay queued for the next run")
                 return
+            known -= 1
             if self._step(ledger, run, what):
                 continue
             if not ledger.busy_elsewhere():
