@@ -323,11 +323,24 @@ def _model_table(rows: Sequence[Record], passes: Sequence[Record]) -> Table:
         ratio = _ratio_cells(row, models, verdicts, row is base)
         found.append((who, rate, _ms(row.median_ms), *ratio, _megabytes(row.peak_alloc_mb), *bound))
     notes = [f"best per stage: {row.backend.replace(',', ', ')}" for row in models if _is_mixed(row)]
+    if _auto_is_best(rows, models):
+        notes.append(
+            "auto takes the fastest backend of every stage, so that best per stage is no other model"
+        )
     return Table(tuple(columns), tuple(found), notes=tuple(dict.fromkeys(notes)))
 
 
 def _is_mixed(row: Record) -> bool:
     return name_of(row) == "best per stage"
+
+
+def _auto_is_best(rows: Sequence[Record], models: Sequence[Record]) -> bool:
+    """Whether no model stands for each stage's fastest backend because ``auto`` is that model."""
+    stages = {row.stage for row in rows if row.part == "attention" and not row.topk.startswith("-")}
+    best = {row.backend for stage in stages if (row := best_attention(rows, stage or 0)) is not None}
+    plain = {row.backend for row in models if row.form in ("", "plain")}
+    mixed = any(_is_mixed(row) for row in models)
+    return "auto" in plain and bool(best) and not mixed and plain.isdisjoint(best)
 
 
 # --- cells -------------------------------------------------------------------------------------------

@@ -1,17 +1,21 @@
 """Session: a request from its first cell to its last.
 
 Attention by every backend comes first; the fastest backend of each stage is then put into a whole block,
-beside its parts, and the fastest of all stages together into the whole model, beside the baseline. Where a
-budget may end it early, the whole models come before all else: they are the answer.
+beside its parts, and the fastest of all stages together into the whole model, beside the baseline, unless
+``auto``, which is there too, is that model. Where a budget may end it early, the whole models come before
+all else: they are the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from bratune.cell import Cell
 from bratune.engine import Engine
+from bratune.errors import UnsupportedError
+from bratune.kernels import tuned
+from bratune.machine import Machine
 from bratune.record import Record
 from bratune.run.groups import Baselines, group_of, is_baseline
 from bratune.run.summary import best_attention
@@ -169,7 +173,7 @@ def _together(
             yield rows[number][-1]
 
     def models(number: int, scene: Scene) -> list[Cell]:
-        return _model_cells(scene, []) if request.whole_model else []
+        return _model_cells(scene, [], engine.machine) if request.whole_model else []
 
     def attention(number: int, scene: Scene) -> list[Cell]:
         order = sorted(_chosen(scene, stages), key=_possible_gain, reverse=True)
@@ -179,7 +183,7 @@ def _together(
         return attention(number, scene) + models(number, scene)
 
     def known_after(number: int, scene: Scene) -> list[Cell]:
-        whole = _model_cells(scene, rows[number]) if request.whole_model else []
+        whole = _model_cells(scene, rows[number], engine.machine) if request.whole_model else []
         cells = [cell for cell in whole if cell not in given]
         if cells and engine.passes > 1:  # in turn with the others, whose rows are there
             cells = whole
@@ -198,12 +202,12 @@ def _scene_rows(
     """Rows of one scene; ``rows`` holds those that were yielded so far."""
     chosen = _chosen(scene, stages)
     if answer_first:
-        given = _model_cells(scene, []) if scene.request.whole_model else []
+        given = _model_cells(scene, [], engine.machine) if scene.request.whole_model else []
         yield from engine.run(given)
         chosen.sort(key=_possible_gain, reverse=True)
         for stage in chosen:
             yield from engine.run(scene.attention_cells(stage))
-        later = _model_cells(scene, rows) if scene.request.whole_model else []
+        later = _model_cells(scene, rows, engine.machine) if scene.request.whole_model else []
         yield from engine.run([cell for cell in later if cell not in given])
         for stage in chosen:
             yield from _block_rows(scene, engine, rows, stage)
@@ -247,18 +251,35 @@ def _best_block(scene: Scene, rows: list[Record], stage: Stage) -> Cell | None:
 
 def _model_rows(scene: Scene, engine: Engine, rows: list[Record]) -> Iterator[Record]:
     if scene.request.whole_model:
-        yield from engine.run(_model_cells(scene, rows))
+        yield from engine.run(_model_cells(scene, rows, engine.machine))
 
 
-def _model_cells(scene: Scene, rows: list[Record]) -> list[Cell]:
-    """The model in its forms and with the fastest backend of each stage, and its peers, each cell once."""
+def _model_cells(scene: Scene, rows: list[Record], machine: Machine) -> list[Cell]:
+    """The model in its forms and with the fastest backend of each stage, and its peers, each cell once.
+
+    Where ``auto`` is among the forms and takes these backends, the model with them is there already.
+    """
     baseline = _baseline(scene.request)
     best = [best_attention(rows, stage.index) for stage in scene.stages]
     # The baseline first: where cells follow each other, what is compared with it waits for it.
     cells = sorted(scene.form_cells(), key=lambda cell: not is_baseline(cell))
-    if any(best):
+    if any(best) and not ("auto" in scene.request.forms and _takes_these(scene, best, machine)):
         cells.append(scene.model_cell([row.backend if row else baseline for row in best]))
     return list(dict.fromkeys([*cells, *scene.peer_cells()]))
+
+
+def _takes_these(scene: Scene, best: Sequence[Record | None], machine: Machine) -> bool:
+    """Whether ``auto`` runs the fastest backend, with its default settings, in every routed stage."""
+    for stage, row in zip(scene.stages, best, strict=True):
+        if stage.kind != "routed" or stage.problem is None:
+            continue
+        try:
+            backend, planned = tuned.choose(stage.problem, machine)
+        except UnsupportedError:
+            return False
+        if row is None or backend.name != row.backend or planned:
+            return False
+    return True
 
 
 def _baseline(request: Request) -> str:

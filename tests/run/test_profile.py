@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from bratune.backend import Backend
 from bratune.cell import Cell
 from bratune.errors import BratuneError, TargetError, UnknownNameError, UsageError
+from bratune.kernels import registry
 from bratune.machine import Machine, detect
 from bratune.measure.meter import meter_for
 from bratune.measure.settings import MeterSettings
+from bratune.problem import Problem
 from bratune.record import Record
 from bratune.report.explain_tables import n_win_table
 from bratune.report.profile_tables import profile_markdown, profile_text
@@ -111,6 +114,36 @@ def test_a_stage_where_nothing_could_be_timed_has_no_block_and_the_model_keeps_t
 def test_the_model_is_timed_once_where_the_baseline_is_fastest_everywhere() -> None:
     engine = FakeEngine(gather=1.0, dense=2.0, triton=2.0)
     assert [r.backend for r in profile(engine) if r.part == "model"] == ["gather"]
+
+
+def test_the_model_of_the_fastest_backends_is_left_out_where_auto_is_that_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: dict[int, tuple[str, dict[str, Any] | None]] = {
+        1: ("triton", None),
+        2: ("triton", None),
+        3: ("dense", None),
+    }
+
+    def choose(problem: Problem, machine: Machine) -> tuple[Backend, dict[str, Any] | None]:
+        name, config = taken[{56: 1, 28: 2, 14: 3}[problem.height]]
+        return registry.get(name), config
+
+    monkeypatch.setattr("bratune.kernels.tuned.choose", choose)
+    best = {"gather": 3.0, "dense": 2.0, "triton": 1.0, "dense_3": 0.5}
+    forms = ("published", "gather", "auto")
+    rows = profile(FakeEngine(**best), forms=forms)
+    assert [r.backend for r in rows if r.part == "model"] == ["gather", "", "auto"]
+    assert "auto takes the fastest backend of every stage" in profile_text(rows)
+    taken[3] = ("dense", {"block": 64})  # a plan's settings make it another model
+    rows = profile(FakeEngine(**best), forms=forms)
+    assert [r.backend for r in rows if r.part == "model"] == [
+        "gather",
+        "",
+        "auto",
+        "triton,triton,dense,gather",
+    ]
+    assert "auto takes" not in profile_text(rows)
 
 
 def test_without_the_baseline_the_first_backend_stands_in_and_nothing_has_a_speedup() -> None:
