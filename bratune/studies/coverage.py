@@ -2,15 +2,15 @@
 
     $ python -m bratune.studies coverage run -o out              # eight runs of attention and whole models
     $ python -m bratune.studies coverage run -o out --busy       # the same beside one busy process
-    $ python -m bratune.studies coverage run -o out --delay 0    # backends, each beside itself once more
-    $ python -m bratune.studies coverage run -o out --delay 10   # those really are 10 % slower
+    $ python -m bratune.studies coverage run -o out --delay 10   # backends, each beside itself 10 % slower
     $ python -m bratune.studies coverage tune -o out             # how much slower plans are than the best
     $ python -m bratune.studies coverage show -o out             # what they say, and out/coverage-study.json
     $ python -m bratune.studies coverage table out/coverage-study.json
 
 Every run is a process and a folder of its own and measures as `bratune profile` does, but for the parts of
 blocks; the same command goes on where it ended. A delay is waited inside a backend, not multiplied into
-samples.
+samples. It is to be found within a run, beside the backend that does not wait, and between two runs: the
+backend in one of them against itself, delayed, in the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,12 +37,12 @@ from bratune.machine import detect
 from bratune.measure.settings import EFFORTS, MeterSettings
 from bratune.measure.verdict import Passes, estimate, priors
 from bratune.record import Record, new_run_id
-from bratune.report.compare import RecordSet, compare
+from bratune.report.compare import RecordSet, compare, describe
 from bratune.run.isolated import IsolatedEngine
 from bratune.run.summary import judged
 from bratune.store import Store
 from bratune.studies import regret
-from bratune.work.cells import scenes
+from bratune.work.cells import BASELINE, scenes
 from bratune.work.request import make_request
 
 __all__ = [
@@ -95,12 +95,14 @@ class Found:
     Attributes:
         n: Those cells, over all comparisons.
         slower: Of them, the ones that were SLOWER.
+        left_out: Others, of which a run took three samples because another backend is clearly faster.
         comparisons: How often cells were judged together.
         wrong: Comparisons in which a cell that did not change was called faster or slower.
     """
 
     n: int
     slower: int
+    left_out: int = 0
     comparisons: int = 0
     wrong: int = 0
 
@@ -168,33 +170,69 @@ def pairs(runs: Sequence[RecordSet], most: int = _PAIRS) -> Pairs:
     return Pairs(n, wrong, cells, claimed)
 
 
-def found(before: Sequence[RecordSet], after: Sequence[RecordSet]) -> Found:
-    """How often `bratune compare` calls a delayed backend SLOWER after than before, over all pairs."""
-    n = slower = comparisons = wrong = 0
-    for a, b in itertools.product(before, after):
-        claimed = {row.what: row.verdict.verdict for row in compare([a, b]).rows}
-        changed = {what for what in claimed if any(word.startswith(_DELAYED) for word in what.split())}
-        n += len(changed)
-        slower += sum(claimed[what] == "SLOWER" for what in changed)
+def found(runs: Sequence[RecordSet]) -> Found:
+    """How often `bratune compare` calls a backend of one run SLOWER that waits in another, over all pairs."""
+    n = slower = left_out = comparisons = wrong = 0
+    for one, other in itertools.permutations(runs, 2):
+        plain = [row for row in one.records if not row.backend.startswith(_DELAYED)]
+        delayed = [
+            row.replace(backend=name)
+            for row in other.records
+            if (name := _delayed(row)) not in ("", BASELINE)
+        ]
+        changed = {describe(row) for row in delayed}
+        same = [row for row in other.records if not _delayed(row) and describe(row) not in changed]
+        claimed = {
+            row.what: row.verdict.verdict
+            for row in compare([RecordSet(one.label, plain), RecordSet(other.label, [*same, *delayed])]).rows
+        }
+        hopeless = {
+            describe(rows[0]) for run in (plain, delayed) for rows in _cells(run) if _is_hopeless(rows)
+        }
+        counted = changed & claimed.keys() - hopeless
+        n += len(counted)
+        slower += sum(claimed[what] == "SLOWER" for what in counted)
+        left_out += len(changed & hopeless)
         comparisons += 1
         wrong += any(claimed[what] in ("FASTER", "SLOWER") for what in claimed.keys() - changed)
-    return Found(n, slower, comparisons, wrong)
+    return Found(n, slower, left_out, comparisons, wrong)
 
 
 def found_in_turn(runs: Sequence[RecordSet]) -> Found:
     """How often one run calls a delayed backend SLOWER than the one it is, beside which it took turns."""
-    n = slower = 0
+    n = slower = left_out = 0
     for run in runs:
+        hopeless = {(rows[0].stage, rows[0].backend) for rows in _cells(run.records) if _is_hopeless(rows)}
         rows = {(row.stage, row.backend): row for row in store.pool(run.records) if row.part == "attention"}
-        pairs = [
-            (row, rows[stage, name.removeprefix(_DELAYED)])
-            for (stage, name), row in rows.items()
-            if name.startswith(_DELAYED) and (stage, name.removeprefix(_DELAYED)) in rows
-        ]
-        verdicts = judged(pairs, run.records)
+        pairs = {
+            key: (row, rows[row.stage, _delayed(row)])
+            for key, row in rows.items()
+            if (row.stage, _delayed(row)) in rows
+        }
+        known = [pair for key, pair in pairs.items() if key not in hopeless]
+        verdicts = judged(known, run.records)
         n += len(verdicts)
         slower += sum(verdict is not None and verdict.verdict == "SLOWER" for verdict in verdicts)
-    return Found(n, slower, len(runs))
+        left_out += len(pairs) - len(known)
+    return Found(n, slower, left_out, len(runs))
+
+
+def _delayed(row: Record) -> str:
+    """The backend that a row's is but for the wait; empty where it does not wait."""
+    return row.backend.removeprefix(_DELAYED) if row.backend.startswith(_DELAYED) else ""
+
+
+def _cells(rows: Iterable[Record]) -> Iterable[list[Record]]:
+    """Rows by what they are of, all passes of it."""
+    found: dict[str, list[Record]] = {}
+    for row in rows:
+        found.setdefault(describe(row), []).append(row)
+    return found.values()
+
+
+def _is_hopeless(rows: Sequence[Record]) -> bool:
+    """Whether most passes of a cell were ended early because others are clearly faster."""
+    return 2 * sum(row.stop_reason.startswith("worse") for row in rows) > len(rows)
 
 
 def _run_files(output: Path) -> list[Path]:
@@ -255,9 +293,9 @@ main.add_command(regret.tune_command)
 @click.option("--busy", is_flag=True, help="With one busy process beside.")
 @click.option(
     "--delay",
-    type=click.FloatRange(0),
+    type=click.FloatRange(0, min_open=True),
     metavar="PERCENT",
-    help="Only attention, by backends each of which is there again and waits this much; compared with 0.",
+    help="Only attention, by backends each of which is there again and waits this much.",
 )
 @click.option("--effort", type=click.Choice(EFFORTS), help="[default: quick; standard with --delay]")
 @click.option("--passes", type=click.IntRange(2), help="Fresh processes.  [default: by effort]")
@@ -313,7 +351,7 @@ def one_command(
     if delayed:
         from bratune.studies.delayed import DELAYED
 
-        names = (*DELAYED.values(), *DELAYED)
+        names = (BASELINE, *DELAYED.values(), *DELAYED)
     request = make_request(machine, image=(res, res), backends=names)
     (scene,) = scenes(request)
     chosen = [stage for stage in scene.stages if stage.kind == "routed" or not delayed]
@@ -379,11 +417,11 @@ def study_of(output: Path) -> dict[str, Any]:
     if plans:
         figures["tune"] = regret.summary(plans)
     for kind, runs in sets.items():
-        figures["kinds"][kind] = _kind_figures(runs, kind, sets.get("delay0", []))
+        figures["kinds"][kind] = _kind_figures(runs, kind)
     return figures
 
 
-def _kind_figures(sets: Sequence[RecordSet], kind: str, undelayed: Sequence[RecordSet]) -> dict[str, Any]:
+def _kind_figures(sets: Sequence[RecordSet], kind: str) -> dict[str, Any]:
     rows = [row for one in sets for row in one.records]
     waits = [row.cpu_wait_pct for row in rows if row.cpu_wait_pct is not None]
     figures: dict[str, Any] = {
@@ -396,9 +434,8 @@ def _kind_figures(sets: Sequence[RecordSet], kind: str, undelayed: Sequence[Reco
     }
     if kind.startswith("delay"):
         figures["in_turn"] = asdict(found_in_turn(sets))
-        if kind != "delay0" and undelayed:
-            figures["compared"] = asdict(found(undelayed, sets))
         if len(sets) > 1:
+            figures["compared"] = asdict(found(sets))
             figures["pairs"] = asdict(pairs(sets))
         return figures
     if len(sets) >= _FEWEST_RUNS:
@@ -428,20 +465,15 @@ def table_of(figures: Mapping[str, Any]) -> str:
                 f"{_share(seen['wrong'], seen['n'])} with a false claim; "
                 f"{seen['claimed']} of {seen['cells']} cells |"
             )
-        percent = kind.removeprefix("delay")
-        if "in_turn" in one:
-            seen = one["in_turn"]
-            lines.append(
-                f"| a true +{percent} %, in turn within a run | {runs} | "
-                f"{_share(seen['slower'], seen['n'])} SLOWER |"
-            )
-        if "compared" in one:
-            seen = one["compared"]
-            lines.append(
-                f"| a true +{percent} %, two runs compared | {runs} | "
-                f"{_share(seen['slower'], seen['n'])} SLOWER; {seen['wrong']} of {seen['comparisons']} "
-                "pairs with a false claim |"
-            )
+        for name, where in (("in_turn", "in turn within a run"), ("compared", "two runs compared")):
+            if name in one:
+                seen = one[name]
+                text = f"{_share(seen['slower'], seen['n'])} SLOWER"
+                if name == "compared":
+                    text += f"; {seen['wrong']} of {seen['comparisons']} comparisons with a false claim"
+                if seen["left_out"]:
+                    text += f"; {seen['left_out']} left out, clearly slower than others"
+                lines.append(f"| a true +{kind.removeprefix('delay')} %, {where} | {runs} | {text} |")
     if "tune" in figures:
         lines += _tune_lines(figures["tune"])
     return "\n".join(lines)

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from bratune.kernels import registry
-from bratune.kernels.gather import GatherBackend, GatherSDPABackend
+from bratune.kernels.gather import GatherSDPABackend
 from bratune.kernels.native.backend import NativeBackend
 
-__all__ = ["DELAYED", "DELAY_VARIABLE", "DelayedGather", "DelayedGatherSDPA", "DelayedNative"]
+__all__ = ["DELAYED", "DELAY_VARIABLE", "DelayedGatherSDPA", "DelayedNative"]
 
 # How long they wait, in percent of the time that the backend took.
 DELAY_VARIABLE = "BRATUNE_STUDY_DELAY"
@@ -29,22 +29,15 @@ T = TypeVar("T")
 def _and_wait(call: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(call)
     def slower(*args: P.args, **kwargs: P.kwargs) -> T:
+        factor = 1 + float(os.environ[DELAY_VARIABLE]) / 100
         begin = time.perf_counter()
         out = call(*args, **kwargs)
-        took = time.perf_counter() - begin
-        end = begin + took * (1 + float(os.environ.get(DELAY_VARIABLE, "0")) / 100)
+        end = begin + (time.perf_counter() - begin) * factor
         while time.perf_counter() < end:
             pass
         return out
 
     return slower
-
-
-class DelayedGather(GatherBackend):
-    """`gather`, and then a wait."""
-
-    name = "delayed-gather"
-    forward = _and_wait(GatherBackend.forward)
 
 
 class DelayedGatherSDPA(GatherSDPABackend):
@@ -61,7 +54,7 @@ class DelayedNative(NativeBackend):
     forward = _and_wait(NativeBackend.forward)
 
 
-_ALL = (DelayedGather, DelayedGatherSDPA, DelayedNative)
+_ALL = (DelayedGatherSDPA, DelayedNative)
 # Name of each, and the backend that it is but for the wait.
 DELAYED = {one.name: one.name.removeprefix("delayed-") for one in _ALL}
 
