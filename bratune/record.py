@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import types
@@ -61,8 +62,8 @@ def utc_now() -> str:
 
 
 def new_run_id() -> str:
-    """A name for a run that begins now: ``20260131T120000Z``."""
-    return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    """A name for a run that begins now, also beside others: ``20260131T120000Z-1f0c93ab``."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.urandom(4).hex()}"
 
 
 # With slots, and each different text once: reports hold a row per line of files of millions.

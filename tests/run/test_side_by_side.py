@@ -228,7 +228,7 @@ def drive(path: Path, name: str, slots: int, passes: int) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("passes", [1, 3])
 def test_two_drivers_of_one_name_do_every_pass_once(tmp_path: Path, passes: int) -> None:
-    """The name of a run is the second that it began in: two that are started together share it."""
+    """A name is any text: what tells two drivers apart is the process that holds a cell."""
     path = tmp_path / "records.jsonl"
     fork = multiprocessing.get_context("fork")
     drivers = [fork.Process(target=drive, args=(path, "now", slots, passes)) for slots in (3, 4)]

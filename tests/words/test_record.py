@@ -12,7 +12,7 @@ from bratune.cell import Cell
 from bratune.errors import BratuneError, ProblemError, StoreError, UnknownNameError
 from bratune.machine import Machine
 from bratune.problem import Problem
-from bratune.record import OUTCOMES, SCHEMA, Record
+from bratune.record import OUTCOMES, SCHEMA, Record, new_run_id
 
 PROBLEM = Problem(batch=2, height=56, width=56, heads=2, head_dim=32, region=(8, 8), topk=1)
 CELL = Cell(
@@ -223,3 +223,10 @@ def test_a_row_without_a_pass_is_one_process_and_a_row_with_one_keeps_it() -> No
     for name in ("pass_number", "ratio_lo"):
         with pytest.raises(StoreError, match=f"{name} should be above 0"):
             Record.from_dict({**row.to_dict(), name: 0})
+
+
+def test_runs_that_begin_in_one_second_have_names_of_their_own_that_sort_by_time() -> None:
+    names = [new_run_id() for _ in range(20)]
+    assert len(set(names)) == 20
+    first, last = (name.partition("-")[0] for name in (names[0], names[-1]))
+    assert first <= last
