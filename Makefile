@@ -11,7 +11,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Files are compiled when they are first imported: most of what packages bring never is.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: profile test faults check wheels gpu clean
 
@@ -20,7 +21,7 @@ profile: $(VENV)/.installed
 
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest -q -n 3 --dist worksteal
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal -m interpreter tests/kernels tests/predict
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m interpreter tests/kernels tests/predict
 
 faults: $(VENV)/.tests
 	$(BIN)/python tests/run/fault_table.py
@@ -46,14 +47,15 @@ $(VENV)/.torch: constraints.txt
 	$(INSTALL) torch triton
 	touch $@
 
+# Each holds what those before it hold, so that one installation does for all of them.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable .
 	touch $@
 
-$(VENV)/.tests: $(VENV)/.installed
+$(VENV)/.tests: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable '.[test]'
-	touch $@
+	touch $(VENV)/.installed $@
 
-$(VENV)/.dev: $(VENV)/.tests
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable '.[test,dev]'
-	touch $@
+	touch $(VENV)/.installed $(VENV)/.tests $@
