@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import types
 from collections.abc import Generator, Iterator
@@ -14,6 +15,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # processes that tests start share the cores with other tests
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else a pool of processes, each of which imports torch
 
 
 # Where `make test` looks for tests of interpreted kernels: to collect all others once more takes longer.
@@ -45,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _is_looked_for(path: Path) -> bool:
     return any(path.is_relative_to(Path(__file__).parent / name) for name in INTERPRETED)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected, a million objects, out of every later look at what lives."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -133,6 +141,28 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def forked() -> Iterator[None]:
+    """Processes of this Python that the test starts begin with torch imported; see `preloaded`."""
+    from preloaded import forks
+
+    with forks():
+        yield
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backends of `bratune.testing.faults` are there, also for processes that the test starts."""
+    from bratune.kernels import registry
+    from bratune.testing import faults
+
+    faults.install(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry._entry_points.cache_clear()
+    yield
+    registry._entry_points.cache_clear()
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ class Size:
 
 
 # Seconds, and too little training to prove anything.
-SMOKE = Size(train=96, proxy=48, test=48, settings=6, recipe=Recipe(steps=4, batch=16))
+SMOKE = Size(train=48, proxy=32, test=32, settings=4, recipe=Recipe(steps=2, batch=16))
 
 
 @dataclass(frozen=True, kw_only=True)

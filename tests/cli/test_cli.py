@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from preloaded import forks
 
 from bratune.cli import run
 from bratune.cli.options import settings_of
@@ -444,7 +445,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     folder = tmp_path_factory.mktemp("tiny")
     words = [sys.executable, "-m", "bratune", "profile", *TINY.split(), "-o", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
+    with forks():
+        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
     return folder, result.stdout, result.stderr
 
 
@@ -480,6 +482,7 @@ def test_stored_rows_answer_a_second_run_in_any_format(
         assert out.startswith("schema,run_id,cell_id")
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_full_disk_ends_the_run_with_one_sentence_and_keeps_earlier_rows(
     tiny: tuple[Path, str, str],
 ) -> None:
@@ -502,6 +505,7 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_keeps_earlier_rows(
     assert path.read_bytes() == before
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("number", "said"),
     [
@@ -519,8 +523,6 @@ def test_an_interrupt_keeps_the_rows_and_exits_130(tmp_path: Path, number: signa
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        # A shell starts what it puts into the background deaf to interrupts, and so are its descendants.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     for line in process.stderr:

@@ -311,6 +311,7 @@ def test_a_shell_completes_verbs_and_names(line: str, expected: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_an_interrupt_is_answered_at_once_and_says_how_to_go_on(tmp_path: Path) -> None:
     words = "profile --device cpu --res 64 --n-win 2 --topks 1,2,3,-2 --stage 1 --min-time 9s --timeout 60s"
     process = subprocess.Popen(
@@ -319,7 +320,6 @@ def test_an_interrupt_is_answered_at_once_and_says_how_to_go_on(tmp_path: Path) 
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     deadline = time.monotonic() + 120

@@ -207,6 +207,7 @@ def test_two_packages_with_one_name_are_both_named(install: Callable[..., None])
         attend("mine")
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_example_of_the_readme_is_a_backend_that_conforms(tmp_path: Path) -> None:
     readme = (Path(registry.__file__).parent / "README.md").read_text()
     _, mine, test = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)

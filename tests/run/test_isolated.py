@@ -6,7 +6,6 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,22 +21,13 @@ from bratune.problem import Problem
 from bratune.run import isolated
 from bratune.run.isolated import IsolatedEngine, IsolatedRunner
 from bratune.run.measure_cell import run_cell
-from bratune.testing import faults
 
 PROBLEM = Problem(batch=1, height=8, width=8, heads=2, head_dim=8, region=(4, 4), topk=2)
 CELL = Cell(part="attention", problem=PROBLEM, backend="gather", l2="warm")
 SETTINGS = MeterSettings(min_time_s=0.0, max_noise_pct=100.0, min_samples=6, max_samples=6, warmup_s=0.0)
 
 
-@pytest.fixture
-def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    faults.install(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    registry._entry_points.cache_clear()
-    yield
-    registry._entry_points.cache_clear()
-
-
+@pytest.mark.usefixtures("forked")
 def test_a_cell_is_measured_in_another_process_with_the_same_threads() -> None:
     here = machine.detect("cpu")
     with IsolatedEngine(here, SETTINGS) as engine:
@@ -125,6 +115,7 @@ def test_a_backend_that_is_right_once_is_caught(failing: None, name: str, says: 
     assert says in row.record.reason
 
 
+@pytest.mark.usefixtures("forked")
 def test_what_a_backend_leaves_behind_reaches_no_other_cell(failing: None) -> None:
     here = machine.detect("cpu")
     with IsolatedEngine(here, SETTINGS) as engine:

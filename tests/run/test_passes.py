@@ -10,7 +10,6 @@ import pytest
 
 from bratune import machine
 from bratune.cell import Cell
-from bratune.kernels import registry
 from bratune.machine import Machine
 from bratune.measure.settings import MeterSettings
 from bratune.problem import Problem
@@ -25,7 +24,6 @@ from bratune.run.passes import disturbance
 from bratune.run.replay import ReplayRunner
 from bratune.run.runner import Turns
 from bratune.store import Store, pool, read_records
-from bratune.testing import faults
 from bratune.work.request import make_request
 
 CPU = Machine(kind="cpu", device="cpu", gpu_key="cpu", gpu_name="CPU", threads=2)
@@ -239,6 +237,7 @@ def test_cells_of_this_process_have_one_pass_whatever_is_asked(tmp_path: Path) -
     assert rows[GROUPS[1]][0].ratio is not None
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_comparison_in_real_workers_has_ratios_to_its_base() -> None:
     with IsolatedEngine(machine.detect("cpu"), SETTINGS) as real:
         rows = real.in_turn(GROUPS[:2], GROUPS[1], 2)
@@ -349,15 +348,7 @@ def test_several_devices_stop_with_the_budget(tmp_path: Path) -> None:
 # --- real workers ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    faults.install(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    registry._entry_points.cache_clear()
-    yield
-    registry._entry_points.cache_clear()
-
-
+@pytest.mark.usefixtures("forked")
 def test_two_passes_are_two_processes_and_ratios_are_within_rounds() -> None:
     with IsolatedEngine(machine.detect("cpu"), SETTINGS, passes=2) as real:
         gather, dense = real.run(GROUPS[:2])
@@ -369,6 +360,7 @@ def test_two_passes_are_two_processes_and_ratios_are_within_rounds() -> None:
     assert dense.cpu_wait_pct is not None
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_cell_has_the_memory_that_it_would_have_alone() -> None:
     with contextlib.closing(IsolatedRunner(machine.detect("cpu"), SETTINGS)) as runner:
         together = {
@@ -380,7 +372,7 @@ def test_a_cell_has_the_memory_that_it_would_have_alone() -> None:
     assert together[GROUPS[1]].peak_alloc_mb == pytest.approx(alone.record.peak_alloc_mb, rel=0.02)
 
 
-@pytest.mark.usefixtures("failing")
+@pytest.mark.usefixtures("failing", "forked")
 def test_a_backend_that_crashes_costs_its_own_process_and_not_the_pass() -> None:
     group = [GROUPS[0], cell("fault-segfault"), cell("fault-raise"), GROUPS[1]]
     runner = IsolatedRunner(machine.detect("cpu"), SETTINGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from bratune.run.yours import Measured, ask, measure_model
 from bratune.tune.model_plan import ModelPlan, plan_of
 from bratune.work.deploy import open_file
 from bratune.work.factory import load_factory
+from bratune.work.yours import YoursRequest
+
+pytestmark = pytest.mark.usefixtures("forked")
 
 YOLO = "somebodys_nets:make_yolo"
 SHORT: dict[str, Any] = {"min_time_s": 0.01, "warmup_s": 0.01, "timeout_s": 1.0, "min_samples": 3}
@@ -97,10 +101,14 @@ def test_a_plan_applies_with_accelerate_and_survives_a_file(tmp_path: Path) -> N
         ModelPlan.load(tmp_path / "other.json")
 
 
+@functools.cache
+def asked() -> YoursRequest:
+    return ask(YOLO, "1x3x16x24", detect("cpu"), backends=("gather", "dense"))
+
+
 def rows_of(ratios: dict[str, float], passes: int = 4) -> Measured:
     """What an engine might have found of the whole model, passes alike."""
-    machine = detect("cpu")
-    request = ask(YOLO, "1x3x16x24", machine, backends=("gather", "dense"))
+    machine, request = detect("cpu"), asked()
     cells = {name: request.model_cell(*name.split(",")) if name else request.model_cell() for name in ratios}
     best = [cell for cell in request.attention_cells() if cell.backend == "dense"]
 

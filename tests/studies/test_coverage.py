@@ -139,6 +139,7 @@ def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_run_is_taken_in_processes_of_its_own_and_shown(tmp_path: Path) -> None:
     short = ["--runs=1", "--smoke", "--res=64", "--stage=3", "--passes=2"]
     result = CliRunner().invoke(main, ["run", "-o", str(tmp_path), "--delay=10", *short])

@@ -95,7 +95,7 @@ def test_rivals_are_timed_where_they_run_and_refused_with_a_reason_elsewhere() -
 
     here = detect("cpu")
     brief = MeterSettings.for_effort(
-        "quick", min_time_s=0.0, min_samples=2, max_samples=2, warmup_s=0.0, timeout_s=5.0
+        "quick", min_time_s=0.0, min_samples=2, max_samples=2, warmup_s=0.0, timeout_s=5.0, l2="warm"
     )
     lines = list(depthwise_lines(here, brief, [(1, 4, 4, 8)], torch.float32))
     assert [line.split()[:2] for line in lines if " us " in line] == [

@@ -158,6 +158,7 @@ def test_what_is_compiled_first_is_what_is_measured(tmp_path: Path, monkeypatch:
     assert {job.problem for job in jobs if job.what == "attention"} == {cell.problem for cell in ours}
 
 
+@pytest.mark.usefixtures("forked")
 def test_every_selection_of_tests_selects_some(tmp_path: Path) -> None:
     selections = {
         tuple(words[2:]) for words in commands(tmp_path, "quick") if words[1] == "pytest" and "-k" in words
@@ -227,6 +228,7 @@ def test_after_it():
 """
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(("workers", "outcome"), [([], "1 failed"), (["-n", "1"], "1 failed, 1 passed")])
 def test_a_device_that_is_lost_ends_the_process_of_tests_and_not_what_comes_after(
     workers: list[str], outcome: str, tmp_path: Path

@@ -92,7 +92,7 @@ def _abandon(ledger: Ledger) -> None:
 def test_trial_of_a_process_that_died_is_queued_again(tmp_path: Path) -> None:
     url = urls(tmp_path)["journal"]
     Ledger(url, "s", ["ms"]).enqueue(items(1))
-    process = multiprocessing.get_context("spawn").Process(target=_claim_and_die, args=(url,))
+    process = multiprocessing.get_context("fork").Process(target=_claim_and_die, args=(url,))
     process.start()
     process.join()
     ledger = Ledger(url, "s", ["ms"])
@@ -344,7 +344,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def _share_the_work(url: str) -> None:
     ledger = Ledger(url, "s", ["ms"])
     ledger.enqueue(items(40))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_work, args=(url,)) for _ in range(4)]
     for worker in workers:
         worker.start()

@@ -325,7 +325,7 @@ def _help(folder: str) -> None:
 
 @pytest.mark.slow
 def test_workers_that_join_share_the_work(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     helpers = [context.Process(target=_help, args=(str(tmp_path),)) for _ in range(2)]
     worker = tuner(tmp_path, SyntheticWorld(seed=1), request())
     for helper in helpers:

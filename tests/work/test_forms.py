@@ -101,11 +101,18 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where files of the small model are kept: to write one takes ten seconds, and forms share it."""
+    return tmp_path_factory.mktemp("written")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("form", RUNTIME_FORMS)
 def test_a_model_in_another_runtime_agrees_in_the_data_type_that_is_asked(
-    form: str, dtype: str, small: None, monkeypatch: pytest.MonkeyPatch
+    form: str, dtype: str, small: None, written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(written))
     pytest.importorskip(RUNTIME_PACKAGES[form], reason=f"{form} is not installed (extra deploy)")
     pytest.importorskip("onnxscript", reason="ONNX files need onnxscript (extra deploy)")
     cell = cell_of(form, dtype=dtype)

@@ -159,6 +159,7 @@ def gather_fwd_kernel() -> Any:
     return found
 
 
+@pytest.mark.usefixtures("forked")
 def test_kernels_that_are_compiled_first_of_all_are_not_launched() -> None:
     code = (
         "from bratune.predict.offline import attention_launches; from bratune.problem import Problem; "

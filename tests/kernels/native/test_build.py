@@ -160,6 +160,7 @@ def test_a_wheel_holds_the_library_where_a_compiler_makes_it(tmp_path: Path, tex
         assert "will be built at their first use" in run.stderr
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_backend_says_why_it_has_no_library() -> None:
     code = (
         "from bratune.kernels.registry import choose, get\n"

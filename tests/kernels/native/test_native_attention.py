@@ -304,6 +304,7 @@ def said(code: str, **variables: str) -> str:
 FIND = "from bratune.kernels.native.library import find as f\nx = f()\nprint(getattr(x, 'default', x))"
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("wanted", "answer"),
     [
