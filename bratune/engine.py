@@ -55,6 +55,7 @@ class ComparingEngine(Engine, Protocol):
         passes: int,
         *,
         enough: Callable[[int], bool] = lambda made: False,
+        about: str = "",
     ) -> dict[Cell, list[Record]]:
         """The rows of cells that take turns, pass after pass, each pass in a fresh process.
 
@@ -68,6 +69,8 @@ class ComparingEngine(Engine, Protocol):
             passes: Fresh processes.
             enough: Asked before every pass that is to be made, with the number of those that are there:
                 whether to stop.
+            about: What it is for, where the same cells are compared for something else, too: a search must
+                not answer whether what it chose is faster.
 
         Returns:
             For each cell its rows, each a pass; ``ratio`` is how many times faster it was than the base

@@ -9,7 +9,7 @@ from typing import Any
 from bratune.cell import Cell
 from bratune.record import Record
 from bratune.store import Store
-from bratune.store.pooled import IN_TURN_WITH
+from bratune.store.pooled import in_turn_with
 from bratune.tune import session
 from bratune.tune.bench import registry_offers
 from bratune.tune.request import TuneRequest
@@ -33,9 +33,9 @@ class Recorder(SyntheticWorld):
             yield self._kept(record)
 
     def in_turn(
-        self, cells: Sequence[Cell], base: Cell, passes: int, **more: Any
+        self, cells: Sequence[Cell], base: Cell, passes: int, *, about: str = "", **more: Any
     ) -> dict[Cell, list[Record]]:
-        sampling = f"some{IN_TURN_WITH}{base.cell_id}"
+        sampling = f"some{in_turn_with(base, about)}"
         world = SyntheticWorld(seed=1, noise=0.0)
         return {
             cell: [self._kept(row.replace(baseline=base.cell_id, sampling=sampling)) for row in rows]

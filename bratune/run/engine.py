@@ -33,7 +33,7 @@ from bratune.run.reuse import NOT_FINISHED, NOT_STARTED, Cache, key_of, source_h
 from bratune.run.runner import ComparingRunner, GroupRunner, LocalRunner, Runner, Turns
 from bratune.store import Store, pool
 from bratune.store.claims import Claim, Claims
-from bratune.store.pooled import IN_TURN_WITH
+from bratune.store.pooled import in_turn_with
 from bratune.work.contents import contents_of
 
 __all__ = ["LEASES", "OVERHEAD_S", "CellEngine", "LocalEngine", "lacks"]
@@ -225,6 +225,7 @@ class CellEngine:
         passes: int,
         *,
         enough: Callable[[int], bool] = lambda made: False,
+        about: str = "",
     ) -> dict[Cell, list[Record]]:
         """The rows of cells that take turns with one of them; see `bratune.engine.ComparingEngine`.
 
@@ -232,8 +233,8 @@ class CellEngine:
         cells that are measured in this process there is one pass.
         """
         if isinstance(self._runner, ComparingRunner):
-            return self._runner.in_turn(cells, base)
-        how = f"{self._settings.sampling}{IN_TURN_WITH}{base.cell_id}"
+            return self._runner.in_turn(cells, base, about)
+        how = f"{self._settings.sampling}{in_turn_with(base, about)}"
         rows: dict[Cell, list[Record]] = {cell: [] for cell in cells}
         passes = 1 if isinstance(self._runner, LocalRunner) else passes
         while True:

@@ -16,7 +16,7 @@ from bratune.record import Record
 from bratune.run.measure_cell import Result
 from bratune.run.runner import Turns
 from bratune.store import Rows, pool_each, read_rows
-from bratune.store.pooled import alike, sizes_of
+from bratune.store.pooled import alike, in_turn_with, sizes_of
 
 __all__ = ["ReplayRunner"]
 
@@ -100,13 +100,14 @@ class ReplayRunner:
         own = {name: getattr(asked, name) for name in _OF_THE_CELL}
         return Result(row.replace(evidence="replayed", **own))
 
-    def in_turn(self, cells: Sequence[Cell], base: Cell) -> dict[Cell, list[Record]]:
+    def in_turn(self, cells: Sequence[Cell], base: Cell, about: str) -> dict[Cell, list[Record]]:
         """See `bratune.run.runner.ComparingRunner.in_turn`."""
+        how = in_turn_with(base, about)
         return {
             cell: [
                 self._replayed(cell, row).record
                 for row in self._own.named(cell.cell_id)
-                if row.baseline == base.cell_id
+                if row.sampling.endswith(how)
             ]
             for cell in cells
         }

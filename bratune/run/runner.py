@@ -90,7 +90,7 @@ class GroupRunner(Runner, Protocol):
 class ComparingRunner(Protocol):
     """A runner that holds comparisons that were made before."""
 
-    def in_turn(self, cells: Sequence[Cell], base: Cell) -> dict[Cell, list[Record]]:
+    def in_turn(self, cells: Sequence[Cell], base: Cell, about: str) -> dict[Cell, list[Record]]:
         """The rows of cells that took turns with one of them; none of cells that did not."""
         ...
 

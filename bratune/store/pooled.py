@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bratune.cell import Cell
 from bratune.measure.verdict import MedianOfPasses, Passes, Prior, estimate, priors
 from bratune.record import Record
 from bratune.store.columns import Columns
@@ -20,7 +21,7 @@ from bratune.store.rows import Rows, read_rows
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["IN_TURN_WITH", "alike", "passes_of", "pool", "pool_each", "pooled", "ratios_of"]
+__all__ = ["IN_TURN_WITH", "alike", "in_turn_with", "passes_of", "pool", "pool_each", "pooled", "ratios_of"]
 
 # In how a row was sampled: it belongs to a comparison of its own, and its ratio is to that cell.
 IN_TURN_WITH = ", in turn with "
@@ -62,6 +63,11 @@ def pooled(paths: Iterable[str | os.PathLike[str]]) -> pandas.DataFrame:
     for row in pool_each(read_rows(paths)):
         made.add_record(row)
     return made.table()
+
+
+def in_turn_with(base: Cell, about: str = "") -> str:
+    """What is added to how a row was sampled: it belongs to a comparison with a cell, for a purpose."""
+    return f"{IN_TURN_WITH}{base.cell_id}{about and f' for {about}'}"
 
 
 def alike(row: Record) -> tuple[Any, ...]:

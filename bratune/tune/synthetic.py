@@ -145,6 +145,7 @@ class SyntheticWorld:
         passes: int,
         *,
         enough: Callable[[int], bool] = lambda made: False,
+        about: str = "",
     ) -> dict[Cell, list[Record]]:
         """See `bratune.engine.ComparingEngine.in_turn`."""
         rows: dict[Cell, list[Record]] = {cell: [] for cell in cells}

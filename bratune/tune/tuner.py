@@ -45,6 +45,8 @@ PASS_START_S = 6.0
 # The name of the default with gather-then-dense in every routed stage.
 GATHER = "gather everywhere"
 POLL_S = 0.5
+# Whole models that take turns with the default in one process of the search.
+AT_ONCE = 4
 # Proposals in a row that are known or not worth a training, after which the sampler has no more to say.
 MOST_IDLE = 60
 
@@ -103,6 +105,8 @@ class Tuner:
         self._check_machine(here)
         self.encoding = Encoding(self.space, self._backend_names(), request.regimes)
         self.table = OptionTable(self.space, (), objective=self.second)
+        # Settings by key that took turns with the default, and whose trials are to come.
+        self._beside: dict[str, Record] = {}
 
     def _check_machine(self, here: str) -> None:
         known = self.settings.study.user_attrs.get("machine")
@@ -329,7 +333,7 @@ class Tuner:
         )
 
     def drain_settings(self) -> None:
-        """Measure every waiting setting."""
+        """Measure every waiting setting; where one process can run several, in turn with the default."""
         self._drain(self.settings, self._run_setting, None, "settings")
 
     def _drain(
@@ -389,10 +393,36 @@ class Tuner:
         setting = Setting.from_dict(trial.user_attrs["setting"])
         return self.measure_setting(trial, setting)
 
+    def _take_turns(self, setting: Setting) -> None:
+        """Let a setting and those that wait next take turns with the default, where that is known.
+
+        A machine changes its speed from one minute to the next. What is kept of each is the default's time
+        over the ratio within rounds: times of a search differ by their settings, and not by the minute.
+        """
+        default = self.find(self.reference)
+        if default is None or setting.regime != self.reference.regime:
+            return
+        queued = [t.user_attrs for t in self.settings.trials("WAITING")]
+        waiting = [Setting.from_dict(attrs["setting"]) for attrs in queued if not attrs.get("name")]
+        same = [s for s in waiting if s.regime == setting.regime and s.key not in self._beside]
+        each = self.pace.typical("setting")
+        room = min(AT_ONCE, (self.pace.left() - self._reserved_s()) / each) if each else AT_ONCE
+        chosen = [setting, *same][: max(1, int(room))]
+        cells = {self.bench.model_cell(one): one for one in chosen}
+        base = self.bench.model_cell(self.reference)
+        found = self.engine.in_turn([base, *cells], base, 1, about="search")
+        for cell, one in cells.items():
+            if found[cell]:
+                self._beside[one.key] = _scaled(found[cell][-1], default.ms)
+
     def measure_setting(self, trial: Trial, setting: Setting) -> str:
         """Measure a setting end to end and finish its trial; returns a line about it."""
-        record = self.bench.measure(self.bench.model_cell(setting))
         name = trial.user_attrs.get("name", "")
+        # What `bratune profile` measures, too, is measured as it does, so that either finds the other's rows.
+        if not name and self.engine.slots == 1 and setting.key not in self._beside:
+            self._take_turns(setting)
+        known = self._beside.pop(setting.key, None)
+        record = self.bench.measure(self.bench.model_cell(setting)) if known is None else known
         what = f"{setting} ({name})" if name else str(setting)
         common: dict[str, Any] = {"record": summary(record), "setting": setting.to_dict()}
         if not record.ok:
@@ -456,3 +486,15 @@ class Tuner:
             for v in self.verified()
             if v.setting.key != self.reference.key and v.setting.regime == regime
         )
+
+
+def _scaled(row: Record, base_ms: float) -> Record:
+    """A row with the time that its ratio to a base says, whose own time is ``base_ms``."""
+    if not row.ok or not row.ratio or not row.median_ms:
+        return row
+    factor = base_ms / row.ratio / row.median_ms
+    times = {name: getattr(row, name) for name in ("median_ms", "ci_lo_ms", "ci_hi_ms")}
+    return row.replace(
+        **{name: None if ms is None else factor * ms for name, ms in times.items()},
+        images_per_s=None if row.images_per_s is None else row.images_per_s / factor,
+    )

@@ -205,10 +205,15 @@ def test_a_comparison_is_answered_by_nothing_else_and_answers_nothing_else(tmp_p
     assert list(engine(runner, path, passes=2).run([gather, dense])) == before
     assert len(engine(runner, path).in_turn([gather, dense], gather, 2)[dense]) == 2  # another base
     assert runner.log == ["fresh", "1:0:gather+dense", "fresh", "2:0:gather+dense"]
+    runner.log.clear()
+    searched = engine(runner, path).in_turn([gather, dense], dense, 1, about="search")
+    assert runner.log == ["fresh", "1:0:gather+dense"]
     rows = list(read_records([path]))
     assert [row.passes for row in pool(rows)] == [2, 2]  # and no table shows ratios to another base
     with CellEngine(ReplayRunner.of([path]), SETTINGS) as replay:
         told = replay.in_turn([gather, dense], dense, 6)
+        again = replay.in_turn([gather, dense], dense, 1, about="search")
+    assert [row.replace(evidence="measured") for row in again[gather]] == searched[gather]
     assert [row.replace(evidence="measured") for row in told[gather]] == compared[gather]
     assert {row.evidence for row in told[gather]} == {"replayed"}
 

@@ -432,3 +432,28 @@ def test_options_that_were_measured_in_turn_are_in_the_table_however_late_it_bec
     blocks = {cell for cell in world.measured if cell.part == "block"}
     assert worker.cells.trials("WAITING"), "the time of the table ended before all options had their turn"
     assert len(worker.table.entries) == len(blocks) > 0
+
+
+def test_times_of_a_search_differ_by_their_settings_and_not_by_the_minute(tmp_path: Path) -> None:
+    class Moody(SyntheticWorld):
+        """The machine has another speed whenever it is asked."""
+
+        def run(self, cells: Iterable[Cell]) -> Iterator[Record]:
+            speed = next(speeds)
+            for row in super().run(cells):
+                assert row.median_ms is not None
+                yield row.replace(median_ms=speed * row.median_ms, ci_lo_ms=None, ci_hi_ms=None)
+
+    speeds = itertools.cycle((1.0, 0.7, 1.6, 1.2, 0.5))
+    world = Moody(seed=1, noise=0.0)
+    worker = tuner(tmp_path, world, request())
+    worker.search()
+    default = worker.find(worker.reference)
+    assert default is not None
+    named = {setting.key for setting in worker.named().values()}
+    found = [v for v in worker.verified() if v.setting.key not in named]
+    assert len(found) >= 3
+    truth = world.model_ms(worker.space, default.setting)
+    for one in found:
+        ratio = world.model_ms(worker.space, one.setting) / truth
+        assert one.ms / default.ms == pytest.approx(ratio), str(one.setting)
