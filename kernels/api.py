@@ -103,12 +103,16 @@ def _attend(
     as_before: tuple[Any, ...] | None = None
     if config is None and not is_observed(q):
         as_before = (
-            *((x.shape, x.dtype, x.device) for x in (q, k, v, routes)),
-            (needs_grad, heads, tuple(region), kv_region and tuple(kv_region), scale, padding, backend),
-        )
+            q.shape, k.shape, v.shape, routes.shape, q.dtype, k.dtype, v.dtype, routes.dtype,
+            q.device, k.device, v.device, routes.device,
+            needs_grad, heads, tuple(region), kv_region and tuple(kv_region), scale, padding, backend,
+        )  # fmt: skip
         known = _KNOWN.get(as_before)
         if known is not None:
-            return _run(q, k, v, routes, *known)
+            problem, chosen, planned, nothing_to_check = known
+            if nothing_to_check:
+                return chosen.forward(q, k, v, routes, problem, planned)
+            return _run(q, k, v, routes, problem, chosen, planned)
     _check_alike(q, k, v, routes)
     call = _resolve(
         *_shapes(q, k, v, routes),
@@ -125,11 +129,11 @@ def _attend(
         is_exported(),
     )
     found: tuple[Problem, Backend, Config | None] = getattr(_RESOLVED, call)
+    problem, chosen, planned = found
     if as_before is not None:
         if len(_KNOWN) >= _MOST_CALLS:
             _KNOWN.clear()
-        _KNOWN[as_before] = found
-    problem, chosen, planned = found
+        _KNOWN[as_before] = (*found, q.shape[0] > 0 and (q.device.type != "cpu" or _checks_routes(chosen)))
     return _run(q, k, v, routes, problem, chosen, planned if config is None else config)
 
 
@@ -140,10 +144,14 @@ def _run(
     if _is_empty(q):
         return _nothing(q, k, v)
     if routes.device.type == "cpu" and not (
-        getattr(chosen, "checks_routes", False) or is_observed(routes) or is_transformed()
+        _checks_routes(chosen) or is_observed(routes) or is_transformed()
     ):
         _check_range(routes, problem.kv_regions)
     return chosen.forward(q, k, v, routes, problem, config)
+
+
+def _checks_routes(chosen: Backend) -> bool:
+    return getattr(chosen, "checks_routes", False)
 
 
 def _shapes(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
@@ -216,8 +224,9 @@ def forget_calls() -> None:
 
 _RESOLVED = _Resolved()
 _PLACES: dict[tuple[Any, ...], str] = {}
-# The same by what tensors say of themselves, where no graph is made: most calls are like one before.
-_KNOWN: dict[tuple[Any, ...], tuple[Problem, Backend, Config | None]] = {}
+# The same by what tensors say of themselves, where no graph is made: most calls are like one before. Last,
+# whether the backend may be called at once: there is an image, and it is the backend that looks at routes.
+_KNOWN: dict[tuple[Any, ...], tuple[Problem, Backend, Config | None, bool]] = {}
 _NUMBERS = itertools.count()
 # Backends that are operators of ours in a graph, which other tools do not know.
 OPERATORS = ("triton", "native")

@@ -20,6 +20,7 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
 #endif
 #define LANES 16
+#define ROUNDS_TO_BFLOAT16 /* in one instruction */
 #include "simd.h"
 
 #include "attention.h"
@@ -169,34 +170,54 @@ INLINE void score_column(float *to, int64_t keys, const uint32_t *columns, int64
         _tile_stored(C1, to, keys * 4);
 }
 
-/* 2^x for x <= 0 to 1e-4 of its value, which is finer than the weights are stored; NaN of NaN, 0 of minus infinity. */
+/* 2^x for x <= 0 to 1e-4 of its value, which is finer than the weights are stored; see exp2_of. */
 INLINE V coarse_exp2(V x)
 {
-    V held = larger(splat(-126.0f), x), n = _mm512_roundscale_ps(held, 0), f = held - n;
+    V magic = splat(12582912.0f), shifted = x + magic, f = x - (shifted - magic);
     V p = splat(5.51716685e-2f) * f + splat(2.42611125e-1f);
     p = p * f + splat(6.93260968e-1f);
     p = p * f + splat(9.99928057e-1f);
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, n);
+    __mmask16 large = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);
+    __m512i power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(large, _mm512_castps_si512(p), power));
 }
 
-/* A row of scores becomes weights in bfloat16; gives their sum, and the largest logit. */
-INLINE float soften_row(uint16_t *p, float *s, const float *bias, int64_t keys, float factor, float *most)
+/* Four rows of products s [4, keys], plus the bias where there is one, become weights p in bfloat16; gives 1 / their sums
+   and, where `lse` is, the logs of the sums of n of them. */
+INLINE void soften_four(uint16_t *p, const float *s, const float *bias, int64_t keys, float scale, float *factors,
+                        float *lse, int64_t n)
 {
-    V top = splat(-INFINITY), by = splat(factor);
-    for (int64_t i = 0; i < keys; i += 16) {
-        V x = load(s + i) * by + load(bias + i);
-        store(s + i, x);
-        top = larger(top, x);
+    V top[4], sum[4], by = splat(scale * LOG2_E);
+    UNROLL for (int i = 0; i < 4; i++)
+    {
+        top[i] = splat(-INFINITY);
+        sum[i] = (V){0};
     }
-    *most = largest_of(top);
-    V max = splat(*most), sum = {0};
-    for (int64_t i = 0; i < keys; i += 32) {
-        V low = coarse_exp2((load(s + i) - max) * splat(LOG2_E));
-        V high = coarse_exp2((load(s + i + 16) - max) * splat(LOG2_E));
-        sum += low + high;
-        _mm512_storeu_si512(p + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    for (int64_t k = 0; k < keys; k += 16) {
+        V hidden = bias ? load(bias + k) : (V){0};
+        UNROLL for (int i = 0; i < 4; i++) top[i] = larger(top[i], load(s + i * keys + k) + hidden);
     }
-    return sum_of(sum);
+    V tops = across_four(top, 1);
+    spread_four(top, tops);
+    for (int64_t k = 0; k < keys; k += 32) {
+        V hidden = bias ? load(bias + k) : (V){0}, more = bias ? load(bias + k + 16) : (V){0};
+        UNROLL for (int i = 0; i < 4; i++)
+        {
+            V low = coarse_exp2((load(s + i * keys + k) + hidden - top[i]) * by);
+            V high = coarse_exp2((load(s + i * keys + k + 16) + more - top[i]) * by);
+            sum[i] += low + high;
+            _mm512_storeu_si512(p + i * keys + k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
+    }
+    V sums = across_four(sum, 0), inverse = splat(1.0f) / sums;
+    memcpy(factors, &inverse, 16);
+    if (lse) {
+        float most[16], total[16];
+        store(most, tops);
+        store(total, sums);
+        for (int64_t i = 0; i < min_of(n, 4); i++)
+            lse[i] = most[i] * scale + logf(total[i]);
+    }
 }
 
 static void amx_task(void *context, int64_t task, char *memory)
@@ -214,7 +235,9 @@ static void amx_task(void *context, int64_t task, char *memory)
     _tile_loadconfig(&config);
 
     int64_t b, h, first, end, direct_keys = s->tk % 16 == 0, direct_values = s->tk % 32 == 0;
+    int64_t uneven = c->masked || s->k != j->keys || s->tk != c->kv_region_h * c->kv_region_w; /* some keys are hidden */
     task_range(c, s, task, &b, &h, &first, &end);
+    const blocks_t held = {.call = c, .shape = s, .b = b, .h = h, .region_in = m.region_in};
     for (int64_t i = 0; i < s->slots; i++)
         m.region_in[i] = -1;
     /* What is read and belongs to nobody: channels and keys that fill tiles. */
@@ -235,7 +258,7 @@ static void amx_task(void *context, int64_t task, char *memory)
             if (!direct_values)
                 move_words(m.rows + slot * (s->tk / 2) * j->wide, values, s->tk / 2 * j->wide);
         }
-        if (c->masked || r == first) {
+        if (c->masked || (uneven && r == first)) {
             for (int64_t slot = 0; slot < c->topk; slot++) {
                 tile_t at = key_tile(c, s, m.regions[slot]);
                 for (int64_t i = 0; i < s->tk; i++) {
@@ -265,6 +288,8 @@ static void amx_task(void *context, int64_t task, char *memory)
         for (int64_t i = 0; i < s->t; i += j->m) {
             const uint16_t *q = m.q + i * j->deep;
             int64_t stride = j->deep * 2, n = min_of(j->m, s->t - i);
+            if (r + 1 < end)
+                fetch_next(&held, r + 1, i / j->m, ceil_div(s->t, j->m));
             _tile_loadd(A0, q, stride);
             if (j->deep > DEEP)
                 _tile_loadd(A1, q + DEEP, stride);
@@ -285,11 +310,14 @@ static void amx_task(void *context, int64_t task, char *memory)
                 score_column(m.s + key + TILE, j->keys, right, ld, j->deep, C1);
             }
             float scale[TILE];
-            for (int64_t u = 0; u < n; u++) {
-                float most, sum = soften_row(m.p + u * j->keys, m.s + u * j->keys, m.bias, j->keys, s->factor, &most);
-                scale[u] = 1.0f / sum;
-                if (c->lse)
-                    c->lse[((b * c->heads + h) * s->regions + r) * s->t + i + u] = most + logf(sum);
+            float *lse = c->lse ? c->lse + ((b * c->heads + h) * s->regions + r) * s->t + i : NULL;
+            for (int64_t u = 0; u < n; u += 4) {
+                uint16_t *weights = m.p + u * j->keys;
+                float *of_rows = lse ? lse + u : NULL;
+                if (uneven)
+                    soften_four(weights, m.s + u * j->keys, m.bias, j->keys, s->factor, scale + u, of_rows, n - u);
+                else
+                    soften_four(weights, m.s + u * j->keys, NULL, j->keys, s->factor, scale + u, of_rows, n - u);
             }
             for (int64_t d = 0; d < j->wide; d += 2 * TILE) {
                 int64_t both = d + TILE < j->wide;
@@ -321,7 +349,7 @@ extern const variant_t avx512_variant;
 
 static int64_t amx_forward(const attention_t *c)
 {
-    if (c->dtype != BFLOAT16 || c->region_h * c->region_w <= FEW_QUERIES)
+    if (c->dtype != BFLOAT16 || c->scale < 0 || c->region_h * c->region_w <= FEW_QUERIES)
         return avx512_variant.forward(c);
     amx_job_t j = {.call = c};
     j.deep = ceil_div(c->head_dim, DEEP) * DEEP;

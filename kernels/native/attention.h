@@ -9,8 +9,7 @@
        softmax  P[i][j] = 2^((S[i][j] - max_i) * log2(e))
        output   o_i     = sum_j P[i][j] v_j / sum_j P[i][j]
 
-   A region of few tokens would read what is packed too seldom: its keys and values are read where they lie, one query at
-   a time (lone_region).
+   A region of few tokens would leave most of a tile empty: it goes one query at a time, by rows of keys.
 
    Q_ROWS queries are taken at a time. Their scores stay in the L1 cache, and a block of keys or values that was
    read once serves all of them.
@@ -33,7 +32,7 @@
 #define Q_ROWS 16
 /* Keys whose values are added to all queries of a block before the next: 64 rows of 32 channels are 8 KiB. */
 #define KEY_STRETCH 64
-/* Queries of a region up to which nothing is packed for it: a register tile would be half empty. */
+/* Queries of a region up to which they go one at a time: a register tile would be half empty. */
 #define FEW_TOKENS 2
 /* Blocks of a head are kept for its later query regions up to this size: half of a common L2 cache. */
 #define KEPT_BYTES (1 << 20)
@@ -155,13 +154,13 @@ static void write_rows(const float *from, const map_t *m, const attention_t *c, 
    the processor to guess. */
 static void fetch_rows(const map_t *m, const attention_t *c, int64_t b, int64_t h, tile_t at, const shape_t *s)
 {
-    int64_t bytes = s->d * m->channel * bytes_of(c->dtype);
-    for (int64_t y = at.y; y < min_of(at.y + at.h, at.height); y++)
-        for (int64_t x = at.x; x < min_of(at.x + at.w, at.width); x++) {
-            const char *token = token_at(m, c->dtype, b, y, x, h, s->d);
+    int64_t bytes = s->d * m->channel * bytes_of(c->dtype), step = m->token * bytes_of(c->dtype);
+    for (int64_t y = at.y; y < min_of(at.y + at.h, at.height); y++) {
+        const char *token = token_at(m, c->dtype, b, y, at.x, h, s->d);
+        for (int64_t x = at.x; x < min_of(at.x + at.w, at.width); x++, token += step)
             for (int64_t i = 0; i < bytes; i += 64)
                 __builtin_prefetch(token + i);
-        }
+    }
 }
 
 /* --- key regions ------------------------------------------------------------------------------------ */
@@ -196,15 +195,16 @@ static void pack_map(blocks_t *k, const map_t *m, int64_t region, float *columns
         pack_rows(plain, m, c, k->b, k->h, tile, s, 1.0f);
     if (!columns)
         return;
-    const float *at[LANES];
-    int64_t y = tile.y, x = tile.x;
+    const float *at[LANES], *row = (const float *)token_at(m, FLOAT32, k->b, tile.y, tile.x, k->h, s->d), *token = row;
+    int64_t x = 0;
     for (int64_t j = 0; j < s->tk; j += LANES) {
         int64_t n = min_of(LANES, s->tk - j);
         for (int64_t i = 0; i < n; i++) {
-            at[i] = in_place ? (const float *)token_at(m, FLOAT32, k->b, y, x, k->h, s->d) : plain + (j + i) * s->dp;
-            if (++x == tile.x + tile.w) {
-                x = tile.x;
-                y++;
+            at[i] = in_place ? token : plain + (j + i) * s->dp;
+            token += m->token;
+            if (++x == tile.w) {
+                x = 0;
+                token = row += m->row;
             }
         }
         transpose(columns + j, s->pitch, at, n, s->d);
@@ -233,18 +233,29 @@ static float *block_of(blocks_t *k, int64_t region, int64_t slot)
     return at;
 }
 
-/* Asks for what query region r will need: its tokens, and those of key regions that are not packed yet. */
-static void fetch_next(const blocks_t *k, int64_t r)
+/* One of a number of parts of a region: rows of tokens. */
+static tile_t part_of(tile_t t, int64_t part, int64_t parts)
+{
+    int64_t first = t.h * part / parts;
+    t.h = t.h * (part + 1) / parts - first;
+    t.y += first;
+    return t;
+}
+
+/* Asks for a part of what query region r will need: its tokens, and those of key regions that are not packed yet. All at once
+   would keep what is computed meanwhile waiting for its own. */
+static void fetch_next(const blocks_t *k, int64_t r, int64_t part, int64_t parts)
 {
     const attention_t *c = k->call;
     const shape_t *s = k->shape;
-    fetch_rows(&c->q, c, k->b, k->h, query_tile(c, s, r), s);
+    fetch_rows(&c->q, c, k->b, k->h, part_of(query_tile(c, s, r), part, parts), s);
     for (int64_t slot = 0; slot < c->topk; slot++) {
         int64_t region = route_of(c, k->b, k->h, r, slot);
         if (s->kept && k->region_in[region] == region)
             continue;
-        fetch_rows(&c->k, c, k->b, k->h, key_tile(c, s, region), s);
-        fetch_rows(&c->v, c, k->b, k->h, key_tile(c, s, region), s);
+        tile_t tile = part_of(key_tile(c, s, region), part, parts);
+        fetch_rows(&c->k, c, k->b, k->h, tile, s);
+        fetch_rows(&c->v, c, k->b, k->h, tile, s);
     }
 }
 
@@ -417,24 +428,7 @@ static void routed_rows(const blocks_t *k, float *const *blocks, int64_t offset,
     }
 }
 
-/* A row of scores becomes e^(s - max); gives their sum, and max. The factor log2(e) comes after the difference: before,
-   its rounding would be one of the logits, which may be large. */
-INLINE float soften(float *s, int64_t vectors, float *most)
-{
-    V top = load(s);
-    for (int64_t c = 1; c < vectors; c++)
-        top = larger(top, load(s + c * LANES));
-    *most = largest_of(top);
-    V sum = {0}, max = splat(*most);
-    for (int64_t c = 0; c < vectors; c++) {
-        V e = exp2_of((load(s + c * LANES) - max) * splat(LOG2_E));
-        store(s + c * LANES, e);
-        sum += e;
-    }
-    return sum_of(sum);
-}
-
-/* --- forward ---------------------------------------------------------------------------------------- */
+/* --- scratch ---------------------------------------------------------------------------------------- */
 
 typedef struct {
     const attention_t *call;
@@ -482,8 +476,8 @@ static scratch_t lay_out(pieces_t *p, const shape_t *s, int64_t topk, int64_t ba
     int64_t joins = s->pitch % LANES != 0;
     m.room = piece(p, joins * s->d * s->kp * 4);
     m.rows = piece(p, s->k * (int64_t)sizeof(float *));
-    m.key_tokens = piece(p, s->lone * s->k * (int64_t)sizeof(char *));
-    m.value_tokens = piece(p, s->lone * s->k * (int64_t)sizeof(char *));
+    m.key_tokens = piece(p, s->lone * s->kp * (int64_t)sizeof(char *));
+    m.value_tokens = piece(p, s->lone * s->kp * (int64_t)sizeof(char *));
     m.zero = piece(p, s->lone * s->d * 4);
     if (backward) {
         m.value_columns = piece(p, s->kp / 4 * (int64_t)sizeof(float *));
@@ -534,7 +528,7 @@ static blocks_t open_blocks(const attention_t *c, const shape_t *s, scratch_t *m
 
 /* --- regions of few tokens -------------------------------------------------------------------------- */
 
-/* Where the routed keys and values of query region r lie; what is padding is `zero`. */
+/* Where the routed keys and values of query region r lie; what is padding, and what fills the last vector, is `zero`. */
 static void find_tokens(const attention_t *c, const shape_t *s, const scratch_t *m, int64_t b, int64_t h, int64_t r)
 {
     const char **keys = m->key_tokens, **values = m->value_tokens;
@@ -547,104 +541,68 @@ static void find_tokens(const attention_t *c, const shape_t *s, const scratch_t 
                 *values++ = real ? token_at(&c->v, c->dtype, b, y, x, h, s->d) : m->zero;
             }
     }
+    for (int64_t j = s->k; j < s->kp; j++)
+        *keys++ = *values++ = m->zero;
 }
 
-/* to[j] = x . tokens[j]; where `hidden` is a token, its place and those up to KP get minus infinity. */
+/* to[j] = x . tokens[j], the sums of a whole vector of keys at once; where `hidden` is a token, its place and those up to
+   KP get minus infinity. */
 INLINE void dot_tokens(float *to, const float *x, const char *const *tokens, const char *hidden, const shape_t *s,
                        const int dtype)
 {
     const int size = dtype == FLOAT32 ? 4 : 2;
-    for (int64_t j = 0; j < s->k; j++) {
-        V sum = {0};
-        for (int64_t e = 0; e < s->d; e += LANES)
-            sum += load(x + e) * read_vector(tokens[j] + e * size, dtype);
-        to[j] = tokens[j] == hidden ? -INFINITY : sum_of(sum);
+    for (int64_t j = 0; j < s->kp; j += LANES) {
+        V sum[LANES];
+        UNROLL for (int i = 0; i < LANES; i++) sum[i] = (V){0};
+        for (int64_t e = 0; e < s->d; e += LANES) {
+            V part = load(x + e);
+            UNROLL for (int i = 0; i < LANES; i++)
+                sum[i] += part * read_vector(tokens[j + i] + e * size, dtype);
+        }
+        store(to + j, sums_of(sum));
     }
+    if (hidden)
+        for (int64_t j = 0; j < s->k; j++)
+            to[j] = tokens[j] == hidden ? -INFINITY : to[j];
     for (int64_t j = s->k; j < s->kp; j++)
         to[j] = -INFINITY;
 }
 
-/* to = sum of w[j] * tokens[j], in two sums: each alone would wait for itself. */
+/* nv vectors of the sum of w[j] * tokens[j], in two sums: each alone would wait for itself. */
+INLINE void weigh_vectors(float *to, const float *w, const char *const *tokens, int64_t k, int64_t at, const int dtype,
+                          const int nv)
+{
+    V even[4], odd[4];
+    UNROLL for (int v = 0; v < nv; v++) even[v] = odd[v] = (V){0};
+    const int step = LANES * (dtype == FLOAT32 ? 4 : 2);
+    int64_t j = 0;
+    for (; j + 2 <= k; j += 2) {
+        V one = splat(w[j]), two = splat(w[j + 1]);
+        const char *first = tokens[j] + at, *second = tokens[j + 1] + at;
+        UNROLL for (int v = 0; v < nv; v++)
+        {
+            even[v] += one * read_vector(first + v * step, dtype);
+            odd[v] += two * read_vector(second + v * step, dtype);
+        }
+    }
+    if (j < k)
+        UNROLL for (int v = 0; v < nv; v++) even[v] += splat(w[j]) * read_vector(tokens[j] + at + v * step, dtype);
+    UNROLL for (int v = 0; v < nv; v++) store(to + v * LANES, even[v] + odd[v]);
+}
+
+/* to = sum of w[j] * tokens[j]. */
 INLINE void weigh_tokens(float *to, const float *w, const char *const *tokens, const shape_t *s, const int dtype)
 {
     const int size = dtype == FLOAT32 ? 4 : 2;
-    for (int64_t e = 0; e < s->d; e += LANES) {
-        V even = {0}, odd = {0};
-        int64_t j = 0;
-        for (; j + 2 <= s->k; j += 2) {
-            even += splat(w[j]) * read_vector(tokens[j] + e * size, dtype);
-            odd += splat(w[j + 1]) * read_vector(tokens[j + 1] + e * size, dtype);
-        }
-        if (j < s->k)
-            even += splat(w[j]) * read_vector(tokens[j] + e * size, dtype);
-        store(to + e, even + odd);
-    }
-}
-
-INLINE void lone_forward(const attention_t *c, const shape_t *s, const scratch_t *m, int64_t b, int64_t h, int64_t r,
-                         const int dtype)
-{
-    tile_t at = query_tile(c, s, r);
-    find_tokens(c, s, m, b, h, r);
-    pack_rows(m->q, &c->q, c, b, h, at, s, s->factor);
-    for (int64_t i = 0; i < s->t; i++) {
-        float most;
-        dot_tokens(m->s, m->q + i * s->dp, m->key_tokens, c->masked ? m->zero : NULL, s, dtype);
-        float sum = soften(m->s, s->vectors, &most), by = 1.0f / sum;
-        if (c->lse)
-            c->lse[((b * c->heads + h) * s->regions + r) * s->t + i] = most + logf(sum);
-        weigh_tokens(m->o, m->s, m->value_tokens, s, dtype);
-        write_rows(m->o, &c->out, c, b, h, at, s, i, 1, &by);
-    }
-}
-
-static void forward_task(void *context, int64_t task, char *memory)
-{
-    const attention_job_t *job = context;
-    const attention_t *c = job->call;
-    const shape_t *s = &job->shape;
-    pieces_t pieces = {memory, 0};
-    scratch_t m = lay_out(&pieces, s, c->topk, 0);
-    int64_t b, h, first, end, uneven = s->kp != s->k || c->masked;
-    task_range(c, s, task, &b, &h, &first, &end);
-    blocks_t keys = open_blocks(c, s, &m, b, h, 0);
-    for (int64_t r = first; r < end; r++) {
-        if (s->lone) {
-            if (c->dtype == FLOAT32)
-                lone_forward(c, s, &m, b, h, r, FLOAT32);
-            else if (c->dtype == BFLOAT16)
-                lone_forward(c, s, &m, b, h, r, BFLOAT16);
-            else
-                lone_forward(c, s, &m, b, h, r, FLOAT16);
-            continue;
-        }
-        for (int64_t slot = 0; slot < c->topk; slot++) {
-            m.regions[slot] = route_of(c, b, h, r, slot);
-            m.blocks[slot] = block_of(&keys, m.regions[slot], slot);
-        }
-        int64_t ld = routed_columns(s, c->topk, m.blocks, 0, m.columns, m.room);
-        routed_rows(&keys, m.blocks, s->direct ? -1 : s->pitch * s->d, m.regions, m.rows);
-        if (c->masked || (uneven && r == first))
-            bias_of(c, s, m.regions, m.bias);
-        tile_t at = query_tile(c, s, r);
-        pack_rows(m.q, &c->q, c, b, h, at, s, s->factor);
-        if (r + 1 < end)
-            fetch_next(&keys, r + 1);
-        int64_t rows = ceil_div(s->t, NQ) * NQ;
-        memset(m.q + s->t * s->dp, 0, (size_t)((rows - s->t) * s->dp) * 4);
-        for (int64_t i = 0; i < rows; i += Q_ROWS) {
-            int64_t n = min_of(Q_ROWS, rows - i);
-            float scale[Q_ROWS];
-            score(m.s, s, m.q + i * s->dp, n, m.columns, ld, uneven ? m.bias : NULL);
-            for (int64_t u = 0; u < n; u++) {
-                float most, sum = soften(m.s + u * s->kp, s->vectors, &most);
-                scale[u] = 1.0f / sum;
-                if (c->lse && i + u < s->t)
-                    c->lse[((b * c->heads + h) * s->regions + r) * s->t + i + u] = most + logf(sum);
-            }
-            weigh(m.o, s, m.s, n, m.rows);
-            write_rows(m.o, &c->out, c, b, h, at, s, i, n, scale);
-        }
+    for (int64_t e = 0, nv; e < s->d; e += nv * LANES) {
+        int64_t left = (s->d - e) / LANES;
+        nv = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (nv == 4)
+            weigh_vectors(to + e, w, tokens, s->k, e * size, dtype, 4);
+        else if (nv == 2)
+            weigh_vectors(to + e, w, tokens, s->k, e * size, dtype, 2);
+        else
+            weigh_vectors(to + e, w, tokens, s->k, e * size, dtype, 1);
     }
 }
 
@@ -654,14 +612,6 @@ static void cut(shape_t *s, int64_t heads, int64_t threads, int64_t tasks_per_th
     s->parts = min_of(s->regions, ceil_div(tasks_per_thread * threads, heads));
     s->stretch = ceil_div(s->regions, s->parts);
     s->parts = ceil_div(s->regions, s->stretch);
-}
-
-static int64_t forward(const attention_t *c)
-{
-    attention_job_t job = {c, shape_of(c, c->head_dim + ceil_div(c->head_dim, LANES) * LANES, 1), NULL, NULL};
-    cut(&job.shape, c->batch * c->heads, c->threads, c->threads > 1 ? 4 : 1);
-    return spread(forward_task, &job, c->batch * c->heads * job.shape.parts, scratch_bytes(&job.shape, c->topk, 0),
-                  c->threads);
 }
 
 /* --- backward --------------------------------------------------------------------------------------- */

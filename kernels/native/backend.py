@@ -1,7 +1,7 @@
 """The backend ``native``: fused routed attention for CPUs, in C.
 
 Nothing is gathered or permuted in memory: keys and values of a region are packed into a cache of the core
-that needs them, from wherever they lie. How: ``attention.h`` beside this file.
+that needs them, from wherever they lie. How: ``attention.h`` and ``tiles.h`` beside this file.
 """
 
 from __future__ import annotations

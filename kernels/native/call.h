@@ -106,7 +106,8 @@ typedef struct {
 } variant_t;
 
 /* Calls run(context, task, scratch) for every task from 0 to tasks - 1 on up to `threads` threads of torch's own
-   OpenMP. scratch is `bytes` long, aligned to 64 bytes, one per thread, and holds what the thread left in it.
+   OpenMP. scratch is `bytes` long, aligned to 64 bytes, one per thread, and holds what the thread left in it; its first
+   64 bytes are zero before its first task.
    Gives 0 or NO_MEMORY. */
 typedef void (*task_t)(void *context, int64_t task, char *scratch);
 int64_t spread(task_t run, void *context, int64_t tasks, size_t bytes, int64_t threads);

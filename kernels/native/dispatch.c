@@ -138,17 +138,29 @@ int64_t bad_route(const attention_t *c)
 
 /* --- threads ---------------------------------------------------------------------------------------- */
 
-/* GOMP_parallel of the OpenMP that torch has loaded: its threads are awake already, and a second pool would fight
-   with them for the cores. */
+/* GOMP_parallel and omp_get_thread_num of the OpenMP that torch has loaded: its threads are awake already, and a second
+   pool would fight with them for the cores. */
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int (*thread_number)(void);
 
-void bratune_use_openmp(void *gomp_parallel) { *(void **)&parallel = gomp_parallel; }
+void bratune_use_openmp(void *gomp_parallel, void *omp_get_thread_num)
+{
+    *(void **)&parallel = gomp_parallel;
+    *(void **)&thread_number = omp_get_thread_num;
+}
+
+/* The tasks of one thread that nobody has begun; in a cache line of its own. */
+typedef struct {
+    _Alignas(64) int64_t next;
+    int64_t end;
+} share_t;
 
 typedef struct {
     task_t run;
     void *context;
-    int64_t tasks, stretch, next, failed;
+    int64_t threads, failed;
     size_t bytes;
+    share_t *shares; /* [threads] */
 } crew_t;
 
 /* A thread keeps its scratch: memory of this size goes back to the operating system when it is freed, and to get
@@ -156,7 +168,10 @@ typedef struct {
 static __thread char *kept;
 static __thread size_t kept_bytes;
 static const size_t KEEP_AT_MOST = 8u << 20;
+enum { NOTES = 64 }; /* bytes of the scratch that are zero when a call begins */
 
+/* A thread begins with the share that is its own, so that in call after call it works on the same part of a map, which
+   is in its cache; then it takes from the shares of others. Results do not depend on who computed what. */
 static void work(void *argument)
 {
     crew_t *crew = argument;
@@ -172,11 +187,14 @@ static void work(void *argument)
         kept = fresh;
         kept_bytes = crew->bytes;
     }
-    /* Whoever is free takes the next stretch; results do not depend on who computed what. */
-    int64_t first;
-    while ((first = __atomic_fetch_add(&crew->next, crew->stretch, __ATOMIC_RELAXED)) < crew->tasks)
-        for (int64_t task = first; task < min_of(first + crew->stretch, crew->tasks); task++)
+    memset(kept, 0, NOTES);
+    int64_t own = crew->threads > 1 && thread_number ? thread_number() : 0;
+    for (int64_t i = 0; i < crew->threads; i++) {
+        share_t *share = crew->shares + (own + i) % crew->threads;
+        int64_t task;
+        while ((task = __atomic_fetch_add(&share->next, 1, __ATOMIC_RELAXED)) < share->end)
             crew->run(crew->context, task, kept);
+    }
     if (kept_bytes > KEEP_AT_MOST) {
         free(kept);
         kept = NULL;
@@ -186,14 +204,18 @@ static void work(void *argument)
 
 int64_t spread(task_t run, void *context, int64_t tasks, size_t bytes, int64_t threads)
 {
-    if (!parallel || threads > tasks)
-        threads = parallel ? tasks : 1;
-    /* Eight stretches per thread leave little to wait for at the end. */
-    crew_t crew = {run, context, tasks, max_of(1, tasks / (8 * max_of(threads, 1))), 0, 0, bytes + 64};
+    threads = parallel ? max_of(1, min_of(threads, tasks)) : 1;
+    share_t shares[threads];
+    for (int64_t i = 0; i < threads; i++)
+        shares[i] = (share_t){.next = tasks * i / threads, .end = tasks * (i + 1) / threads};
+    crew_t crew = {run, context, threads, 0, bytes + NOTES, shares};
     if (threads > 1)
         parallel(work, &crew, (unsigned)threads, 0);
     else
         work(&crew);
     /* A thread without memory leaves its share to the others; what nobody took is missing. */
-    return crew.failed && crew.next < crew.tasks ? NO_MEMORY : 0;
+    for (int64_t i = 0; i < threads && crew.failed; i++)
+        if (shares[i].next < shares[i].end)
+            return NO_MEMORY;
+    return 0;
 }

@@ -11,6 +11,10 @@
 #endif
 
 #include "attention.h"
+#include "tiles.h"
+#include "quads.h"
+#include "few.h"
+#include "forward.h"
 #include "depthwise.h"
 #include "norm.h"
 #include "linear.h"

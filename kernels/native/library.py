@@ -120,10 +120,11 @@ def _use_openmp(functions: Any) -> str:
     """Let the library use the threads of the OpenMP that torch has loaded; gives its file name."""
     for path in _openmp_libraries():
         try:
-            entry = ctypes.CDLL(path).GOMP_parallel
+            openmp = ctypes.CDLL(path)
+            entries = openmp.GOMP_parallel, openmp.omp_get_thread_num
         except (OSError, AttributeError):
             continue
-        functions.bratune_use_openmp(ctypes.cast(entry, ctypes.c_void_p))
+        functions.bratune_use_openmp(*(ctypes.cast(entry, ctypes.c_void_p) for entry in entries))
         return Path(path).name
     return ""
 

@@ -67,7 +67,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, problem: Problem, va
         return out  # type: ignore[no-any-return]
     if differentiable:
         return _Attend.apply(q, k, v, routes, call)  # type: ignore[no-any-return, no-untyped-call]
-    return infer(q, k, v, routes, call)
+    return run_forward(q, k, v, routes, call, keep_lse=False)[0]
 
 
 def infer(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: NativeCall) -> Tensor:
@@ -164,7 +164,8 @@ def _forward(
     keep_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(heads, region, kv_region, scale, masked, variant)
-    return run_forward(q, k, v, routes, call, keep_lse=keep_lse)
+    out, lse = run_forward(q, k, v, routes, call, keep_lse=keep_lse)
+    return out, lse if keep_lse else q.new_empty(0, dtype=torch.float32)
 
 
 def _backward(

@@ -30,6 +30,7 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_CHANNELS = 128
 _NO_MEMORY = -1
+_NO_LSE = torch.empty(0)
 # attention_t: five maps, the pointer between them, routes, sizes, the scale.
 ATTENTION = struct.Struct("20qq20q6q15qd")
 NOWHERE = (0, 0, 0, 0, 0)
@@ -56,13 +57,15 @@ def lse_shape(q: Tensor, call: NativeCall) -> tuple[int, int, int]:
 def run_forward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: NativeCall, *, keep_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The output ``[B, Hq, Wq, C]``, contiguous, and the statistics of `lse_shape` (empty where not kept).
+    """The output ``[B, Hq, Wq, C]``, contiguous, and the statistics of `lse_shape`.
+
+    Where they are not kept, an empty tensor that all calls share stands for them.
 
     Raises:
         ProblemError: a route names no key region.
     """
     out = q.new_empty(q.shape)
-    lse = q.new_empty(lse_shape(q, call) if keep_lse else (0,), dtype=torch.float32)
+    lse = q.new_empty(lse_shape(q, call), dtype=torch.float32) if keep_lse else _NO_LSE
     if not out.numel():
         return out, lse
     packed = ATTENTION.pack(

@@ -85,32 +85,131 @@ INLINE V inverse_of(V x)
 
 #define LOG2_E 1.44269504f
 
-/* 2^x for x <= 0, to 2e-7 of its value above 2^-126; NaN of NaN, 0 of minus infinity.
+/* 2^x for x <= 1, to 2e-7 of its value above 2^-126; NaN of NaN, 0 of minus infinity.
 
-   x = n + f with |f| <= 1/2; 2^f is a polynomial of degree 5 (minimax under p(0) = 1, error 9.2e-8). AVX-512 rounds and
-   scales in one instruction each, but takes a hundred times as long where the result is too small to be normal; such
-   results are zeros. Elsewhere adding and taking away 1.5 * 2^23 rounds to the nearest whole number, and
-   n is added to the exponent. What is below 2^-126 becomes exactly 0. */
+   x = n + f with |f| <= 1/2; 2^f is a polynomial of degree 5 (minimax under p(0) = 1, error 9.2e-8). Adding and taking away
+   1.5 * 2^23 rounds to the nearest whole number, and n is added to the exponent (AVX-512's scaling instruction takes a
+   hundred times as long where the result is too small to be normal). What is below 2^-126 becomes exactly 0, whatever has
+   been computed of it. */
 INLINE V exp2_of(V x)
 {
-#if LANES == 16
-    V held = larger(splat(-126.0f), x), n = _mm512_roundscale_ps(held, 0), f = held - n;
-#else
-    V held = larger(splat(-126.0f), x), magic = splat(12582912.0f), shifted = held + magic;
-    V f = held - (shifted - magic);
-#endif
+    V magic = splat(12582912.0f), shifted = x + magic, f = x - (shifted - magic);
     V p = splat(1.326472732e-3f) * f + splat(9.671512991e-3f);
     p = p * f + splat(5.550733581e-2f);
     p = p * f + splat(2.402224243e-1f);
     p = p * f + splat(6.931470037e-1f);
     p = p * f + splat(1.0f);
 #if LANES == 16
-    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, n);
+    __mmask16 large = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);
+    __m512i power = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(large, _mm512_castps_si512(p), power));
 #else
     V result = (V)((VI)p + ((VI)shifted << 23));
     return (V)((VI)result & ~(VI)(x < splat(-126.0f)));
 #endif
 }
+
+/* --- several vectors at once ------------------------------------------------------------------------- */
+
+/* Two vectors' lanes in turn, from the lower or the upper half of every four lanes; of single floats and of pairs. */
+#if LANES == 16
+#define LOW(a, b) _mm512_unpacklo_ps(a, b)
+#define HIGH(a, b) _mm512_unpackhi_ps(a, b)
+#define LOW2(a, b) (V)_mm512_unpacklo_pd((__m512d)(a), (__m512d)(b))
+#define HIGH2(a, b) (V)_mm512_unpackhi_pd((__m512d)(a), (__m512d)(b))
+#define IN_FOURS(x, order) _mm512_permute_ps(x, order)
+#elif LANES == 8
+#define LOW(a, b) _mm256_unpacklo_ps(a, b)
+#define HIGH(a, b) _mm256_unpackhi_ps(a, b)
+#define LOW2(a, b) (V)_mm256_unpacklo_pd((__m256d)(a), (__m256d)(b))
+#define HIGH2(a, b) (V)_mm256_unpackhi_pd((__m256d)(a), (__m256d)(b))
+#define IN_FOURS(x, order) _mm256_permute_ps(x, order)
+#elif defined(__x86_64__)
+#define LOW(a, b) _mm_unpacklo_ps(a, b)
+#define HIGH(a, b) _mm_unpackhi_ps(a, b)
+#define LOW2(a, b) (V)_mm_unpacklo_pd((__m128d)(a), (__m128d)(b))
+#define HIGH2(a, b) (V)_mm_unpackhi_pd((__m128d)(a), (__m128d)(b))
+#define IN_FOURS(x, order) _mm_shuffle_ps(x, x, order)
+#endif
+
+INLINE V joined(V a, V b, const int largest) { return largest ? larger(a, b) : a + b; }
+
+/* Sums, or the largest, of four vectors within every four lanes: lane i of the four is that of x[i]. */
+INLINE V within_fours(const V *x, const int largest)
+{
+#if defined(LOW)
+    V low = joined(LOW(x[0], x[1]), HIGH(x[0], x[1]), largest);
+    V high = joined(LOW(x[2], x[3]), HIGH(x[2], x[3]), largest);
+    return joined(LOW2(low, high), HIGH2(low, high), largest);
+#else
+    V found;
+    for (int i = 0; i < 4; i++)
+        found[i] = largest ? largest_of(x[i]) : sum_of(x[i]);
+    return found;
+#endif
+}
+
+/* Sums, or the largest, of four vectors: lane i of every four lanes is that of x[i]. */
+INLINE V across_four(const V *x, const int largest)
+{
+    V found = within_fours(x, largest);
+#if LANES == 16
+    found = joined(found, _mm512_shuffle_f32x4(found, found, 0x4e), largest);
+    found = joined(found, _mm512_shuffle_f32x4(found, found, 0xb1), largest);
+#elif LANES == 8
+    found = joined(found, _mm256_permute2f128_ps(found, found, 1), largest);
+#endif
+    return found;
+}
+
+/* The sums of LANES vectors: lane i is that of x[i]. */
+INLINE V sums_of(const V *x)
+{
+#if LANES == 16
+    V a = within_fours(x, 0), b = within_fours(x + 4, 0), c = within_fours(x + 8, 0), d = within_fours(x + 12, 0);
+    V low = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+    V high = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
+    return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
+#elif LANES == 8
+    V a = within_fours(x, 0), b = within_fours(x + 4, 0);
+    return _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
+#else
+    return within_fours(x, 0);
+#endif
+}
+
+/* Vectors of lane 0, 1, 2 and 3 of a vector whose fours are alike. */
+INLINE void spread_four(V *to, V x)
+{
+#if defined(IN_FOURS)
+    to[0] = IN_FOURS(x, 0x00);
+    to[1] = IN_FOURS(x, 0x55);
+    to[2] = IN_FOURS(x, 0xaa);
+    to[3] = IN_FOURS(x, 0xff);
+#else
+    for (int i = 0; i < 4; i++)
+        to[i] = splat(x[i]);
+#endif
+}
+
+#if LANES > 4
+/* Sums, or the largest, of every four lanes, in all of them. */
+INLINE V of_fours(V x, const int largest)
+{
+    x = joined(x, IN_FOURS(x, 0xb1), largest);
+    return joined(x, IN_FOURS(x, 0x4e), largest);
+}
+
+/* Four floats in every four lanes. */
+INLINE V load_four(const float *p)
+{
+#if LANES == 16
+    return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+#else
+    return _mm256_broadcast_ps((const __m128 *)p);
+#endif
+}
+#endif
 
 /* --- numbers in memory ------------------------------------------------------------------------------ */
 
@@ -209,6 +308,10 @@ INLINE void write_vector(char *to, V value, const int dtype)
         _mm256_storeu_si256((__m256i *)y, _mm512_cvtps_ph(value, 0));
         return;
     }
+#if defined(ROUNDS_TO_BFLOAT16)
+    _mm256_storeu_si256((__m256i *)y, (__m256i)_mm512_cvtneps_pbh(value));
+    return;
+#endif
     __m512i bits = _mm512_castps_si512(value);
     __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_srli_epi32(
@@ -303,16 +406,8 @@ INLINE void write_row(char *to, const float *from, int64_t dtype, int64_t step, 
 #if LANES == 16
 #define QUADS(p, i) _mm512_insertf32x4(_mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512( \
     _mm_loadu_ps(p[i])), _mm_loadu_ps(p[i + 4]), 1), _mm_loadu_ps(p[i + 8]), 2), _mm_loadu_ps(p[i + 12]), 3)
-#define LOW(a, b) _mm512_unpacklo_ps(a, b)
-#define HIGH(a, b) _mm512_unpackhi_ps(a, b)
-#define LOW2(a, b) (V)_mm512_unpacklo_pd((__m512d)(a), (__m512d)(b))
-#define HIGH2(a, b) (V)_mm512_unpackhi_pd((__m512d)(a), (__m512d)(b))
 #elif LANES == 8
 #define QUADS(p, i) _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[i])), _mm_loadu_ps(p[i + 4]), 1)
-#define LOW(a, b) _mm256_unpacklo_ps(a, b)
-#define HIGH(a, b) _mm256_unpackhi_ps(a, b)
-#define LOW2(a, b) (V)_mm256_unpacklo_pd((__m256d)(a), (__m256d)(b))
-#define HIGH2(a, b) (V)_mm256_unpackhi_pd((__m256d)(a), (__m256d)(b))
 #endif
 
 /* n < LANES floats. */

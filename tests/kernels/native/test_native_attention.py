@@ -43,7 +43,7 @@ def _sizes(height: int, region: tuple[int, int], topk: int, **more: Any) -> Prob
 
 # What blocking could get wrong: keys that fill vectors and tiles or leave some over, heads of every width,
 # more queries than a block, an odd number of keys in a region, more keys than a stretch, regions of one or
-# two tokens.
+# two tokens, regions of four that are kept for a head or packed for each query region, a negative scale.
 MORE = tuple(
     Case(problem.replace(dtype=dtype))
     for dtype in ("float32", "bfloat16")
@@ -62,6 +62,12 @@ MORE = tuple(
         _sizes(5, (2, 1), 3, per_head=True),
         _sizes(4, (1, 1), 2, kv_height=7, kv_width=5, kv_region=(3, 3), head_dim=48),
         _sizes(6, (1, 1), 5, head_dim=24),
+        _sizes(8, (2, 2), 13, head_dim=32),
+        _sizes(7, (2, 2), 5, head_dim=64, heads=1, padding="masked", scale=-0.3),
+        _sizes(8, (1, 4), 6, head_dim=48, per_head=True),
+        _sizes(8, (2, 2), 1, head_dim=32, kv_height=6, kv_width=4),
+        _sizes(50, (2, 2), 3, head_dim=128, heads=1),
+        _sizes(7, (1, 1), 9, head_dim=32, kv_height=7, kv_width=5, kv_region=(2, 2), padding="masked"),
     )
 )
 
@@ -73,7 +79,7 @@ class Conformance(BackendConformance):
 
 
 # The variants share their source: what only layouts and shapes decide need not be seen by each.
-SOME = (*CASES[::3], *CASES[-9:], *MORE[::2], *MORE[9:14])
+SOME = (*CASES[::3], *CASES[-9:], *MORE[::2], *MORE[9:20])
 
 
 @here("portable")
