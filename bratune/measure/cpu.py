@@ -42,7 +42,7 @@ class CpuDevice:
 
     def __init__(self, machine: Machine, stolen: StolenTime | None = None) -> None:
         self.flush_bytes = FLUSH_FACTOR * machine.l2_bytes
-        self._buffer = torch.zeros(self.flush_bytes // 8, dtype=torch.int64)
+        self._buffer = torch.empty(0, dtype=torch.int64)  # until a cache is flushed: it can be hundreds of MB
         self._stolen = stolen or StolenTime()
         self._waiting = Waiting()
 
@@ -67,6 +67,8 @@ class CpuDevice:
 
     def flush(self) -> None:
         """Read and write every line of a buffer that is larger than the last-level cache."""
+        if self._buffer.nbytes < self.flush_bytes:
+            self._buffer = torch.zeros(-(-self.flush_bytes // 8), dtype=torch.int64)
         self._buffer.add_(1)
 
     def time(self, run: Call) -> Sample:

@@ -18,12 +18,13 @@ from bratune.measure.process_tree import TOKEN_VARIABLE, family
 from bratune.measure.worker import JobOutcome, Worker
 
 JOBS = '''
-import ctypes, os, signal, sys, time
+import ctypes, gc, os, signal, sys, time
 
 calls = 0
 
 def double(n): return 2 * n
 def pid(_): return os.getpid()
+def frozen(_): return gc.get_freeze_count()
 def count(_):
     global calls
     calls += 1
@@ -109,6 +110,10 @@ def test_a_job_returns_its_value_and_the_child_is_kept(worker: Worker) -> None:
     assert run(worker, "double", 21).value == 42
     first = run(worker, "pid").value
     assert run(worker, "pid").value == first == worker.pid != os.getpid()
+
+
+def test_what_was_imported_is_left_out_of_what_the_collector_goes_through(worker: Worker) -> None:
+    assert run(worker, "frozen").value > 1000
 
 
 def test_nothing_is_started_before_the_first_job() -> None:

@@ -150,7 +150,7 @@ def test_executed_cases_are_kept_and_what_is_wrong_is_told(
 ) -> None:
     asked: list[str] = []
 
-    def run_case(case: execute_kernels.ExecutedCase) -> dict[str, Any]:
+    def run_case(case: execute_kernels.ExecutedCase, target: str) -> dict[str, Any]:
         asked.append(case.name)
         error = 1e-4 if case.problem.dtype == "float16" else 1e-2
         return {"findings": [], "errors": {"out": error}, "instructions": 1, "seconds": 0.1}

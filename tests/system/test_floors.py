@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ def floor_of(module: str) -> int | None:
     return levels[max(above, key=len)] if above else None
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     found = {}
     for folder, prefix in (
