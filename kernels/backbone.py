@@ -99,8 +99,9 @@ class Backbone(nn.Module):
 
         The outputs of norms and GELU are computed again in the backward pass, about a quarter to a third
         of what a block keeps for two more passes over its map, and residuals are added in place; see
-        `bratune.kernels.lean`. Blocks with options that no published model has stay partly or wholly as
-        they are. `use_checkpoint_stages` saves more, for a second forward pass.
+        `bratune.kernels.lean`. In float32 on a CPU with AVX-512, whole blocks are computed by C kernels, in
+        less time; see `bratune.kernels.native.training`. Blocks with options that no published model has stay
+        partly or wholly as they are. `use_checkpoint_stages` saves more, for a second forward pass.
         """
         for module in self.modules():
             if isinstance(module, Residual):

@@ -7,7 +7,7 @@ the same names (``pos_embed norm1 attn norm2 mlp``), whatever its attention is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from bratune.backend import Config
 from bratune.errors import ProblemError
 from bratune.kernels import layout
-from bratune.kernels.dispatch import is_transformed
-from bratune.kernels.full_attention import Attention, AttentionLePE, NCHWAttentionLePE
+from bratune.kernels.dispatch import is_observed, is_transformed
+from bratune.kernels.full_attention import Attention, AttentionLePE, FullAttention, NCHWAttentionLePE
 from bratune.kernels.layer import BiLevelRoutingAttention, NCHWBiLevelRoutingAttention, RoutedLayer
 from bratune.kernels.lean import add_conv, add_mlp
+from bratune.kernels.native.training import Shape, Weights, is_taken, train_block
 from bratune.kernels.nhwc import conv_nhwc, is_1x1, keeps_size, linear_1x1, to_nchw, to_nhwc
-from bratune.kernels.plain import is_plain
+from bratune.kernels.plain import is_plain, is_plain_throughout
 
 __all__ = ["Block", "BlockSTL", "ConvAttention", "DropPath", "NCHWBlockSTL", "Residual"]
 
@@ -91,6 +92,13 @@ def plain_mlp(mlp: nn.Module) -> tuple[Layer, nn.Conv2d | None, Layer] | None:
     if not (_is_layer(widen) and _is_layer(narrow)):
         return None
     return widen, conv, narrow  # type: ignore[return-value]  # _is_layer has looked
+
+
+def _parameters(module: Any, *, matrix: bool = False) -> tuple[Any, Any]:
+    """Weight and bias of a module; None for what it has not. A matrix is one of 1x1 convolutions, too."""
+    if module is None:
+        return None, None
+    return module.weight.flatten(1) if matrix else module.weight, module.bias
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -173,6 +181,9 @@ class Residual(nn.Module):
 
     def _forward_lean(self, x: Tensor) -> Tensor:
         """`forward` with the parts of `bratune.kernels.lean`, where the block's options allow them."""
+        known = self._trained(x)
+        if known is not None and is_taken(x, *known):
+            return train_block(x, *known, (self._mask(x), self._mask(x)))
         pos = self.pos_embed
         if pos is not None and keeps_size(pos):
             assert isinstance(pos, nn.Conv2d)
@@ -203,10 +214,39 @@ class Residual(nn.Module):
         assert layers is not None
         assert isinstance(norm, nn.LayerNorm)
         widen, _, narrow = layers
-        mask = None
-        if isinstance(self.drop_path, DropPath) and self.drop_path.training:
-            mask = self.drop_path.draw(x)
-        return add_mlp(x, norm, widen, narrow, mask)
+        return add_mlp(x, norm, widen, narrow, self._mask(x))
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        """What drops a branch per image, ``[B, 1, 1, 1]``; None where none is dropped."""
+        drop = self.drop_path
+        return drop.draw(x) if isinstance(drop, DropPath) and drop.training and drop.rate else None
+
+    def _trained(self, x: Tensor) -> tuple[Weights, Shape] | None:
+        """The block as `bratune.kernels.native.training` takes it; None where one of its parts is called."""
+        if x.device.type != "cpu" or is_observed(x) or not is_plain_throughout(self):
+            return None
+        layers, pos, norms = plain_mlp(self.mlp), self.pos_embed, (self.norm1, self.norm2)
+        whole = self.pre_norm and self.gamma1 is None and self.gamma2 is None
+        if not whole or layers is None or layers[1] is not None:
+            return None
+        if not isinstance(self.attn, RoutedLayer | FullAttention) or not (pos is None or keeps_size(pos)):
+            return None
+        attn = self.attn.trained_parts(x)
+        if attn is None or not all(is_plain(norm, nn.LayerNorm) for norm in norms):
+            return None
+        weights = [
+            *_parameters(pos),
+            *_parameters(self.norm1),
+            *_parameters(attn.project, matrix=True),
+            *_parameters(attn.local),
+            *_parameters(attn.merge, matrix=True),
+            *_parameters(self.norm2),
+            *_parameters(layers[0], matrix=True),
+            *_parameters(layers[2], matrix=True),
+        ]
+        eps: list[float] = [norm.eps for norm in norms]  # type: ignore[misc]
+        shape = Shape(attn.heads, attn.scale, attn.region, attn.topk, attn.enhances_input, *eps)
+        return Weights(*weights), shape
 
     def _add(
         self, x: Tensor, part: Callable[[Tensor], Tensor], norm: nn.Module, gamma: Tensor | None

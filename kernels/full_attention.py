@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from bratune.backend import Config
 from bratune.errors import ProblemError
-from bratune.kernels.nhwc import conv_nhwc, depthwise, linear_1x1, to_nchw, to_nhwc
+from bratune.kernels.native.training import AttentionParts
+from bratune.kernels.nhwc import conv_nhwc, depthwise, is_1x1, keeps_size, linear_1x1, to_nchw, to_nhwc
+from bratune.kernels.plain import is_plain
 from bratune.kernels.registry import get
 from bratune.variant import FULL_ATTENTION_HEADS
 
@@ -87,6 +89,16 @@ class FullAttention(nn.Module):
         """The output projection."""
         out: Tensor = self.proj(x)
         return out
+
+    def trained_parts(self, x: Tensor) -> AttentionParts | None:
+        """What a block in training takes of the module on a map ``[B, H, W, C]``; None where it is called."""
+        plain = all(is_plain(part, nn.Linear) or is_1x1(part) for part in (self.qkv, self.proj))
+        if self.backend != "auto" or not (plain and (self.lepe is None or keeps_size(self.lepe))):
+            return None
+        enhances_input = isinstance(self, Attention)
+        return AttentionParts(
+            self.qkv, self.lepe, self.proj, self.num_heads, self.scale, None, 1, enhances_input
+        )
 
     def finish(self, out: Tensor, local: Tensor | None) -> Tensor:
         """The output projection of what was attended to, with its local enhancement."""

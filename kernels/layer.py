@@ -8,22 +8,26 @@ keys and values with zeros. Weights trained with one must be run with the same o
 
 from __future__ import annotations
 
+import functools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bratune import machine as machines
 from bratune.backend import Config
 from bratune.errors import ProblemError, UnknownNameError
-from bratune.kernels import layout
+from bratune.kernels import layout, tuned
 from bratune.kernels.api import route, routed_attention
 from bratune.kernels.composed import TopkRouting, composed_attention, require_composition
 from bratune.kernels.kv_pool import kv_pool, pool_regions
 from bratune.kernels.lean import norm_linear
+from bratune.kernels.native.training import AttentionParts
 from bratune.kernels.nhwc import conv_nhwc, depthwise, is_1x1, keeps_size, linear_1x1, to_nchw, to_nhwc
 from bratune.kernels.packed import split_packed
 from bratune.kernels.plain import is_plain
 from bratune.kernels.registry import get
 from bratune.kernels.routing import region_means, route_pooled
-from bratune.problem import split_map
+from bratune.problem import Problem, split_map
 
 __all__ = ["Attending", "BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention", "RoutedLayer"]
 
@@ -187,6 +191,26 @@ class RoutedLayer(Attending):
         """Whether all weights may be read: what a layer must be to be made ready for inference."""
         fits_local = self.lepe is None or keeps_size(self.lepe)
         return is_plain(self, type(self)) and self.reads_projection() and fits_local
+
+    def trained_parts(self, x: Tensor) -> AttentionParts | None:
+        """What a block in training takes of the layer on a map like this one; None where it is called.
+
+        Args:
+            x: ``[B, H, W, dim]``.
+        """
+        sides = layout.sides(x)
+        if not (self.takes_norm(*sides) and self.reads_all() and self.dim == self.qk_dim):
+            return None
+        region = self.region_of(*sides)
+        tiled = (region[0] * self.n_win, region[1] * self.n_win) == sides and self.topk <= self.n_win**2
+        if not tiled or self.config is not None or self.backend not in ("auto", "native"):
+            return None
+        numbers = (x.shape[0], *sides, self.num_heads, self.dim // self.num_heads, region, self.topk)
+        if self.backend == "auto" and not _trains_natively(*numbers, self.scale):
+            return None
+        return AttentionParts(
+            self.qkv_layer, self.lepe, self.output_layer, self.num_heads, self.scale, region, self.topk, False
+        )
 
     def forward_normed(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """The layer of ``norm(x)``, NHWC, which keeps x for the backward pass and not the norm's output."""
@@ -571,6 +595,34 @@ class NCHWBiLevelRoutingAttention(RoutedLayer):
     def merge(self, x: Tensor) -> Tensor:
         """The output projection, on an NHWC map."""
         return linear_1x1(self.output_linear, x)
+
+
+@functools.lru_cache(maxsize=256)
+def _trains_natively(
+    batch: int,
+    height: int,
+    width: int,
+    heads: int,
+    head_dim: int,
+    region: tuple[int, int],
+    topk: int,
+    scale: float,
+) -> bool:
+    """Whether ``auto`` chooses the C kernels, as they are by default, in training in float32."""
+    problem = Problem(
+        batch=batch,
+        height=height,
+        width=width,
+        heads=heads,
+        head_dim=head_dim,
+        region=region,
+        topk=topk,
+        dtype="float32",
+        direction="fwd-bwd",
+        scale=scale,
+    )
+    backend, config = tuned.choose(problem, machines.detect("cpu"))
+    return backend.name == "native" and not config
 
 
 def _check_map(x: Tensor, form: str, dim: int, axis: int) -> None:

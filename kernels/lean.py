@@ -3,7 +3,8 @@
 Autograd keeps whatever an operation might need again. Two results of a block are cheap to compute once
 more: the output of a norm, from its input and two numbers per token, and that of GELU, from its input. The
 functions here keep neither, and add residuals and their gradients in place.
-`bratune.kernels.backbone.Backbone.set_lean` switches a model to them.
+`bratune.kernels.backbone.Backbone.set_lean` switches a model to them, and in float32 on a CPU to whole
+blocks in C (`bratune.kernels.native.training`).
 
 Under autocast they compute what the plain operations do: norms in the data type of their weights, products in
 that of autocast.

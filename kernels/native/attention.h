@@ -456,7 +456,7 @@ typedef struct {
     const char **key_tokens, **value_tokens, *zero; /* regions of few tokens: [K], [K], a token that is padding */
     float *slots, *spare, *room, *value_room, *bias;
     float *q, *s, *o;                       /* [T + Q_ROWS, DP], [Q_ROWS, KP], [Q_ROWS, DP] */
-    float *grad, *out, *ds, *plain_q;       /* backward */
+    float *grad, *ds, *plain_q;             /* backward */
 } scratch_t;
 
 static scratch_t lay_out(pieces_t *p, const shape_t *s, int64_t topk, int64_t backward)
@@ -483,7 +483,6 @@ static scratch_t lay_out(pieces_t *p, const shape_t *s, int64_t topk, int64_t ba
         m.value_columns = piece(p, s->kp / 4 * (int64_t)sizeof(float *));
         m.value_room = piece(p, joins * s->d * s->kp * 4);
         m.grad = piece(p, q_rows * s->dp * 4);
-        m.out = piece(p, q_rows * s->dp * 4);
         m.plain_q = piece(p, q_rows * s->dp * 4);
         m.ds = piece(p, Q_ROWS * s->kp * 4);
     }
@@ -653,6 +652,22 @@ static void gather(float *sums, const shape_t *s, const float *w, int64_t rows, 
     }
 }
 
+/* Scores s become weights p = e^(s - lse), and ds, the gradients of those, becomes that of the scores before their
+   scale, p * (ds - sum of p * ds) * scale. The sum is the gradient of the output times the output, which need not be
+   kept for it. */
+INLINE void score_grads(float *s, float *ds, int64_t n, float lse, float scale)
+{
+    V top = splat(lse), sum = {0};
+    for (int64_t j = 0; j < n; j += LANES) {
+        V weight = exp2_of((load(s + j) - top) * splat(LOG2_E));
+        store(s + j, weight);
+        sum += weight * load(ds + j);
+    }
+    V delta = splat(sum_of(sum)), by = splat(scale);
+    for (int64_t j = 0; j < n; j += LANES)
+        store(ds + j, load(s + j) * (load(ds + j) - delta) * by);
+}
+
 /* The gradients of a region of few tokens; see lone_forward and backward_task. */
 INLINE void lone_backward(const attention_t *c, const shape_t *s, const scratch_t *m, int64_t b, int64_t h, int64_t r,
                           float *key_sums, float *value_sums, const int dtype)
@@ -663,20 +678,13 @@ INLINE void lone_backward(const attention_t *c, const shape_t *s, const scratch_
     pack_rows(m->q, &c->q, c, b, h, at, s, s->factor);
     pack_rows(m->plain_q, &c->q, c, b, h, at, s, 1.0f);
     pack_rows(m->grad, &c->grad, c, b, h, at, s, 1.0f);
-    pack_rows(m->out, &c->out, c, b, h, at, s, 1.0f);
     for (int64_t i = 0; i < s->t; i++) {
-        const float *q = m->plain_q + i * s->dp, *g = m->grad + i * s->dp, *o = m->out + i * s->dp;
+        const float *q = m->plain_q + i * s->dp, *g = m->grad + i * s->dp;
         dot_tokens(m->s, m->q + i * s->dp, m->key_tokens, c->masked ? m->zero : NULL, s, dtype);
         dot_tokens(m->ds, g, m->value_tokens, NULL, s, dtype);
-        V product = {0};
-        for (int64_t e = 0; e < s->d; e += LANES)
-            product += load(g + e) * load(o + e);
-        V delta = splat(sum_of(product)), top = splat(lse[i]), by = splat((float)c->scale);
-        for (int64_t j = 0; j < s->kp; j += LANES) {
-            V weight = exp2_of((load(m->s + j) - top) * splat(LOG2_E));
-            store(m->s + j, weight);
-            store(m->ds + j, weight * (load(m->ds + j) - delta) * by);
-        }
+        for (int64_t j = s->k; j < s->kp; j++)
+            m->ds[j] = 0;
+        score_grads(m->s, m->ds, s->kp, lse[i], (float)c->scale);
         weigh_tokens(m->o, m->ds, m->key_tokens, s, dtype);
         write_rows(m->o, &c->dq, c, b, h, at, s, i, 1, NULL);
         const float *p = m->s, *ds = m->ds;
@@ -728,9 +736,9 @@ static void backward_task(void *context, int64_t task, char *memory)
             bias_of(c, s, m.regions, m.bias);
         tile_t at = query_tile(c, s, r);
         int64_t rows = ceil_div(s->t, NQ) * NQ;
-        float *maps[3] = {m.plain_q, m.grad, m.out};
-        const map_t *from[3] = {&c->q, &c->grad, &c->out};
-        for (int i = 0; i < 3; i++) {
+        float *maps[2] = {m.plain_q, m.grad};
+        const map_t *from[2] = {&c->q, &c->grad};
+        for (int i = 0; i < 2; i++) {
             pack_rows(maps[i], from[i], c, b, h, at, s, 1.0f);
             memset(maps[i] + s->t * s->dp, 0, (size_t)((rows - s->t) * s->dp) * 4);
         }
@@ -741,19 +749,8 @@ static void backward_task(void *context, int64_t task, char *memory)
             int64_t n = min_of(Q_ROWS, rows - i);
             score(m.s, s, m.q + i * s->dp, n, m.columns, ld, uneven ? m.bias : NULL);
             score(m.ds, s, m.grad + i * s->dp, n, m.value_columns, ld, NULL);
-            for (int64_t u = 0; u < n; u++) {
-                const float *g = m.grad + (i + u) * s->dp, *o = m.out + (i + u) * s->dp;
-                V product = {0};
-                for (int64_t v = 0; v < s->dp; v += LANES)
-                    product += load(g + v) * load(o + v);
-                V delta = splat(sum_of(product)), top = splat(i + u < s->t ? lse[i + u] : 0.0f), by = splat(scale);
-                float *p = m.s + u * s->kp, *ds = m.ds + u * s->kp;
-                for (int64_t j = 0; j < s->kp; j += LANES) {
-                    V weight = exp2_of((load(p + j) - top) * splat(LOG2_E));
-                    store(p + j, weight);
-                    store(ds + j, weight * (load(ds + j) - delta) * by);
-                }
-            }
+            for (int64_t u = 0; u < n; u++)
+                score_grads(m.s + u * s->kp, m.ds + u * s->kp, s->kp, i + u < s->t ? lse[i + u] : 0.0f, scale);
             /* Tokens that are padding have a gradient of zero and weigh nothing below. */
             weigh(m.o, s, m.ds, n, m.rows);
             write_rows(m.o, &c->dq, c, b, h, at, s, i, n, NULL);

@@ -10,7 +10,8 @@
 #define LANES 8
 #include "kernels.h"
 
-const variant_t avx2_variant = {"avx2", forward, backward, norm, depthwise, route, linear};
+const variant_t avx2_variant = {"avx2", forward, backward, norm, depthwise, route, linear,
+                                  kept_mlp, linear_grad, depthwise_grad, panels};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

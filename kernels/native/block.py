@@ -16,7 +16,7 @@ from torch import Tensor, library
 from bratune.kernels.dispatch import is_observed
 from bratune.kernels.native import ops
 from bratune.kernels.native.library import Library, find, loaded, variant_number
-from bratune.kernels.native.run import DTYPES, MOST_CHANNELS, NativeCall, map_of, shout
+from bratune.kernels.native.run import DTYPES, MOST_CHANNELS, NativeCall, address_of, map_of, shout
 from bratune.problem import ceil_div
 
 __all__ = [
@@ -125,15 +125,11 @@ def attend_fully(q: Tensor, k: Tensor, v: Tensor, *, heads: int, scale: float) -
 # --- what runs ----------------------------------------------------------------------------------------
 
 
-def _at(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     x = x.contiguous()
     y, channels = torch.empty_like(x), x.shape[-1]
     packed = _NORM.pack(
-        x.data_ptr(), _at(weight), _at(bias), 0, y.data_ptr(), x.numel() // channels, channels,
+        x.data_ptr(), address_of(weight), address_of(bias), 0, y.data_ptr(), x.numel() // channels, channels,
         DTYPES[x.dtype], torch.get_num_threads(), eps,
     )  # fmt: skip
     shout(loaded().functions.bratune_norm(variant_number(""), packed))
@@ -151,7 +147,7 @@ def _depthwise(
     out = x.new_empty(x.shape) if out is None else out
     added = (0, 0, 0, 0, 0) if add is None else map_of(add)
     packed = _DEPTHWISE.pack(
-        *map_of(x), *added, *map_of(out), weight.data_ptr(), _at(bias), batch, height, width, channels,
+        *map_of(x), *added, *map_of(out), weight.data_ptr(), address_of(bias), batch, height, width, channels,
         round(weight.shape[0] ** 0.5), DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     shout(loaded().functions.bratune_depthwise(variant_number(""), packed))

@@ -25,7 +25,7 @@ typedef struct {
     int64_t image, row, token, channel;
 } map_t;
 
-/* One call of routed attention; `out` and `grad` have the shape of q. */
+/* One call of routed attention; `out`, of the forward pass, and `grad` have the shape of q. */
 typedef struct {
     map_t q, k, v, out;
     float *lse; /* [B, heads, R * T]: log of the sum of e^logit of every query; NULL where nobody wants it */
@@ -91,6 +91,45 @@ typedef struct {
 } block_t;
 enum { BLOCK_PARTS = 7 };
 
+/* An MLP that keeps what GELU gets: `linear` with a second layer, and room for [N, hidden]. */
+typedef struct {
+    linear_t linear;
+    float *kept;
+} kept_mlp_t;
+
+/* Back through one linear layer or an MLP, and the LayerNorm before it, in float32. Rows are contiguous, and a matrix
+   [out, in] lies in panels of 16 inputs, [in / 16, out, 16]. Without `hidden` there is one layer, `first`. */
+typedef struct {
+    const float *grad;         /* [N, outputs]: of what the last layer gave */
+    const float *last, *first; /* the second layer's matrix, and the first's */
+    const float *kept;         /* [N, hidden]: what GELU got */
+    const float *x;            /* [N, channels]: what the norm got; NULL where there is none */
+    const float *gain, *shift; /* [channels], NULL for ones and zeros */
+    const float *beside, *add; /* [N, channels] or NULL: added to the gradient of the norm's output, and to dx */
+    float *activated, *dhidden; /* [N, hidden]: what GELU gave, and the gradient of what it got */
+    float *y, *dx;              /* [N, channels]: what the norm gave, and the gradient of x */
+    float *sums;                /* [outputs + hidden + 2 * channels]: gradients of the layers' biases, last to first, of
+                                   gain and of shift; the last two only with a norm */
+    int64_t rows, outputs, hidden, channels, threads;
+    double eps;
+} linear_grad_t;
+
+/* Gradients of the weight and the bias of a depthwise convolution of float32 maps: [side * side, C] and, behind it,
+   [C]. */
+typedef struct {
+    map_t x, grad; /* channels side by side */
+    float *sums;   /* [side * side + 1, C] */
+    int64_t batch, height, width, channels, side, threads;
+} depthwise_grad_t;
+
+/* A matrix [rows, cols] of float32 in panels of 16 rows, [rows / 16, cols, 16], or of 16 columns, [cols / 16, rows, 16].
+   Both are multiples of 16. */
+typedef struct {
+    const float *from;
+    float *to;
+    int64_t rows, cols, by_columns, threads;
+} panels_t;
+
 /* What entry points return: 0, NO_MEMORY, or 1 + the place of the first route that names no region. */
 enum { NO_MEMORY = -1 };
 
@@ -103,6 +142,10 @@ typedef struct {
     int64_t (*depthwise)(const depthwise_t *);
     int64_t (*route)(const routing_t *);
     int64_t (*linear)(const linear_t *);
+    int64_t (*kept_mlp)(const kept_mlp_t *);
+    int64_t (*linear_grad)(const linear_grad_t *);
+    int64_t (*depthwise_grad)(const depthwise_grad_t *);
+    int64_t (*panels)(const panels_t *);
 } variant_t;
 
 /* Calls run(context, task, scratch) for every task from 0 to tasks - 1 on up to `threads` threads of torch's own

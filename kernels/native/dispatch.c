@@ -7,6 +7,7 @@
 #include <cpuid.h>
 #endif
 #if defined(__linux__)
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -117,6 +118,10 @@ int64_t bratune_norm(int64_t i, const norm_t *call) { return KERNEL(i, norm)(cal
 int64_t bratune_depthwise(int64_t i, const depthwise_t *call) { return KERNEL(i, depthwise)(call); }
 int64_t bratune_route(int64_t i, const routing_t *call) { return KERNEL(i, route)(call); }
 int64_t bratune_linear(int64_t i, const linear_t *call) { return KERNEL(i, linear)(call); }
+int64_t bratune_kept_mlp(int64_t i, const kept_mlp_t *call) { return KERNEL(i, kept_mlp)(call); }
+int64_t bratune_linear_grad(int64_t i, const linear_grad_t *call) { return KERNEL(i, linear_grad)(call); }
+int64_t bratune_depthwise_grad(int64_t i, const depthwise_grad_t *call) { return KERNEL(i, depthwise_grad)(call); }
+int64_t bratune_panels(int64_t i, const panels_t *call) { return KERNEL(i, panels)(call); }
 
 int64_t bad_route(const attention_t *c)
 {
@@ -134,6 +139,23 @@ int64_t bad_route(const attention_t *c)
                         return place + 1;
                 }
     return 0;
+}
+
+/* --- memory ----------------------------------------------------------------------------------------- */
+
+/* Asks for large pages where memory fills some: fresh memory is had page by page at its first touch, which takes as long as
+   a pass over it. */
+void bratune_large_pages(char *at, int64_t bytes)
+{
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t size = 2u << 20, first = ((uintptr_t)at + size - 1) / size * size;
+    const uintptr_t end = ((uintptr_t)at + (uintptr_t)bytes) / size * size;
+    if (end > first)
+        madvise((void *)first, end - first, MADV_HUGEPAGE); /* a refusal changes nothing */
+#else
+    (void)at;
+    (void)bytes;
+#endif
 }
 
 /* --- threads ---------------------------------------------------------------------------------------- */

@@ -19,3 +19,4 @@
 #include "norm.h"
 #include "linear.h"
 #include "routing.h"
+#include "gradients.h"

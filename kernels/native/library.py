@@ -24,6 +24,11 @@ from bratune.kernels.native.build import BuildError, find_or_build
 __all__ = ["Library", "find", "loaded", "variant_number"]
 
 VARIABLE = "BRATUNE_NATIVE"
+# Entry points that take a variant and one structure.
+_CALLS = (
+    "forward", "backward", "norm", "depthwise", "route", "linear",
+    "kept_mlp", "linear_grad", "depthwise_grad", "panels",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,13 @@ def find() -> Library | str:
         return f"the library {path} cannot be loaded: {error}"
     functions.bratune_variant.restype = ctypes.c_char_p
     functions.bratune_variant.argtypes = [ctypes.c_int64, ctypes.POINTER(ctypes.c_int64)]
-    for name in ("forward", "backward", "norm", "depthwise", "route", "linear"):
+    for name in _CALLS:
         function = getattr(functions, f"bratune_{name}")
         function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64, ctypes.c_char_p]
     functions.bratune_block.restype = ctypes.c_int64
     functions.bratune_block.argtypes = [ctypes.c_int64, ctypes.c_char_p, *[ctypes.c_void_p] * 3]
+    functions.bratune_large_pages.restype = None
+    functions.bratune_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     variants = _variants(functions)
     runnable = [name for name, here in variants if here]
     default = os.environ.get(VARIABLE) or runnable[0]

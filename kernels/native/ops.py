@@ -84,16 +84,16 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: NativeCall) -> Tensor:
         out, lse = run_forward(q, k, v, routes, call, keep_lse=True)
-        ctx.save_for_backward(q, k, v, routes, out, lse)
+        ctx.save_for_backward(q, k, v, routes, lse)
         ctx.call, ctx.origin = call, origin_of(q, k, v)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("native", "the backend gather has one")
-        q, k, v, routes, out, lse = ctx.saved_tensors
+        q, k, v, routes, lse = ctx.saved_tensors
         packed = is_packed(q, k, v)
-        found = run_backward(grad, q, k, v, routes, out, lse, ctx.call, packed=packed)
+        found = run_backward(grad, q, k, v, routes, lse, ctx.call, packed=packed)
         dq, dk, dv = mark_packed(found[0], [q.shape[-1]] * 3, ctx.origin) if packed else found
         return dq, dk, dv, None, None
 
@@ -174,7 +174,7 @@ def _backward(
     packed: bool,
 ) -> list[Tensor]:  # fmt: skip
     call = _call(heads, region, kv_region, scale, masked, variant)
-    return run_backward(grad, q, k, v, routes, out, lse, call, packed=packed)
+    return run_backward(grad, q, k, v, routes, lse, call, packed=packed)
 
 
 library.impl("bratune::native_attention", "CPU", _forward)

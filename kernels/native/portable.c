@@ -3,4 +3,5 @@
 #define LANES 4
 #include "kernels.h"
 
-const variant_t portable_variant = {"portable", forward, backward, norm, depthwise, route, linear};
+const variant_t portable_variant = {"portable", forward, backward, norm, depthwise, route, linear,
+                                  kept_mlp, linear_grad, depthwise_grad, panels};

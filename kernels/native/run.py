@@ -19,6 +19,7 @@ __all__ = [
     "MOST_CHANNELS",
     "NOWHERE",
     "NativeCall",
+    "address_of",
     "lse_shape",
     "map_of",
     "run_backward",
@@ -55,16 +56,26 @@ def lse_shape(q: Tensor, call: NativeCall) -> tuple[int, int, int]:
 
 
 def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: NativeCall, *, keep_lse: bool
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, call: NativeCall, *, keep_lse: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output ``[B, Hq, Wq, C]``, contiguous, and the statistics of `lse_shape`.
 
     Where they are not kept, an empty tensor that all calls share stands for them.
 
+    Args:
+        q: As `bratune.kernels.native.ops.attend`, as what follows.
+        k: Keys.
+        v: Values.
+        routes: Key regions of every query region.
+        call: What is asked for.
+        keep_lse: Keep the statistics.
+        out: Where the output goes; by default into a new map.
+
     Raises:
         ProblemError: a route names no key region.
     """
-    out = q.new_empty(q.shape)
+    out = q.new_empty(q.shape) if out is None else out
     lse = q.new_empty(lse_shape(q, call), dtype=torch.float32) if keep_lse else _NO_LSE
     if not out.numel():
         return out, lse
@@ -77,22 +88,30 @@ def run_forward(
 
 
 def run_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, out: Tensor, lse: Tensor, call: NativeCall,
-    *, packed: bool,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, lse: Tensor, call: NativeCall,
+    *, packed: bool, out: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of q, k and v: three tensors, or one ``[B, H, W, 3 * C]`` where ``packed``."""
-    results = empty_gradients(q, k, v, packed=packed)
+    """The gradients of q, k and v: three tensors, or one ``[B, H, W, 3 * C]`` where ``packed``.
+
+    That one is ``out``, where it is given.
+    """
+    results = empty_gradients(q, k, v, packed=packed) if out is None else [out]
     if not q.numel():
         return [result.zero_() for result in results]
     dq, dk, dv = results[0].chunk(3, -1) if packed else results
     lse = lse.contiguous()  # as the forward pass made it, before any batching
     arguments = ATTENTION.pack(
-        *map_of(q), *map_of(k), *map_of(v), *map_of(out), lse.data_ptr(),
+        *map_of(q), *map_of(k), *map_of(v), *NOWHERE, lse.data_ptr(),
         *map_of(grad), *map_of(dq), *map_of(dk), *map_of(dv),
         *_routes(routes), *_sizes(q, k, routes, call), call.scale,
     )  # fmt: skip
     _check(loaded().functions.bratune_backward(variant_number(call.variant), arguments), routes, k, call)
     return results
+
+
+def address_of(x: Tensor | None) -> int:
+    """Where a tensor lies; 0 for none."""
+    return 0 if x is None else x.data_ptr()
 
 
 def map_of(x: Tensor) -> tuple[int, ...]:

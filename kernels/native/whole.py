@@ -9,17 +9,20 @@ cache of the core that made them, and norms and residuals are part of the produc
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
+from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.dispatch import is_observed
 from bratune.kernels.native.library import loaded, variant_number
-from bratune.kernels.native.run import ATTENTION, DTYPES, NOWHERE, shout
+from bratune.kernels.native.run import ATTENTION, DTYPES, NOWHERE, address_of, shout
 from bratune.problem import ceil_div
 
 __all__ = [
@@ -28,9 +31,16 @@ __all__ = [
     "BlockCall",
     "BlockParts",
     "Linear",
+    "Named",
     "Norm",
     "Strips",
+    "add_mlp",
+    "call_by_name",
     "can_multiply",
+    "goes_at_once",
+    "linear",
+    "linear_fields",
+    "named",
     "pack_linear",
 ]
 
@@ -48,6 +58,9 @@ PARTS = (
     "norm, MLP and residual",
 )
 _PANEL = 16
+# Modules by the names that graphs know them by.
+_NUMBERS = itertools.count()
+_NAMED: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 # Weights as the kernels read them, and float32 biases: `pack_linear`'s, `block.pack_depthwise`'s, a norm's.
 Linear = tuple[Tensor, Tensor | None]
@@ -121,6 +134,76 @@ def pack_linear(weight: Tensor) -> Tensor:
     return weight.detach().view(outputs // _PANEL, _PANEL, inputs).transpose(1, 2).contiguous()
 
 
+def linear(
+    x: Tensor,
+    layer: Linear,
+    *,
+    norm: Norm | None = None,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A linear layer of the norm of rows, plus a map.
+
+    Args:
+        x: ``[..., C]`` in the data type of the matrix.
+        layer: Matrix and bias; see `pack_linear`.
+        norm: What comes before; None for nothing.
+        add: ``[..., outputs]``.
+        out: Where the result goes; by default into a new tensor.
+    """
+    if is_observed(x) and norm is None and out is None:
+        found: Tensor = torch.ops.bratune.native_linear(x, *layer, add)
+        return found
+    return _linear(x, *layer, add, norm, out)
+
+
+def add_mlp(x: Tensor, norm: Norm, widen: Linear, narrow: Linear) -> Tensor:
+    """``x + narrow(gelu(widen(norm(x))))`` of rows ``[..., C]``; see `linear`."""
+    run = torch.ops.bratune.native_add_mlp if is_observed(x) else _add_mlp
+    out: Tensor = run(x, norm.weight, norm.bias, norm.eps, *widen, *narrow)
+    return out
+
+
+def _multiply(
+    x: Tensor, add: Tensor | None, out: Tensor, first: Linear, second: Linear | None, norm: Norm | None
+) -> None:
+    places = (x.data_ptr(), address_of(add), out.data_ptr())
+    end = DTYPES[x.dtype], torch.get_num_threads()
+    arguments = linear_fields(places, x.numel() // x.shape[-1], first, second, norm, *end)
+    shout(loaded().functions.bratune_linear(variant_number(""), arguments))
+
+
+def linear_fields(
+    places: tuple[int, int, int],
+    rows: int,
+    first: Linear,
+    second: Linear | None,
+    norm: Norm | None,
+    dtype: int,
+    threads: int,
+) -> bytes:
+    """A ``linear_t``.
+
+    Args:
+        places: Where x, what is added, and the result lie.
+        rows: Of x.
+        first: The first layer.
+        second: The second; None for none.
+        norm: What comes before; None for nothing.
+        dtype: Number of the data type.
+        threads: How many compute.
+    """
+    (outputs, channels), last = _sides(first[0]), None if second is None else _sides(second[0])[0]
+    before: tuple[Any, ...] = (0,) * 9 + (0.0,)
+    if norm is not None:
+        vectors = address_of(norm.weight), address_of(norm.bias)
+        before = (0, *vectors, 0, 0, 0, channels, dtype, 0, norm.eps)
+    matrix, bias = (None, None) if second is None else second
+    weights = (address_of(first[0]), address_of(matrix), address_of(first[1]), address_of(bias))
+    sizes = (rows, channels, 0, outputs) if last is None else (rows, channels, outputs, last)
+    return _LINEAR.pack(*before, *places, *weights, *sizes, dtype, threads)
+
+
 class BlockCall:
     """The call of a block for maps of one size.
 
@@ -174,24 +257,18 @@ class BlockCall:
             return bytes(_DEPTHWISE.size)
         weight, bias = strips
         side = round(weight.shape[0] ** 0.5)
-        return _DEPTHWISE.pack(*x, *add, *out, weight.data_ptr(), _at(bias), *self._size, side, *self._end)
+        return _DEPTHWISE.pack(
+            *x, *add, *out, weight.data_ptr(), address_of(bias), *self._size, side, *self._end
+        )
 
     def _norm(self, norm: Norm, rows: int) -> bytes:
-        vectors = (_at(norm.weight), _at(norm.bias))
+        vectors = (address_of(norm.weight), address_of(norm.bias))
         return _NORM.pack(0, *vectors, 0, 0, rows, self._size[3], *self._end, norm.eps)
 
     def _linear(
         self, rows: int, first: Linear, second: Linear | None = None, norm: Norm | None = None
     ) -> bytes:
-        (outputs, channels), last = _sides(first[0]), None if second is None else _sides(second[0])[0]
-        before = (0,) * 9 + (0.0,)
-        if norm is not None:
-            before = (0, _at(norm.weight), _at(norm.bias), 0, 0, 0, channels, self._end[0], 0, norm.eps)
-        weights = (_at(first[0]), 0, _at(first[1]), 0)
-        if second is not None:
-            weights = (_at(first[0]), _at(second[0]), _at(first[1]), _at(second[1]))
-        sizes = (rows, channels, 0, outputs) if last is None else (rows, channels, outputs, last)
-        return _LINEAR.pack(*before, 0, 0, 0, *weights, *sizes, *self._end)
+        return linear_fields((0, 0, 0), rows, first, second, norm, *self._end)
 
     def _routing(self, q: tuple[int, ...], k: tuple[int, ...]) -> bytes:
         p, (b, height, width, _) = self.parts, self._size
@@ -212,7 +289,32 @@ class BlockCall:
         return ATTENTION.pack(*q, *k, *v, *out, 0, *NOWHERE * 4, *routes, *sizes, p.scale)
 
 
-class AtOnce:
+class Named:
+    """A module's name in this process, by which operators of a compiled graph know it.
+
+    A graph has no room for what it holds. Copies of the module have names of their own.
+
+    Attributes:
+        name: The name.
+    """
+
+    def __init__(self) -> None:
+        self.name = f"module_{next(_NUMBERS)}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def belong_to(self, module: nn.Module) -> None:
+        """Give the name to a module, for as long as it lives."""
+        _NAMED[self.name] = module
+
+
+def named(name: str) -> Any:
+    """The module of this name."""
+    return _NAMED[name]
+
+
+class AtOnce(Named):
     """The calls of a block of the runtime, by the size of its map.
 
     They are made anew wherever a part, a weight or the number of threads is another one. No copy takes them
@@ -226,13 +328,14 @@ class AtOnce:
     """
 
     def __init__(self, make: Callable[[nn.Module, Tensor], BlockParts | None]) -> None:
+        super().__init__()
         self.make = make
         self.seconds: ctypes.Array[ctypes.c_double] | None = None
         self._stamp: list[int] = []
         self._held: list[Any] = []  # what the stamp names, so that nothing new gets its place in memory
         self._calls: dict[tuple[Any, ...], BlockCall | None] = {}
 
-    def __reduce__(self) -> tuple[type[AtOnce], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return AtOnce, (self.make,)
 
     def call(self, block: nn.Module, attn: nn.Module, x: Tensor) -> BlockCall | None:
@@ -267,10 +370,93 @@ class AtOnce:
         return self._calls[key]
 
 
-def _at(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _sides(packed: Tensor) -> tuple[int, int]:
     """Outputs and inputs of a matrix from `pack_linear`."""
     return packed.shape[0] * _PANEL, packed.shape[1] * (2 if packed.ndim == 4 else 1)
+
+
+# --- in graphs ------------------------------------------------------------------------------------------
+
+
+@constant_in_graphs
+def goes_at_once(name: str, size: tuple[int, ...], dtype: str, device: str) -> bool:
+    """Whether the block of this name takes maps like this at once; for a graph that is recorded.
+
+    Args:
+        name: Of its ``at_once``.
+        size: ``(B, H, W, C)``.
+        dtype: As PyTorch writes it.
+        device: Kind of device.
+    """
+    block = named(name)
+    like = torch.empty(size, dtype=getattr(torch, dtype.removeprefix("torch.")), device="meta")
+    return device == "cpu" and block.at_once.make(block, like) is not None
+
+
+def call_by_name(x: Tensor, name: str) -> Tensor:
+    """The block of this name, as an operator of a graph."""
+    out: Tensor = torch.ops.bratune.native_block(x, name)
+    return out
+
+
+library.define("bratune::native_block", "(Tensor x, str block) -> Tensor")
+library.define("bratune::native_linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? add) -> Tensor")
+library.define(
+    "bratune::native_add_mlp",
+    "(Tensor x, Tensor? gain, Tensor? shift, float eps, Tensor widen, Tensor? widen_bias, Tensor narrow, "
+    "Tensor? narrow_bias) -> Tensor",
+)
+
+
+def _block(x: Tensor, name: str) -> Tensor:
+    block = named(name)
+    x = x.contiguous()
+    call = block.at_once.call(block, block.attn, x)
+    if call is None:  # since the graph was made, something came that must be called
+        out: Tensor = block.by_parts(x.clone())
+        return out
+    return call(x, block.at_once.seconds)  # type: ignore[no-any-return]
+
+
+library.impl("bratune::native_block", "CPU", _block)
+
+
+@library.register_fake("bratune::native_block")
+def _block_fake(x: Tensor, name: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, norm: Norm | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    x, add = x.contiguous(), None if add is None else add.contiguous()
+    out = x.new_empty(*x.shape[:-1], _sides(weight)[0]) if out is None else out
+    _multiply(x, add, out, (weight, bias), None, norm)
+    return out
+
+
+library.impl("bratune::native_linear", "CPU", _linear)
+
+
+@library.register_fake("bratune::native_linear")
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _sides(weight)[0])
+
+
+def _add_mlp(
+    x: Tensor, gain: Tensor | None, shift: Tensor | None, eps: float, widen: Tensor,
+    widen_bias: Tensor | None, narrow: Tensor, narrow_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _multiply(x, x, out, (widen, widen_bias), (narrow, narrow_bias), Norm(gain, shift, eps))
+    return out
+
+
+library.impl("bratune::native_add_mlp", "CPU", _add_mlp)
+
+
+@library.register_fake("bratune::native_add_mlp")
+def _add_mlp_fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
