@@ -12,14 +12,16 @@ the products that a block adds are added where the map is written before (see `F
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from bratune.errors import ProblemError
+from bratune.kernels import layout
+from bratune.kernels.constants import constant_in_graphs
 from bratune.kernels.dispatch import is_exported, is_recorded
 from bratune.kernels.native import block as native_block
 from bratune.kernels.native import whole as native_whole
@@ -162,14 +164,48 @@ class FrozenLinear(Frozen):
             "weight", weight.detach().flatten(1).clone(memory_format=torch.contiguous_format)
         )
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.outputs, self.inputs = self.weight.shape
 
     def use_native(self) -> None:
-        """Let a block take this layer into its call of the C kernels, where they have products for it."""
-        self.native = native_whole.can_multiply(self.weight)
+        """Multiply by the C kernels for CPUs, alone and in a block's call, where they have products for it.
+
+        The weight then lies as they read it, seen as ``[out / 16, 16, ...]``: there is no other copy.
+        """
+        if native_whole.can_multiply(self.weight):
+            self.native, self.pack = True, False
+            self.weight = native_whole.pack_linear(self.weight).transpose(1, 2)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight ``[out, in]``; a copy where it lies in panels."""
+        return self.weight if self.weight.ndim == 2 else self.weight.reshape(self.outputs, self.inputs)
 
     def panels(self) -> native_whole.Linear:
         """Weight and bias as the C kernels read them."""
-        return native_whole.pack_linear(self.weight), None if self.bias is None else self.bias.float()
+
+        def make() -> native_whole.Linear:
+            bias = None if self.bias is None else self.bias.float()
+            return self.weight.transpose(1, 2).contiguous(), bias
+
+        found: native_whole.Linear = (
+            make() if is_recorded() else self._native.get(make, self.weight, self.bias)
+        )
+        return found
+
+    def _products(self, x: Tensor) -> native_whole.Linear | None:
+        """What the C kernels multiply this map by; None where they are not asked."""
+        here = self.native and x.device.type == "cpu" and x.dtype == self.weight.dtype and not is_exported()
+        return self.panels() if here else None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.matrix
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        given = state_dict.get(f"{prefix}weight")
+        if self.native and given is not None and given.shape == (self.outputs, self.inputs):
+            state_dict[f"{prefix}weight"] = native_whole.pack_linear(given).transpose(1, 2)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _packing(self, weight: Tensor) -> Tensor:
         found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -181,15 +217,18 @@ class FrozenLinear(Frozen):
         Returns:
             The bias, ``[out]`` in float64.
         """
-        bias = self.weight.new_zeros(len(self.weight)) if self.bias is None else self.bias
+        bias = self.weight.new_zeros(self.outputs) if self.bias is None else self.bias
         self.accumulating, self.bias = True, None
         return bias.double()
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
+        products = self._products(x)
+        if products is not None:
+            return native_whole.linear(x, products)
         packed = self.packed
         if packed is None:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.matrix, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "none")
         return out
 
@@ -209,6 +248,9 @@ class FrozenLinear(Frozen):
         if self.accumulating:
             other.view(-1, other.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), self.weight.t())
             return other
+        products = self._products(x)
+        if products is not None:
+            return native_whole.linear(x, products, add=other)
         packed = self.packed
         if packed is not None:
             out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, self.bias, "add")
@@ -232,6 +274,8 @@ class FrozenConv(Frozen):
 
     def __init__(self, conv: nn.Conv2d, *, residual: bool = False, pack: bool = True) -> None:
         super().__init__(pack=pack)
+        self.named = native_whole.Named()
+        self.named.belong_to(self)
         weight = conv.weight.detach().clone(memory_format=torch.channels_last)
         exact = weight.dtype in (torch.float32, torch.float64) and weight.device.type == "cpu"
         self.adds_input = residual and not exact
@@ -247,6 +291,10 @@ class FrozenConv(Frozen):
         }
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.named.belong_to(self)
 
     def use_native(self) -> None:
         """Convolve by the C kernels for CPUs, where this convolution is one of theirs."""
@@ -292,7 +340,7 @@ class FrozenConv(Frozen):
 
     def gelu(self, x: Tensor) -> Tensor:
         """`forward`, then GELU."""
-        if not self.adds_input and self.packed is not None:
+        if not self.adds_input and (self.packed is not None or self._is_operator(x)):
             return self._convolve(x, "gelu")
         return torch.ops.aten.gelu_(self(x))  # type: ignore[no-any-return]
 
@@ -335,6 +383,10 @@ class FrozenConv(Frozen):
     def _convolve(self, x: Tensor, then: str = "none") -> Tensor:
         """The convolution, and in its packed form what shall follow."""
         packed = self.packed
+        if self._is_operator(x):
+            size = [x.shape[0], *self._sides(*layout.sides(x)), len(self.weight)]
+            convolved: Tensor = torch.ops.bratune.packed_convolution(x, self.named.name, then, size)
+            return convolved
         if packed is None:
             return to_nhwc(F.conv2d(to_nchw(x), self.weight, self.bias, **self.geometry))
         # A slice of channels would be copied inside, where nobody counts it.
@@ -342,6 +394,44 @@ class FrozenConv(Frozen):
             to_nchw(x.contiguous()), packed, self.bias, *self.geometry.values(), then, [], "none"
         )
         return to_nhwc(out)
+
+    def _is_operator(self, x: Tensor) -> bool:
+        """Whether it is an operator of a compiled graph, which itself cannot hold a packed weight."""
+        here = self.pack and is_recorded() and not is_exported()
+        return here and _packs_there(x.device.type, str(self.weight.dtype))
+
+    def _sides(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the output."""
+        g, (rows, cols) = self.geometry, self.weight.shape[2:]
+        filters = (rows, cols)
+        taken = [
+            (side + 2 * p - d * (k - 1) - 1) // s + 1
+            for side, p, d, k, s in zip(
+                (height, width), g["padding"], g["dilation"], filters, g["stride"], strict=True
+            )
+        ]
+        return taken[0], taken[1]
+
+
+@constant_in_graphs
+def _packs_there(device: str, dtype: str) -> bool:
+    return packs(torch.empty(0, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device))
+
+
+library.define("bratune::packed_convolution", "(Tensor x, str conv, str then, SymInt[] size) -> Tensor")
+
+
+def _packed_convolution(x: Tensor, name: str, then: str, size: Sequence[int]) -> Tensor:
+    out: Tensor = native_whole.named(name)._convolve(x, then)
+    return out.contiguous()
+
+
+library.impl("bratune::packed_convolution", "CPU", _packed_convolution)
+
+
+@library.register_fake("bratune::packed_convolution")
+def _packed_convolution_fake(x: Tensor, name: str, then: str, size: Sequence[int]) -> Tensor:
+    return x.new_empty(size)
 
 
 class FrozenNorm(Frozen):

@@ -33,14 +33,14 @@ from bratune.kernels.api import routed_attention
 from bratune.kernels.backbone import Backbone, check_images
 from bratune.kernels.blocks import Block, BlockSTL, ConvAttention, DropPath, NCHWBlockSTL, Residual, plain_mlp
 from bratune.kernels.constants import constant_in_graphs
-from bratune.kernels.dispatch import is_exported
+from bratune.kernels.dispatch import is_exported, is_recorded
 from bratune.kernels.epilogues import FrozenConv, FrozenLinear, FrozenNorm, accumulates, refuse_another_form
 from bratune.kernels.fold import conv_then_norm, norm_then_conv, norm_then_linear
 from bratune.kernels.full_attention import Attention, FullAttention, full_attention
 from bratune.kernels.fused import launch
 from bratune.kernels.layer import BiLevelRoutingAttention, RoutedLayer
 from bratune.kernels.native import block as native_block
-from bratune.kernels.native.whole import AtOnce, BlockParts
+from bratune.kernels.native.whole import AtOnce, BlockParts, add_mlp, call_by_name, goes_at_once
 from bratune.kernels.nhwc import keeps_size, to_nchw, to_nhwc
 from bratune.kernels.packed_attention import PackedAttention, prefers_mask
 from bratune.kernels.plain import hooks_of, is_plain, is_plain_throughout
@@ -97,13 +97,14 @@ class FastModel(nn.Module):
         self.check_size = _skeleton(model).check_size
         self.dtype = next(model.parameters()).dtype
         self.features_only = model.features_only
-        folded = [_folded(layer, pack=pack) for layer in model.downsample_layers]
+        # In a graph these convolutions are operators, which may hold packed weights.
+        native = (pack if native is None else native) and native_block.can_run(next(model.parameters()))
+        folded = [_folded(layer, pack=pack or native) for layer in model.downsample_layers]
         self.downsample_layers = nn.ModuleList(folded)
         self.stages = nn.ModuleList(
             _fast_stage(stage, down, pack=pack) for stage, down in zip(model.stages, folded, strict=True)
         )
-        weight = next(model.parameters())
-        if (pack if native is None else native) and native_block.can_run(weight):
+        if native:
             for part in self.stages.modules():
                 if isinstance(part, FrozenConv | FrozenLinear | FrozenNorm | _FastRouted | _FastFull):
                     part.use_native()
@@ -220,12 +221,23 @@ class FastBlock(nn.Module):
             lead = torch.zeros_like(lead)
         self.lead = lead
         self.at_once = AtOnce(_native_parts)
+        self.at_once.belong_to(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.at_once.belong_to(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, H, W, C]`` to ``[B, H, W, C]``; may write into its input."""
+        if is_recorded():
+            size = (layout.batch_to_choose_by(x.shape[0]), *layout.settled(x.shape[1:]))
+            whole = not is_exported() and goes_at_once(self.at_once.name, size, str(x.dtype), x.device.type)
+            return call_by_name(x, self.at_once.name) if whole else self.by_parts(x)
         call = self.at_once.call(self, self.attn, x)
-        if call is not None:
-            return call(x, self.at_once.seconds)
+        return self.by_parts(x) if call is None else call(x, self.at_once.seconds)
+
+    def by_parts(self, x: Tensor) -> Tensor:
+        """`forward`, one part after the other."""
         if self.pos_embed is not None:
             x = self.pos_embed(x)
         if not self.pre_norm:
@@ -233,6 +245,10 @@ class FastBlock(nn.Module):
             return self.norm2(self.narrow.add(self.hidden(x), x))[0]  # type: ignore[no-any-return]
         y, means = self.norm1(x, self.attn.pooled_region(x))
         x = self.attn(y, x, means)
+        parts = (self.norm2, self.widen, self.narrow)
+        called = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        if self.between is None and all(part.native for part in parts) and not (called or is_exported()):
+            return add_mlp(x, self.norm2.vectors(), self.widen.panels(), self.narrow.panels())
         y, _ = self.norm2(x)
         return self.narrow.add(self.hidden(y), x)
 
@@ -259,7 +275,7 @@ def _native_parts(block: Any, x: Tensor) -> BlockParts | None:
         if attn.source.pooled_routing or not attn._tiles(x, region) or not _attends_natively(*numbers):
             return None
         heads, width, scale, topk = attn.source.num_heads, attn.qk_dim, attn.source.scale, attn.source.topk
-    if attn.qkv.weight.shape[0] != 3 * width or width != x.shape[-1]:
+    if attn.qkv.outputs != 3 * width or width != x.shape[-1]:
         return None
     return BlockParts(
         position=None if position is None else position.strips,
@@ -373,7 +389,7 @@ class _FastRouted(_Merged):
         bias = self.qkv.bias
         return route_pooled(
             y,
-            self.qkv.weight[:rows],
+            self.qkv.matrix[:rows],
             None if bias is None else bias[:rows],
             region=region,
             topk=self.source.topk,
@@ -400,9 +416,7 @@ class _FastFull(_Merged):
 
     def use_native(self) -> None:
         """Attend by the C kernels for CPUs, where the backend is ``auto`` and heads fit them."""
-        self.native = self.backend == "auto" and native_block.can_attend(
-            self.proj.weight.shape[1] // self.heads
-        )
+        self.native = self.backend == "auto" and native_block.can_attend(self.proj.inputs // self.heads)
 
     def forward(self, y: Tensor, residual: Tensor, means: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(y).chunk(3, dim=-1)

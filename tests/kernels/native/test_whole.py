@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from bratune.kernels.api import routed_attention
 from bratune.kernels.biformer import biformer_tiny
+from bratune.kernels.epilogues import FrozenLinear
 from bratune.kernels.layer import RoutedLayer
 from bratune.kernels.native import whole
 from bratune.kernels.native.block import pack_depthwise
@@ -281,3 +282,74 @@ def test_plain_runtimes_make_no_calls(calls: list[torch.Size]) -> None:
     with torch.no_grad():
         FastModel(tiny(), native=False)(images())
     assert not calls
+
+
+@in_runtime
+def test_weights_are_held_once_and_named_as_everywhere() -> None:
+    model = tiny()
+    fast: Any = optimize(model)
+    with torch.no_grad():
+        before = fast(images())
+    layers = [part for part in fast.stages.modules() if isinstance(part, FrozenLinear)]
+    assert len(layers) == 4 * 14
+    for layer in layers:
+        panels, _ = layer.panels()
+        assert panels.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
+        assert layer.packed is None
+    state, plain = fast.state_dict(), FastModel(model, native=False).state_dict()
+    assert {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in plain.items()}
+    assert all(torch.equal(state[name], plain[name]) for name in plain)
+    for assign in (False, True):
+        other: Any = optimize(tiny())
+        with torch.no_grad():
+            for t in other.buffers():
+                t.zero_()
+            other.load_state_dict(plain, assign=assign)
+            assert torch.equal(other(images()), before)
+
+
+@in_runtime
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_maps_that_are_padded_are_multiplied_by_the_same_products(
+    calls: list[torch.Size], dtype: torch.dtype
+) -> None:
+    if dtype == torch.bfloat16 and "amx" not in RUNNABLE:
+        pytest.skip("bfloat16 needs matrix tiles")
+    torch.manual_seed(0)
+    model = biformer_tiny(num_classes=10, n_win=3, topks=(9, 9, 9, -2), auto_pad=True).eval().to(dtype)
+    x = images(2).to(dtype)
+    with torch.no_grad():
+        limit = 1e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(optimize(model)(x), model(x), rtol=limit, atol=limit)
+    assert calls == [torch.Size((2, 2, 2, 512))] * 2  # stage 4 attends in full
+
+
+@in_runtime
+def test_in_a_graph_a_block_is_one_operator(calls: list[torch.Size]) -> None:
+    model = tiny()
+    fast: Any = FastModel(model, pack=False, native=True)
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    seen: list[int] = []
+    with torch.no_grad():
+        true = model(images(2))
+        torch.testing.assert_close(compiled(images(2)), true, rtol=1e-4, atol=1e-4)
+        assert len(calls) == 14
+        handle = fast.stages[0][0].attn.register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(compiled(images(2)), true, rtol=1e-4, atol=1e-4)
+        handle.remove()
+        assert len(seen) == 1
+        twin = copy.deepcopy(fast)
+        twin.load_state_dict({name: 0.5 * t for name, t in fast.state_dict().items()})
+        other = torch.compile(twin, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(other(images(2)), twin(images(2)))
+        assert not torch.allclose(other(images(2)), true, rtol=1e-2)
+        torch.testing.assert_close(compiled(images(2)), true, rtol=1e-4, atol=1e-4)
+
+
+def test_the_operators_pass_the_checks_of_pytorch() -> None:
+    x, checks = normal(2, 3, 32), ("test_schema", "test_faketensor")
+    widen, narrow = pack_linear(normal(48, 32)), pack_linear(normal(32, 48))
+    ops = torch.ops.bratune
+    library.opcheck(ops.native_linear.default, (x, widen, normal(48), normal(2, 3, 48)), test_utils=checks)
+    mlp = (x, normal(32), None, 1e-6, widen, normal(48), narrow, None)
+    library.opcheck(ops.native_add_mlp.default, mlp, test_utils=checks)
