@@ -216,7 +216,7 @@ class _Block(torch.autograd.Function):
         elif w.position is not None:
             turned = block.pack_depthwise(w.position.flip(2, 3))
             dx = block.depthwise(project.dx, turned, None, add=project.dx)
-        found = Weights(
+        found = (  # in the order of `Weights`
             *of_position,
             *project.of_norm,
             _product(needs.project, dqkv, project.y),
@@ -271,7 +271,7 @@ def _side_by_side(like: Tensor, *shapes: Sequence[int]) -> list[Tensor]:
     sizes = [math.prod(shape) for shape in shapes]
     memory = like.new_empty(sum(sizes))
     loaded().functions.bratune_large_pages(memory.data_ptr(), memory.nbytes)
-    return [part.view(shape) for part, shape in zip(memory.split(sizes), shapes, strict=True)]
+    return [part.view(shape) for part, shape in zip(torch.split(memory, sizes), shapes, strict=True)]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor, **more: Any) -> None:
@@ -353,7 +353,7 @@ def _linear_grads(
         grad.numel() // outputs, outputs, hidden, channels, torch.get_num_threads(), norm.eps,
     )  # fmt: skip
     shout(loaded().functions.bratune_linear_grad(variant_number(""), arguments))
-    of_bias, of_hidden_bias, *of_norm = sums.split(widths)
+    of_bias, of_hidden_bias, *of_norm = torch.split(sums, widths)
     of_gain, of_shift = of_norm or (None, None)
     return _LinearGrads(dx, y, activated, dhidden, of_bias, of_hidden_bias, (of_gain, of_shift))
 

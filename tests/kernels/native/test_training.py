@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -78,9 +79,8 @@ def gradients(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def assert_gradients(block: Residual, x: Tensor) -> None:
     """Lean and in float32, a block has the gradients of the plain one in float64."""
-    exact = copy.deepcopy(block).double()
-    if hasattr(exact.attn, "set_backend"):
-        exact.attn.set_backend("gather")
+    exact: Any = copy.deepcopy(block).double()
+    exact.attn.set_backend("gather")
     block.lean = True
     found, true = gradients(block, x), gradients(exact, x.double())
     assert found.keys() == true.keys()
@@ -90,7 +90,7 @@ def assert_gradients(block: Residual, x: Tensor) -> None:
 
 
 # Few tokens and many; rows that fill register tiles and that do not; filters that are wider than the map.
-BLOCKS = {
+BLOCKS: dict[str, tuple[Callable[[], Residual], tuple[int, ...]]] = {
     "routed": (lambda: Block(64, num_heads=2, n_win=2, topk=3, mlp_ratio=3, kv_downsample_mode="identity"),
                (2, 12, 8, 64)),
     "many": (lambda: Block(32, num_heads=1, n_win=3, topk=4, kv_downsample_mode="identity"), (3, 18, 21, 32)),
@@ -205,7 +205,7 @@ def test_what_they_do_not_take_goes_part_by_part(taken: list[torch.Size], reason
         block.double()(x.double())
     elif reason == "hook":
         seen: list[Any] = []
-        block.mlp[0].register_forward_hook(lambda *given: seen.append(given))
+        next(block.mlp.children()).register_forward_hook(lambda *given: seen.append(given))
         block(x)
         assert seen
     elif reason == "padding":

@@ -328,7 +328,7 @@ def test_maps_that_are_padded_are_multiplied_by_the_same_products(
 def test_in_a_graph_a_block_is_one_operator(calls: list[torch.Size]) -> None:
     model = tiny()
     fast: Any = FastModel(model, pack=False, native=True)
-    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(fast, backend="aot_eager", fullgraph=True)
     seen: list[int] = []
     with torch.no_grad():
         true = model(images(2))
@@ -340,7 +340,7 @@ def test_in_a_graph_a_block_is_one_operator(calls: list[torch.Size]) -> None:
         assert len(seen) == 1
         twin = copy.deepcopy(fast)
         twin.load_state_dict({name: 0.5 * t for name, t in fast.state_dict().items()})
-        other = torch.compile(twin, backend="aot_eager", fullgraph=True)
+        other: Any = torch.compile(twin, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(other(images(2)), twin(images(2)))
         assert not torch.allclose(other(images(2)), true, rtol=1e-2)
         torch.testing.assert_close(compiled(images(2)), true, rtol=1e-4, atol=1e-4)
