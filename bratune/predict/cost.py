@@ -82,6 +82,7 @@ class Work:
         scores: Entries of score tiles that are computed, padding of the tiles included.
         products: Tile products per score: two forward, up to five backward.
         iterations: How often a program goes through its loop over tiles, on average.
+        inner: How many of these are in a loop inside that loop.
     """
 
     memory_bytes: float
@@ -89,6 +90,7 @@ class Work:
     scores: float
     products: int
     iterations: float
+    inner: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +183,7 @@ def work_of(kind: str, problem: Problem, settings: Mapping[str, int], *, l1_hits
             2 * queries + (1.0 - l1_hits) * gathered,
             routed_scores,
             2,
-            resident_steps,
+            resident_steps * key_steps,
         ),
         "image_fwd": (forward, 2 * queries + image_reads, image_scores, 2, image_steps),
         "gather_dq": (
@@ -210,6 +212,7 @@ def work_of(kind: str, problem: Problem, settings: Mapping[str, int], *, l1_hits
         scores=scores,
         products=products,
         iterations=max(1.0, iterations),
+        inner=key_steps if kind == "kv_stationary_fwd" else 1.0,
     )
 
 
@@ -234,7 +237,7 @@ def l1_hits(launch: Launch, problem: Problem, sm_count: int) -> float:
     return float(again * min(1.0, max(0.0, capacity) / read))
 
 
-def executed_instructions(listing: Listing, *, iterations: float, exps: float) -> float:
+def executed_instructions(listing: Listing, *, iterations: float, exps: float, inner: float = 1.0) -> float:
     """Instructions that a warp executes on its way through a kernel that loops over tiles.
 
     The compiler may unroll the loop. How often its body then runs is told by its exponentials: a body
@@ -244,12 +247,16 @@ def executed_instructions(listing: Listing, *, iterations: float, exps: float) -
         listing: The machine code.
         iterations: Tiles that the kernel goes through.
         exps: Exponentials of a warp for one tile.
+        inner: How many of the tiles a loop inside the loop goes through.
     """
     trips = []
+    working = [loop for loop in listing.loops if listing.count_in("exp", loop)]
     for loop in listing.loops:
-        found = listing.count_in("exp", loop)
-        unrolled = max(1, round(found / exps)) if exps else 1
-        trips.append(max(1.0, iterations / unrolled) if found else 1.0)
+        around = [x for x in working if x.start <= loop.start and loop.end <= x.end and x != loop]
+        inside = [x for x in working if loop.start <= x.start and x.end <= loop.end and x != loop]
+        turns = inner if around else iterations / inner if inside else iterations
+        unrolled = max(1, round(listing.count_in("exp", loop) / exps)) if exps and not inside else 1
+        trips.append(max(1.0, turns / unrolled) if loop in working else 1.0)
     return listing.count(trips)
 
 
@@ -264,7 +271,10 @@ def cost_of(launch: Launch, kind: str, problem: Problem, board: GPU) -> Cost:
     work = work_of(kind, problem, launch.settings, l1_hits=hits)
     lanes = launch.programs * launch.num_warps * launch.target.warp_size
     instructions = executed_instructions(
-        launch.listing, iterations=work.iterations, exps=work.scores / lanes / work.iterations
+        launch.listing,
+        iterations=work.iterations,
+        exps=work.scores / lanes / work.iterations,
+        inner=work.inner,
     )
     clock = 1e6 * sustained_mhz(board)
     per_clock = peak.sm_count * clock

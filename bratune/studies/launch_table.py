@@ -119,20 +119,23 @@ def _stationary(rules: dict[str, int], problem: Problem) -> Iterator[dict[str, i
 
     Regions of a group are computed at the same time, each by warps of its own.
     """
-    each = max(1, rules["block_n"] // 128)
-    # A tile of many keys may spill unless its warps are twice as many.
-    tried = ((4, 1), (8, 1), (16, 1)) if each == 1 else ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
-    for group, warps in tried:
-        if group * warps * each > _MOST_WARPS:
-            continue
-        for heads in (1, 2) if problem.heads % 2 == 0 else (1,):
-            for splits in sorted({1, rules["splits"]}):
-                yield rules | {
-                    "group": group,
-                    "splits": splits,
-                    "heads_per_program": heads,
-                    "num_warps": group * warps * each,
-                }
+    widest = next_power_of_2(problem.keys_per_query)
+    for block_n in (rules["block_n"], widest) if 128 < widest <= 256 else (rules["block_n"],):
+        each = max(1, block_n // 128)
+        # A tile of many keys may spill unless its warps are twice as many, and has no room for two heads.
+        tried = ((4, 1), (8, 1), (16, 1)) if each == 1 else ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1))
+        for group, warps in tried:
+            if group * warps * each > _MOST_WARPS:
+                continue
+            for heads in (1, 2) if problem.heads % 2 == 0 and each == 1 else (1,):
+                for splits in sorted({1, rules["splits"]}):
+                    yield rules | {
+                        "block_n": block_n,
+                        "group": group,
+                        "splits": splits,
+                        "heads_per_program": heads,
+                        "num_warps": group * warps * each,
+                    }
 
 
 def _tiles(kind: str, problem: Problem) -> list[tuple[int, int]]:

@@ -305,7 +305,8 @@ def _kv_stationary_fwd(problem: Problem, own: Settings) -> tuple[dict[str, Any],
     heads = math.gcd(own.get("heads_per_program", 1), problem.heads)
     constants = {
         "BLOCK_M": max(own["block_m"], 1 << (problem.region_tokens - 1).bit_length()),
-        "BLOCK_N": max(own["block_n"], power_of_2(problem.keys_per_query)),
+        "BLOCK_N": own["block_n"],
+        "ONE_TILE": problem.keys_per_query <= own["block_n"],
         "GROUP": group,
         "SPLITS": splits,
         "HEADS_PER_PROGRAM": heads,

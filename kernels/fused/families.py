@@ -46,7 +46,7 @@ _IMAGE_TOKENS = 256
 _IMAGE_TILE_BYTES = 32 * 1024
 # A whole key region must fit one tile for its program to see whole softmax rows.
 _KEY_FAMILY_TOKENS = 128
-# The stationary family holds all keys of a query in one tile.
+# What the stationary family was tried with: keys of a query, and bytes of them.
 _STATIONARY_KEYS = 256
 _STATIONARY_TILE_BYTES = 16 * 1024
 # From here on a region fills a tile by itself, and its keys are not read often enough to be worth keeping.

@@ -254,13 +254,14 @@ def _gather_fwd(problem: Problem) -> dict[str, int]:
 
 def _kv_stationary_fwd(problem: Problem) -> dict[str, int]:
     block_n = _clamp(next_power_of_2(problem.keys_per_query), 16, _most_keys(problem))
+    if block_n > 128:  # tiles of 256 keys spill
+        block_n = 64
     # A GPU of 132 SMs wants about 512 programs of four warps; each keeps to one head of one image.
     splits = _clamp(512 // (problem.batch * problem.heads), 1, 8)
     return {
         "block_m": 16,
         "block_n": block_n,
-        # Four regions of 256 keys at a time spill.
-        "group": 4 if block_n <= 128 else 2,
+        "group": 4,
         "splits": splits,
         "heads_per_program": 1,
         "num_warps": 4,

@@ -76,6 +76,7 @@ SETTINGS = (
     STATIONARY | {"fwd_group": 2, "fwd_splits": 3},
     STATIONARY | {"fwd_block_m": 32, "fwd_splits": 4},
     STATIONARY | {"fwd_heads_per_program": 2, "fwd_group": 2, "fwd_splits": 2},
+    STATIONARY | {"fwd_heads_per_program": 2, "fwd_group": 2, "fwd_block_n": 16},
     IMAGE | {"fwd_block_m": 16, "fwd_block_n": 16, "dkv_block_n": 16, "dkv_block_m": 16},
     IMAGE | {"fwd_block_n": 32, "dkv_block_n": 32},
 )
