@@ -167,6 +167,29 @@ def test_every_barrier_that_is_left_out_is_noticed(case: Case, target: str) -> N
         assert "with no barrier between" in said(found), i
 
 
+@pytest.mark.parametrize(("left_out", "noticed"), [(1, False), (12, True)], ids=["alone", "with the next"])
+def test_a_barrier_whose_work_others_do_too_is_missed_with_them_alone(left_out: int, noticed: bool) -> None:
+    # Threads of `image_bwd` store sums of rows, others load them, and its source asks for a barrier between.
+    # Before the first of these loads the compiler has put eleven more, for tiles in shared memory: whoever
+    # passed those has passed that one. It is the only barrier of the kernel that goes unnoticed.
+    case = IMAGE.replace(heads=1, dtype="bfloat16")
+
+    def change(program: Program) -> Program:
+        if program.name != "image_bwd_kernel":
+            return program
+        sums = places(program, "st", "global")[0]
+        after = [i for i in places(program, "bar", "sync") if i > sums]
+        for i in after[:left_out]:
+            program = program.without(i)
+        return program
+
+    with executed(change=change) as findings:
+        fused(case, sample(case))
+    races = [found for found in findings if "with no barrier between" in found.what]
+    assert any(found.where == "delta_ptr" for found in races) == noticed
+    assert bool(races) == noticed
+
+
 def test_copies_that_nobody_waits_for_are_noticed() -> None:
     assert "load of what a copy has not been waited for of shared memory" in said(
         forward_with(PIPELINED, all_without("cp", "async", "wait_group"))
