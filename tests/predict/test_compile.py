@@ -173,6 +173,11 @@ def test_every_case_has_a_budget_for_every_target_and_no_other() -> None:
     assert set(budgets()) == set(TARGETS)
 
 
+def test_no_budget_allows_more_spills_than_the_design() -> None:
+    spilled = {f"{t} {name}": b["stack_bytes"] for t, found in budgets().items() for name, b in found.items()}
+    assert {name: stack for name, stack in spilled.items() if stack > 64} == {}
+
+
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "expected"),
     [
