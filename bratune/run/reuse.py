@@ -260,12 +260,7 @@ def _file_of(module: str) -> Path | None:
 
 def _imports(path: Path, packages: tuple[str, ...]) -> list[tuple[str, Path]]:
     """Modules of packages that a file imports anywhere, found without importing them."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    names = _imported_names(path.read_text("utf-8"))
     files = {}
     for package in packages:
         spec = importlib.util.find_spec(package)
@@ -274,6 +269,22 @@ def _imports(path: Path, packages: tuple[str, ...]) -> list[tuple[str, Path]]:
             for name in (name for name in names if name.startswith(f"{package}.")):
                 files[name] = Path(folder) / f"{name.removeprefix(f'{package}.').replace('.', '/')}.py"
     return [(name, file) for name, file in files.items() if file.is_file()]
+
+
+@functools.cache  # most modules are reached from several roots
+def _imported_names(source: str) -> frozenset[str]:
+    """What a module imports anywhere; only statements are looked at, for expressions are most of a module."""
+    names: set[str] = set()
+    todo: list[ast.AST] = [ast.parse(source)]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+            todo += getattr(node, part, ())
+    return frozenset(names)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
