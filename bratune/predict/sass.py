@@ -115,6 +115,9 @@ def parse_sass(text: str) -> Listing:
         if found[1].startswith("BRA") and (goal := re.search(r"`\((\.L\w+)\)", found[2])):
             jumps.append((len(operations), goal[1]))
         operations.append(found[1])
+    # What waits for a barrier stands behind the end of the kernel and jumps back into it: no loop.
+    last = max((i for i, operation in enumerate(operations) if operation == "EXIT"), default=len(operations))
+    jumps = [(source, goal) for source, goal in jumps if source < last or labels.get(goal, source) > last]
     return _listing(operations, labels, jumps)
 
 

@@ -61,6 +61,17 @@ def test_an_endless_loop_after_the_exit_is_no_loop() -> None:
     assert all(loop.end < 11 for loop in parse_sass(SASS).loops)
 
 
+def test_a_wait_behind_the_end_that_jumps_back_is_no_loop() -> None:
+    # As Blackwell's waits for products are laid out: tried once in line, again and again behind the end.
+    waits = """
+.L_x_3:
+        /*00d0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P2, [R5], R6 ;
+        /*00e0*/              @!P2 BRA `(.L_x_1) ;
+        /*00f0*/                   BRA `(.L_x_3) ;
+"""
+    assert parse_sass(SASS + waits).loops == parse_sass(SASS).loops
+
+
 def test_wrong_number_of_trip_counts_names_the_loops() -> None:
     with pytest.raises(MeasureError, match=r"1 trip counts.*9, 5"):
         parse_sass(SASS).classes([3])
