@@ -615,17 +615,20 @@ static void cut(shape_t *s, int64_t heads, int64_t threads, int64_t tasks_per_th
 
 /* --- backward --------------------------------------------------------------------------------------- */
 
-/* sums[n, nv vectors] += w[NQ, n] transposed times rows [NQ, nv vectors]. */
+/* Queries of a tile of gather: their rows lie in registers, twice NQ where there are 32 of those. */
+#define NG (NV == 4 ? 2 * NQ : NQ)
+
+/* sums[n, nv vectors] += w[nq, n] transposed times rows [nq, nv vectors]. */
 INLINE void gather_tile(float *sums, int64_t dp, const float *w, int64_t kp, const float *rows, int64_t n,
-                        const int nv)
+                        const int nq, const int nv)
 {
-    V row[NQ][NV];
-    UNROLL for (int i = 0; i < NQ; i++)
+    V row[NG][2];
+    UNROLL for (int i = 0; i < nq; i++)
         UNROLL for (int v = 0; v < nv; v++) row[i][v] = load(rows + i * dp + v * LANES);
     for (int64_t j = 0; j < n; j++) {
-        V sum[NV];
+        V sum[2];
         UNROLL for (int v = 0; v < nv; v++) sum[v] = load(sums + j * dp + v * LANES);
-        UNROLL for (int i = 0; i < NQ; i++)
+        UNROLL for (int i = 0; i < nq; i++)
         {
             V weight = splat(w[i * kp + j]);
             UNROLL for (int v = 0; v < nv; v++) sum[v] += weight * row[i][v];
@@ -641,13 +644,20 @@ static void gather(float *sums, const shape_t *s, const float *w, int64_t rows, 
     int64_t dp = s->dp;
     for (int64_t slot = 0; slot < topk; slot++) {
         float *to = sums + regions[slot] * s->tk * dp;
-        for (int64_t i = 0; i < rows; i += NQ) {
+        for (int64_t i = 0, n; i < rows; i += n) {
             const float *weights = w + i * s->kp + slot * s->tk;
-            int64_t v = 0;
-            for (; v + 2 * LANES <= dp; v += 2 * LANES)
-                gather_tile(to + v, dp, weights, s->kp, from + i * dp + v, s->tk, 2);
-            if (v < dp)
-                gather_tile(to + v, dp, weights, s->kp, from + i * dp + v, s->tk, 1);
+            n = i + NG <= rows ? NG : NQ;
+            for (int64_t v = 0; v < dp; v += 2 * LANES) {
+                const float *at = from + i * dp + v;
+                if (n == NG && v + LANES < dp)
+                    gather_tile(to + v, dp, weights, s->kp, at, s->tk, NG, 2);
+                else if (n == NG)
+                    gather_tile(to + v, dp, weights, s->kp, at, s->tk, NG, 1);
+                else if (v + LANES < dp)
+                    gather_tile(to + v, dp, weights, s->kp, at, s->tk, NQ, 2);
+                else
+                    gather_tile(to + v, dp, weights, s->kp, at, s->tk, NQ, 1);
+            }
         }
     }
 }
@@ -742,11 +752,15 @@ static void backward_task(void *context, int64_t task, char *memory)
             pack_rows(maps[i], from[i], c, b, h, at, s, 1.0f);
             memset(maps[i] + s->t * s->dp, 0, (size_t)((rows - s->t) * s->dp) * 4);
         }
-        for (int64_t i = 0; i < rows * s->dp; i++)
-            m.q[i] = m.plain_q[i] * s->factor;
+        for (int64_t i = 0; i < rows * s->dp; i += LANES)
+            store(m.q + i, load(m.plain_q + i) * splat(s->factor));
         const float *lse = c->lse + ((b * c->heads + h) * s->regions + r) * s->t;
         for (int64_t i = 0; i < rows; i += Q_ROWS) {
-            int64_t n = min_of(Q_ROWS, rows - i);
+            int64_t n = min_of(Q_ROWS, rows - i), part = i / Q_ROWS, parts = ceil_div(rows, Q_ROWS);
+            if (r + 1 < end) {
+                fetch_next(&keys, r + 1, part, parts);
+                fetch_rows(&c->grad, c, b, h, part_of(query_tile(c, s, r + 1), part, parts), s);
+            }
             score(m.s, s, m.q + i * s->dp, n, m.columns, ld, uneven ? m.bias : NULL);
             score(m.ds, s, m.grad + i * s->dp, n, m.value_columns, ld, NULL);
             for (int64_t u = 0; u < n; u++)
