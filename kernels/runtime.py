@@ -101,11 +101,12 @@ class FastModel(nn.Module):
         native = (pack if native is None else native) and native_block.can_run(next(model.parameters()))
         folded = [_folded(layer, pack=pack or native) for layer in model.downsample_layers]
         self.downsample_layers = nn.ModuleList(folded)
-        self.stages = nn.ModuleList(
-            _fast_stage(stage, down, pack=pack) for stage, down in zip(model.stages, folded, strict=True)
-        )
-        if native:
-            for part in self.stages.modules():
+        self.stages = nn.ModuleList()
+        for stage, down in zip(model.stages, folded, strict=True):
+            self.stages.append(fast := _fast_stage(stage, down, pack=pack))
+            for part in (
+                fast.modules() if native else ()
+            ):  # the next stage then has the memory that these leave
                 if isinstance(part, FrozenConv | FrozenLinear | FrozenNorm | _FastRouted | _FastFull):
                     part.use_native()
         if model.features_only:

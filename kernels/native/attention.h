@@ -637,28 +637,29 @@ INLINE void gather_tile(float *sums, int64_t dp, const float *w, int64_t kp, con
     }
 }
 
+/* sums [TK, DP] += w [rows, TK] transposed times from [rows, DP]; rows is a multiple of nq. */
+INLINE void gather_rows(float *sums, const shape_t *s, const float *w, int64_t rows, const float *from, const int nq)
+{
+    int64_t dp = s->dp;
+    for (int64_t i = 0; i < rows; i += nq) {
+        int64_t v = 0;
+        for (; v + 2 * LANES <= dp; v += 2 * LANES)
+            gather_tile(sums + v, dp, w + i * s->kp, s->kp, from + i * dp + v, s->tk, nq, 2);
+        if (v < dp)
+            gather_tile(sums + v, dp, w + i * s->kp, s->kp, from + i * dp + v, s->tk, nq, 1);
+    }
+}
+
 /* What queries say to the routed keys: sums of region regions[slot] [TK, DP] += w^T rows. */
 static void gather(float *sums, const shape_t *s, const float *w, int64_t rows, const float *from,
                    const int64_t *regions, int64_t topk)
 {
-    int64_t dp = s->dp;
     for (int64_t slot = 0; slot < topk; slot++) {
-        float *to = sums + regions[slot] * s->tk * dp;
-        for (int64_t i = 0, n; i < rows; i += n) {
-            const float *weights = w + i * s->kp + slot * s->tk;
-            n = i + NG <= rows ? NG : NQ;
-            for (int64_t v = 0; v < dp; v += 2 * LANES) {
-                const float *at = from + i * dp + v;
-                if (n == NG && v + LANES < dp)
-                    gather_tile(to + v, dp, weights, s->kp, at, s->tk, NG, 2);
-                else if (n == NG)
-                    gather_tile(to + v, dp, weights, s->kp, at, s->tk, NG, 1);
-                else if (v + LANES < dp)
-                    gather_tile(to + v, dp, weights, s->kp, at, s->tk, NQ, 2);
-                else
-                    gather_tile(to + v, dp, weights, s->kp, at, s->tk, NQ, 1);
-            }
-        }
+        float *to = sums + regions[slot] * s->tk * s->dp;
+        if (rows % NG)
+            gather_rows(to, s, w + slot * s->tk, rows, from, NQ);
+        else
+            gather_rows(to, s, w + slot * s->tk, rows, from, NG);
     }
 }
 
@@ -757,7 +758,7 @@ static void backward_task(void *context, int64_t task, char *memory)
         const float *lse = c->lse + ((b * c->heads + h) * s->regions + r) * s->t;
         for (int64_t i = 0; i < rows; i += Q_ROWS) {
             int64_t n = min_of(Q_ROWS, rows - i), part = i / Q_ROWS, parts = ceil_div(rows, Q_ROWS);
-            if (r + 1 < end) {
+            if (r + 1 < end && !s->once) {
                 fetch_next(&keys, r + 1, part, parts);
                 fetch_rows(&c->grad, c, b, h, part_of(query_tile(c, s, r + 1), part, parts), s);
             }
