@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import cast
 
@@ -10,20 +11,19 @@ import torch
 from bratune.errors import MeasureError
 from bratune.measure.device import Call
 
-__all__ = ["compile_call"]
+__all__ = ["compile_call", "forget_compiled"]
 
 
 def compile_call(call: Call) -> tuple[Call, float]:
     """A compiled call and the seconds from nothing to its first result.
 
+    Calls that were compiled before stay compiled: they may be taking turns with this one.
+
     Raises:
         MeasureError: the call cannot be compiled here, or nothing of it was compiled.
     """
-    # Calls of many cells share one code object; without a reset the limit of recompilations is reached
-    # and torch runs the rest uncompiled, without a word.
-    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = cast(Call, torch.compile(call, dynamic=False))
+    compiled = cast(Call, torch.compile(_with_code_of_its_own(call), dynamic=False))
     start = time.perf_counter()
     try:
         compiled()
@@ -36,3 +36,22 @@ def compile_call(call: Call) -> tuple[Call, float]:
     if not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
         raise MeasureError("torch.compile found nothing to compile in this call; regime eager would work")
     return compiled, seconds
+
+
+def forget_compiled() -> None:
+    """Let go of what was compiled for calls that are over.
+
+    Code that is compiled again and again reaches a limit, beyond which torch runs it uncompiled, silently.
+    """
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import takes seconds
+        torch._dynamo.reset()
+
+
+def _with_code_of_its_own(call: Call) -> Call:
+    """The same call in code that the compiler has not seen: calls of many cells share one code object."""
+
+    def own() -> object:
+        return call()
+
+    own.__code__ = own.__code__.replace()
+    return own

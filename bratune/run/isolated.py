@@ -24,6 +24,7 @@ from bratune.cell import Cell
 from bratune.kernels import registry
 from bratune.kernels.mixers import registry as mixers
 from bratune.machine import Machine
+from bratune.measure.compiling import forget_compiled
 from bratune.measure.memory import live_mb, release
 from bratune.measure.meter import DeviceMeter, Ready, device_for
 from bratune.measure.settings import MeterSettings
@@ -256,6 +257,8 @@ def ready_job(payload: Mapping[str, Any]) -> dict[str, Any] | None:
     cell = Cell.from_dict(payload["cell"])
     if payload["first"]:
         _READY.clear()
+        if cell.regime == "compile":
+            forget_compiled()
         release()
         if cell.model and cell.part != "model" and cell.form != "yours":
             scenery_for(cell, machine.device)  # the maps that all cells of the group share

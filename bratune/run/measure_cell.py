@@ -11,6 +11,7 @@ from bratune.errors import BratuneError, UnsupportedError
 from bratune.kernels import registry
 from bratune.machine import Machine
 from bratune.measure import gate
+from bratune.measure.compiling import forget_compiled
 from bratune.measure.energy import energy_fields
 from bratune.measure.memory import release
 from bratune.measure.meter import Measurement, Meter
@@ -42,6 +43,8 @@ def run_cell(cell: Cell, machine: Machine, meter: Meter, settings: MeterSettings
     The gate comes first: the same call on the same data must give the result of the reference, or the row
     is ``incorrect`` and has no time.
     """
+    if cell.regime == "compile":
+        forget_compiled()
     made = prepare(cell, machine)
     if isinstance(made, Record):
         return Result(made)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
 from bratune import machine, record
 from bratune.errors import MeasureError
+from bratune.measure.compiling import compile_call, forget_compiled
 from bratune.measure.device import Call, Memory, Prepared, Sample
 from bratune.measure.meter import DeviceMeter, Measurement, MeterSettings, meter_for
 from bratune.measure.telemetry import Reading
@@ -231,6 +233,27 @@ def test_launch_bound_means_that_the_device_waits_for_the_host(
     m = measure(FakeDevice(times_ms=(device_ms,), host_ms=host_ms, launch_floor_ms=floor_ms))
     assert m.launch_bound is expected
     assert m.host_ms == host_ms
+
+
+def test_calls_that_take_turns_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that is compiled beside another one must not make that one compile again when its turn comes."""
+    import torch
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+    def times(factor: int) -> Callable[[], Any]:
+        return lambda: torch.ones(3) * factor
+
+    compiled = [compile_call(times(factor))[0] for factor in range(12)]  # of one code object
+    counted = torch._dynamo.utils.counters["stats"]
+    assert counted["unique_graphs"] == 1, "of the last one"
+    for _ in range(2):
+        for factor, call in enumerate(compiled):
+            assert call()[0] == factor
+    assert counted["unique_graphs"] == 1
+    forget_compiled()
+    compiled[0]()
+    assert counted["unique_graphs"] == 2
 
 
 def test_the_time_to_compile_is_kept_apart() -> None:
