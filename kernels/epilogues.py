@@ -245,12 +245,12 @@ class FrozenLinear(Frozen):
 
     def add(self, x: Tensor, other: Tensor) -> Tensor:
         """`forward` plus another tensor of the output's shape, which `accumulate` lets be overwritten."""
-        if self.accumulating:
-            other.view(-1, other.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), self.weight.t())
-            return other
         products = self._products(x)
         if products is not None:
             return native_whole.linear(x, products, add=other)
+        if self.accumulating:
+            other.view(-1, other.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), self.matrix.t())
+            return other
         packed = self.packed
         if packed is not None:
             out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, packed, self.bias, "add")
