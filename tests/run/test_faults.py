@@ -44,7 +44,7 @@ PROBLEM = Problem(batch=1, height=8, width=8, heads=2, head_dim=8, region=(4, 4)
 SETTINGS = MeterSettings(
     min_time_s=0.0, max_noise_pct=100.0, timeout_s=2.0, min_samples=3, max_samples=3, warmup_s=0.0, l2="warm"
 )
-LIMIT_S = 5.0
+LIMIT_S = 10.0
 MEMORY_LIMIT = 3 * 2**30
 
 # Fault -> outcome of its cell and what its reason says.
