@@ -28,6 +28,15 @@
 #define NK 2
 #define NV 2
 #endif
+/* Queries of a tile of outputs: by two vectors of channels that makes 16 sums of 32 registers or 12 of 16, enough to hide
+   the latency of a fused operation on two ports. */
+#if LANES == 16 || defined(__aarch64__)
+#define MOST_QUERIES 8
+#elif LANES == 8
+#define MOST_QUERIES 6
+#else
+#define MOST_QUERIES NQ
+#endif
 /* Queries per block: their scores of 64 to 256 keys take 4 to 16 KiB of an L1 cache of 32 or 48 KiB. */
 #define Q_ROWS 16
 /* Keys whose values are added to all queries of a block before the next: 64 rows of 32 channels are 8 KiB. */
@@ -358,28 +367,32 @@ static void score(float *s, const shape_t *shape, const float *q, int64_t rows, 
     }
 }
 
-/* o[NQ, nv vectors] (+)= w[NQ, n] times n rows [nv vectors]; a row is at rows[j] + first. */
-INLINE void weigh_tile(float *o, int64_t dp, const float *w, int64_t kp, const float *const *rows, int64_t first,
-                       int64_t n, int more, const int nv)
+/* o[nq][nv vectors from `first` on] (+)= w[nq, n] times n rows,
+   times the factors, where there are any: these are the last keys. */
+INLINE void output_tile(float *const *o, int64_t first, const float *w, int64_t kp, const float *const *rows, int64_t n,
+                        int more, const float *factors, const int nq, const int nv)
 {
-    V sum[NQ][NV];
-    UNROLL for (int i = 0; i < NQ; i++)
+    V sum[MOST_QUERIES][NV];
+    UNROLL for (int i = 0; i < nq; i++)
         UNROLL for (int v = 0; v < nv; v++) sum[i][v] = (V){0};
     if (more)
-        UNROLL for (int i = 0; i < NQ; i++)
-            UNROLL for (int v = 0; v < nv; v++) sum[i][v] = load(o + i * dp + v * LANES);
+        UNROLL for (int i = 0; i < nq; i++)
+            UNROLL for (int v = 0; v < nv; v++) sum[i][v] = load(o[i] + first + v * LANES);
     for (int64_t j = 0; j < n; j++) {
         const float *row = rows[j] + first;
         V value[NV];
         UNROLL for (int v = 0; v < nv; v++) value[v] = load(row + v * LANES);
-        UNROLL for (int i = 0; i < NQ; i++)
+        UNROLL for (int i = 0; i < nq; i++)
         {
             V weight = splat(w[i * kp + j]);
             UNROLL for (int v = 0; v < nv; v++) sum[i][v] += weight * value[v];
         }
     }
-    UNROLL for (int i = 0; i < NQ; i++)
-        UNROLL for (int v = 0; v < nv; v++) store(o + i * dp + v * LANES, sum[i][v]);
+    UNROLL for (int i = 0; i < nq; i++)
+    {
+        V factor = splat(factors ? factors[i] : 1.0f);
+        UNROLL for (int v = 0; v < nv; v++) store(o[i] + first + v * LANES, sum[i][v] * factor);
+    }
 }
 
 /* o [queries, DP] = w [queries, K] times the routed rows. */
@@ -389,19 +402,20 @@ static void weigh(float *o, const shape_t *s, const float *w, int64_t queries, c
     for (int64_t j = 0; j < s->k; j += KEY_STRETCH) {
         int64_t n = min_of(KEY_STRETCH, s->k - j);
         for (int64_t i = 0; i < queries; i += NQ) {
-            float *to = o + i * dp;
+            float *to[NQ];
+            UNROLL for (int u = 0; u < NQ; u++) to[u] = o + (i + u) * dp;
             const float *weights = w + i * kp + j;
             int64_t v = 0;
             for (; v + NV * LANES <= dp; v += NV * LANES)
-                weigh_tile(to + v, dp, weights, kp, rows + j, v, n, j > 0, NV);
+                output_tile(to, v, weights, kp, rows + j, n, j > 0, NULL, NQ, NV);
 #if NV == 4
             if (dp - v == 3 * LANES)
-                weigh_tile(to + v, dp, weights, kp, rows + j, v, n, j > 0, 3);
+                output_tile(to, v, weights, kp, rows + j, n, j > 0, NULL, NQ, 3);
             else if (dp - v == 2 * LANES)
-                weigh_tile(to + v, dp, weights, kp, rows + j, v, n, j > 0, 2);
+                output_tile(to, v, weights, kp, rows + j, n, j > 0, NULL, NQ, 2);
 #endif
             if (dp - v == LANES)
-                weigh_tile(to + v, dp, weights, kp, rows + j, v, n, j > 0, 1);
+                output_tile(to, v, weights, kp, rows + j, n, j > 0, NULL, NQ, 1);
         }
     }
 }

@@ -13,15 +13,6 @@
 #else
 #define KEY_VECTORS NK
 #endif
-/* Queries of a tile of outputs: by two vectors of channels that makes 16 sums of 32 registers or 12 of 16, enough to hide
-   the latency of a fused operation on two ports. */
-#if LANES == 16 || defined(__aarch64__)
-#define MOST_QUERIES 8
-#elif LANES == 8
-#define MOST_QUERIES 6
-#else
-#define MOST_QUERIES NQ
-#endif
 
 typedef struct {
     const attention_t *call;
@@ -214,33 +205,6 @@ static void weights_of(const forward_job_t *job, float *w, const float *const *q
 }
 
 /* --- outputs ----------------------------------------------------------------------------------------- */
-
-/* o[nq][nv vectors from `first` on] (+)= w[nq, n] times n rows, times the factors where these are the last keys. */
-INLINE void output_tile(float *const *o, int64_t first, const float *w, int64_t kp, const float *const *rows, int64_t n,
-                        int more, const float *factors, const int nq, const int nv)
-{
-    V sum[MOST_QUERIES][NV];
-    UNROLL for (int i = 0; i < nq; i++)
-        UNROLL for (int v = 0; v < nv; v++) sum[i][v] = (V){0};
-    if (more)
-        UNROLL for (int i = 0; i < nq; i++)
-            UNROLL for (int v = 0; v < nv; v++) sum[i][v] = load(o[i] + first + v * LANES);
-    for (int64_t j = 0; j < n; j++) {
-        const float *row = rows[j] + first;
-        V value[NV];
-        UNROLL for (int v = 0; v < nv; v++) value[v] = load(row + v * LANES);
-        UNROLL for (int i = 0; i < nq; i++)
-        {
-            V weight = splat(w[i * kp + j]);
-            UNROLL for (int v = 0; v < nv; v++) sum[i][v] += weight * value[v];
-        }
-    }
-    UNROLL for (int i = 0; i < nq; i++)
-    {
-        V factor = splat(factors ? factors[i] : 1.0f);
-        UNROLL for (int v = 0; v < nv; v++) store(o[i] + first + v * LANES, sum[i][v] * factor);
-    }
-}
 
 /* Outputs of a number of queries, a multiple of NQ: weights w [queries, K] times the routed rows, times the factors. */
 static void outputs_of(float *const *o, const shape_t *s, const float *w, int64_t queries, const float *const *rows,
