@@ -9,6 +9,7 @@ keys and values with zeros. Weights trained with one must be run with the same o
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from bratune.kernels.registry import get
 from bratune.kernels.routing import region_means, route_pooled
 from bratune.problem import Problem, split_map
 
-__all__ = ["Attending", "BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention", "RoutedLayer"]
+__all__ = ["Attending", "BiLevelRoutingAttention", "NCHWBiLevelRoutingAttention", "RoutedLayer", "problem_of"]
 
 
 class _QKVLinear(nn.Module):
@@ -205,8 +206,8 @@ class RoutedLayer(Attending):
         tiled = (region[0] * self.n_win, region[1] * self.n_win) == sides and self.topk <= self.n_win**2
         if not tiled or self.config is not None or self.backend not in ("auto", "native"):
             return None
-        numbers = (x.shape[0], *sides, self.num_heads, self.dim // self.num_heads, region, self.topk)
-        if self.backend == "auto" and not _trains_natively(*numbers, self.scale):
+        numbers = (x.shape[0], *sides, self.num_heads, self.dim, region, self.topk, "float32")
+        if self.backend == "auto" and not _trains_natively(*numbers, scale=self.scale):
             return None
         return AttentionParts(
             self.qkv_layer, self.lepe, self.output_layer, self.num_heads, self.scale, region, self.topk, False
@@ -597,30 +598,35 @@ class NCHWBiLevelRoutingAttention(RoutedLayer):
         return linear_1x1(self.output_linear, x)
 
 
-@functools.lru_cache(maxsize=256)
-def _trains_natively(
+def problem_of(
     batch: int,
     height: int,
     width: int,
     heads: int,
-    head_dim: int,
+    qk_dim: int,
     region: tuple[int, int],
     topk: int,
-    scale: float,
-) -> bool:
-    """Whether ``auto`` chooses the C kernels, as they are by default, in training in float32."""
-    problem = Problem(
+    dtype: str,
+    **more: Any,
+) -> Problem:
+    """The attention of a layer on a map, its data type as PyTorch writes it; ``more`` are other fields."""
+    return Problem(
         batch=batch,
         height=height,
         width=width,
         heads=heads,
-        head_dim=head_dim,
+        head_dim=qk_dim // heads,
         region=region,
         topk=topk,
-        dtype="float32",
-        direction="fwd-bwd",
-        scale=scale,
+        dtype=dtype.removeprefix("torch."),
+        **more,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _trains_natively(*numbers: Any, scale: float) -> bool:
+    """Whether ``auto`` chooses the C kernels, as they are by default, in training; see `problem_of`."""
+    problem = problem_of(*numbers, direction="fwd-bwd", scale=scale)
     backend, config = tuned.choose(problem, machines.detect("cpu"))
     return backend.name == "native" and not config
 

@@ -38,7 +38,7 @@ from bratune.kernels.epilogues import FrozenConv, FrozenLinear, FrozenNorm, accu
 from bratune.kernels.fold import conv_then_norm, norm_then_conv, norm_then_linear
 from bratune.kernels.full_attention import Attention, FullAttention, full_attention
 from bratune.kernels.fused import launch
-from bratune.kernels.layer import BiLevelRoutingAttention, RoutedLayer
+from bratune.kernels.layer import BiLevelRoutingAttention, RoutedLayer, problem_of
 from bratune.kernels.native import block as native_block
 from bratune.kernels.native.whole import AtOnce, BlockParts, add_mlp, call_by_name, goes_at_once
 from bratune.kernels.nhwc import keeps_size, to_nchw, to_nhwc
@@ -399,10 +399,10 @@ class _FastRouted(_Merged):
         )
 
     def _problem(self, y: Tensor, region: tuple[int, int]) -> Problem:
-        return _problem(*self._numbers(y, region))
+        return problem_of(*self._numbers(y, region))
 
     def _numbers(self, y: Tensor, region: tuple[int, int]) -> tuple[Any, ...]:
-        """What `_problem` takes."""
+        """What `problem_of` takes."""
         source, batch = self.source, layout.batch_to_choose_by(y.shape[0])
         return batch, *layout.sides(y), source.num_heads, self.qk_dim, region, source.topk, str(y.dtype)
 
@@ -453,29 +453,6 @@ class _AsItIs(_Fast):
         return residual + (out if self.gamma is None else out * self.gamma)
 
 
-def _problem(
-    batch: int,
-    height: int,
-    width: int,
-    heads: int,
-    qk_dim: int,
-    region: tuple[int, int],
-    topk: int,
-    dtype: str,
-) -> Problem:
-    """The attention of a layer on a map."""
-    return Problem(
-        batch=batch,
-        height=height,
-        width=width,
-        heads=heads,
-        head_dim=qk_dim // heads,
-        region=region,
-        topk=topk,
-        dtype=dtype.removeprefix("torch."),
-    )
-
-
 @constant_in_graphs
 def _attends_natively(*numbers: Any) -> bool:
     """Whether ``auto`` chooses the C kernels, by a plan or by preference."""
@@ -484,7 +461,7 @@ def _attends_natively(*numbers: Any) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _chosen_natively(*numbers: Any) -> bool:
-    return tuned.choose(_problem(*numbers), machines.detect("cpu"))[0].name == "native"
+    return tuned.choose(problem_of(*numbers), machines.detect("cpu"))[0].name == "native"
 
 
 def _router(q: Tensor, k: Tensor, region: tuple[int, int]) -> str:
