@@ -174,7 +174,7 @@ def found(runs: Sequence[RecordSet]) -> Found:
     """How often `bratune compare` calls a backend of one run SLOWER that waits in another, over all pairs."""
     n = slower = left_out = comparisons = wrong = 0
     for one, other in itertools.permutations(runs, 2):
-        plain = [row for row in one.records if not row.backend.startswith(_DELAYED)]
+        plain = [row for row in one.records if not _delayed(row)]
         delayed = [
             row.replace(backend=name)
             for row in other.records

@@ -213,9 +213,9 @@ class Tuner:
 
     def _batches(self, cells: Sequence[Cell]) -> list[list[Cell]]:
         """Cells that the engine is given together; between batches the budget is looked at."""
-        at_once = 4 * self.engine.slots
         if self.engine.slots == 1:
             return groups_of(cells)
+        at_once = 4 * self.engine.slots
         return [[*cells[start : start + at_once]] for start in range(0, len(cells), at_once)]
 
     def verify(self) -> None:
